@@ -1,0 +1,149 @@
+"""The shape of a GPT-NeoX model: one dataclass, the known sizes, and what each costs in bytes."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ACTIVATIONS = ("gelu_fast", "gelu")
+
+
+@dataclass(frozen=True)
+class NeoXConfig:
+    """Everything that fixes the shapes and the arithmetic of a GPT-NeoX model.
+
+    The defaults are GPT-NeoX-20B (EleutherAI/gpt-neox, `configs/20B.yml`). Field names are those of a Hugging Face
+    `config.json`; `tokenizer_vocab_size` is ours: token ids from there up to `vocab_size` are padding rows that stand
+    for no token, and generation never emits them.
+
+    `hidden_act` is "gelu_fast" (the tanh approximation, as 20B was trained) or "gelu" (exact, as Pythia was).
+    Raises ValueError when the numbers cannot form a model, naming the field.
+    """
+
+    vocab_size: int = 50432
+    tokenizer_vocab_size: int = 50277
+    hidden_size: int = 6144
+    num_hidden_layers: int = 44
+    num_attention_heads: int = 64
+    intermediate_size: int = 24576
+    max_position_embeddings: int = 2048
+    rotary_pct: float = 0.25
+    rotary_emb_base: float = 10000
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu_fast"
+    use_parallel_residual: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a positive whole number, got {value!r}")
+            if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"
+            )
+        if self.rotary_pct > 1 or self.rotary_ndims < 2 or self.rotary_ndims % 2:
+            raise ValueError(
+                f"rotary_pct {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_ndims} rotary "
+                f"dimensions; they turn in pairs, so it must be an even number from 2 to {self.head_dim}"
+            )
+        if self.tokenizer_vocab_size > self.vocab_size:
+            raise ValueError(f"tokenizer_vocab_size {self.tokenizer_vocab_size} exceeds vocab_size {self.vocab_size}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_ndims(self) -> int:
+        """How many of a head's dimensions turn with position; the others pass through."""
+        return int(self.head_dim * self.rotary_pct)
+
+    def parameter_count(self) -> int:
+        """Number of trained numbers in the model (a tied output matrix counts once)."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
+        mlp = hidden * inner + inner + inner * hidden + hidden
+        norms = 2 * 2 * hidden
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        return embeddings + self.num_hidden_layers * (attention + mlp + norms) + 2 * hidden
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that the weights take when every one of them is stored as `dtype`."""
+        return self.parameter_count() * dtype.itemsize
+
+    def kv_cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers in each layer."""
+        return 2 * self.num_hidden_layers * self.hidden_size * tokens * dtype.itemsize
+
+    def to_json(self) -> str:
+        return json.dumps({"model_type": "gpt_neox", **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "NeoXConfig":
+        """Read what `to_json` wrote. Raises ValueError naming the file for anything that is not a whole config."""
+        try:
+            fields = json.loads(Path(path).read_text("utf-8"))
+            fields.pop("model_type", None)
+            missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
+            if missing:
+                raise ValueError(f"missing {', '.join(sorted(missing))}")
+            return cls(**fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a NeoX config: {error}") from error
+
+
+def neox_20b() -> NeoXConfig:
+    """GPT-NeoX-20B as released (Black et al. 2022, https://arxiv.org/abs/2204.06745)."""
+    return NeoXConfig()
+
+
+# layers, hidden size, heads, padded vocabulary of each Pythia (Biderman et al. 2023, https://arxiv.org/abs/2304.01373)
+PYTHIA_SHAPES = {
+    "14m": (6, 128, 4, 50304),
+    "31m": (6, 256, 8, 50304),
+    "70m": (6, 512, 8, 50304),
+    "160m": (12, 768, 12, 50304),
+    "410m": (24, 1024, 16, 50304),
+    "1b": (16, 2048, 8, 50304),
+    "1.4b": (24, 2048, 16, 50304),
+    "2.8b": (32, 2560, 32, 50304),
+    "6.9b": (32, 4096, 32, 50432),
+    "12b": (36, 5120, 40, 50688),
+}
+
+
+def pythia(size: str) -> NeoXConfig:
+    """The Pythia model of that `size`, "14m" to "12b": NeoX with the exact GELU. Raises ValueError for another size."""
+    if size not in PYTHIA_SHAPES:
+        raise ValueError(f"no Pythia of size {size!r}; the sizes are {', '.join(PYTHIA_SHAPES)}")
+    layers, hidden_size, heads, vocab_size = PYTHIA_SHAPES[size]
+    return NeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden_size,
+        hidden_act="gelu",
+    )
+
+
+def tiny() -> NeoXConfig:
+    """The shape of the model that ships with this package: 20B's rules at 3.5 million parameters."""
+    return NeoXConfig(
+        vocab_size=2048,
+        tokenizer_vocab_size=2048,
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=768,
+    )

@@ -1,0 +1,115 @@
+"""The whole model: token ids in, a score for every possible next token out."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neox_lib.attention import KeyValueStore
+from neox_lib.block import Block
+from neox_lib.config import NeoXConfig
+from neox_lib.rotary import rotary_table
+
+
+class SequenceCache(KeyValueStore, Protocol):
+    """A key-value store that also knows how many tokens it holds."""
+
+    @property
+    def length(self) -> int: ...
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` as held, once every layer has stored them."""
+        ...
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `input_ids` is a `[B, T]` tensor of whole numbers from 0 to vocab_size - 1."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
+        found = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"token ids must be a [batch, tokens] tensor with at least one token, got {found}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"token ids must be int64 or int32, got {input_ids.dtype}")
+    lowest, highest = input_ids.aminmax()
+    if lowest < 0 or highest >= vocab_size:
+        wrong = int(lowest) if lowest < 0 else int(highest)
+        raise ValueError(f"token id {wrong} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
+
+
+class NeoXModel(nn.Module):
+    """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix.
+
+    Parameters carry the names of the release's own files. `use_cache` is what generation does unless told otherwise.
+    The activations take the dtype of the norms: on a CPU fp16 matrices may then work on fp32 activations.
+    """
+
+    def __init__(self, config: NeoXConfig):
+        super().__init__()
+        self.config = config
+        self.use_cache = True
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.final_linear.weight = self.word_embeddings.weight
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def rotary_rows(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in the activations' dtype.
+
+        Raises ValueError past the context: the model has never seen a later position.
+        """
+        config, like = self.config, self.norm.weight
+        if start + tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{start} cached + {tokens} new tokens exceed the context of {config.max_position_embeddings} tokens"
+            )
+        if self._rotary is None or self._rotary[0].device != like.device or self._rotary[0].dtype != like.dtype:
+            with torch.inference_mode(False):  # the table outlives the call, and training may use it next
+                self._rotary = rotary_table(
+                    config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base, like.device, like.dtype
+                )
+        cos, sin = self._rotary
+        return cos[start : start + tokens], sin[start : start + tokens]
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        cache: SequenceCache | None = None,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """What the last norm gives for each token: ids `[B, T]` -> `[B, T, C]`. Takes ids as they are, unchecked.
+
+        `after_layer(n)` is called when n layers are done; what it raises ends the pass and leaves the cache's length.
+        """
+        tokens = input_ids.shape[1]
+        cos, sin = self.rotary_rows(cache.length if cache is not None else 0, tokens)
+        hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, cache)
+            if after_layer is not None:
+                after_layer(index + 1)
+        if cache is not None:
+            cache.advance(tokens)
+        return self.norm(hidden)
+
+    def forward(self, input_ids: Tensor, cache: SequenceCache | None = None) -> Tensor:
+        """Scores for the token after each position: ids `[B, T]` -> logits `[B, T, V]`.
+
+        With a cache the T tokens follow the ones it holds. Raises ValueError for ids outside the vocabulary, a wrong
+        rank or dtype, and more tokens than the context.
+        """
+        check_token_ids(input_ids, self.config.vocab_size)
+        return self.final_linear(self.hidden_states(input_ids, cache))
+
+    def attention_weights(self, input_ids: Tensor) -> Tensor:
+        """Who looks at whom, in every layer and head: ids `[B, T]` -> `[L, B, H, T, T]`, fp32, rows sum to 1."""
+        check_token_ids(input_ids, self.config.vocab_size)
+        cos, sin = self.rotary_rows(0, input_ids.shape[1])
+        hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
+        weights = []
+        for layer in self.layers:
+            weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
+            hidden = layer(hidden, cos, sin)
+        return torch.stack(weights)

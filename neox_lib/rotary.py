@@ -1,0 +1,47 @@
+"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
+    """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
+
+    Pair i turns by base^(-2i / rotary_ndims) a position (Su et al. 2021, https://arxiv.org/abs/2104.09864). The second
+    half repeats the first, since dimension i is paired with i + rotary_ndims / 2. In fp16 the product of a position near
+    2048 and a frequency would be off by a third of a radian; so angles are formed in fp32 whatever the model's dtype.
+
+    >>> rotary_angles(torch.tensor([0, 1]), rotary_ndims=2)
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    exponents = torch.arange(0, rotary_ndims, 2, dtype=torch.float32, device=positions.device) / rotary_ndims
+    angles = torch.outer(positions.float(), base**-exponents)
+    return torch.cat([angles, angles], dim=-1)
+
+
+def rotary_table(length: int, rotary_ndims: int, base: float, device: torch.device, dtype: torch.dtype):
+    """cos and sin of all angles up to position `length`, each `[length, rotary_ndims]`: computed in fp32, then cast."""
+    angles = rotary_angles(torch.arange(length, device=device), rotary_ndims, base)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Turn every pair (i, i + D/2) by 90 degrees: `[..., D]` -> `[..., D]`.
+
+    >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([-3., -4.,  1.,  2.])
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first `rotary_ndims` dimensions of each head by its position's angles; the others pass through.
+
+    x: `[B, H, T, D]`; cos and sin: `[T, rotary_ndims]`, the rows of the T positions. Returns `[B, H, T, D]`.
+    """
+    rotary_ndims = cos.shape[-1]
+    turned, passed = x[..., :rotary_ndims], x[..., rotary_ndims:]
+    turned = turned * cos + rotate_half(turned) * sin
+    return torch.cat([turned, passed], dim=-1)

@@ -1,0 +1,67 @@
+"""How surprised the model is by a given text: log-probabilities, perplexity, bits per byte."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neox_lib.model import NeoXModel
+from neox_lib.tokenizer import ENDOFTEXT, encode_text
+
+
+def token_log_probabilities(model: NeoXModel, input_ids: Tensor) -> Tensor:
+    """Log-probability of each token given those before it: ids `[B, T]` -> `[B, T - 1]`, fp32, in nats.
+
+    Padded vocabulary rows stand for no token, so they get no share. Raises ValueError as the model does.
+    """
+    logits = model(input_ids)[:, :-1, : model.config.tokenizer_vocab_size].float()
+    return logits.log_softmax(dim=-1).gather(-1, input_ids[:, 1:, None].long()).squeeze(-1)
+
+
+@torch.inference_mode()
+def perplexity(model: NeoXModel, input_ids: Tensor) -> float:
+    """exp of the mean surprise a token, over the T - 1 tokens that have one before them: ids `[B, T]`."""
+    return math.exp(-token_log_probabilities(model, input_ids).mean().item())
+
+
+def stories_of(text: str) -> list[str]:
+    """The stories of a corpus file: `<|endoftext|>` alone on a line stands between them."""
+    return [story.strip("\n") for story in text.split(f"\n{ENDOFTEXT}\n") if story.strip()]
+
+
+def story_stream(tokenizer, stories: list[str]) -> Tensor:
+    """One row of token ids, `[N]`, with an endoftext before each story and after the last."""
+    ids = [0]
+    for story in stories:
+        ids += [*encode_text(tokenizer, story), 0]
+    return torch.tensor(ids)
+
+
+def windows(stream: Tensor, length: int) -> Iterator[Tensor]:
+    """Cut `[N]` ids into `[1, length + 1]` windows that overlap by one, so that each token is predicted once."""
+    for start in range(0, len(stream) - 1, length):
+        yield stream[None, start : start + length + 1]
+
+
+@torch.inference_mode()
+def surprise(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
+    """Nats for each token of a stream but the first, read in windows of `length`: `[N]` -> `[N - 1]`, on the CPU."""
+    device = next(model.parameters()).device
+    parts = [-token_log_probabilities(model, window.to(device))[0].cpu() for window in windows(stream, length)]
+    return torch.cat(parts)
+
+
+def bits_per_byte(model: NeoXModel, tokenizer, stories: list[str], length: int = 2048) -> float:
+    """Surprise of the stories in bits for each byte of their UTF-8 text; the ends of stories count as surprise too.
+
+    Unlike a loss per token it compares models with different tokenizers.
+    """
+    nats = surprise(model, story_stream(tokenizer, stories), length).sum().item()
+    return nats / math.log(2) / sum(len(story.encode("utf-8")) for story in stories)
+
+
+def loss_by_position(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
+    """Mean nats a token at each position of the window, `[length]`, over all whole windows of the stream `[N]`."""
+    whole = (len(stream) - 1) // length * length
+    return surprise(model, stream[: whole + 1], length).view(-1, length).mean(dim=0)
