@@ -14,7 +14,7 @@ class CheckpointError(ValueError):
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary)` make the file, then move it to `path` in one step.
 
-    Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to the disk before
+    Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to disk before
     the move. Raises what `write` raises, after removing the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> 
     """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
 
     Pair i turns by base^(-2i / rotary_ndims) a position (Su et al. 2021, https://arxiv.org/abs/2104.09864). The second
-    half repeats the first, since dimension i is paired with i + rotary_ndims / 2. In fp16 the product of a position near
-    2048 and a frequency would be off by a third of a radian; so angles are formed in fp32 whatever the model's dtype.
+    half repeats the first, since dimension i is paired with i + rotary_ndims / 2. In fp16 the product of a position
+    near 2048 and a frequency would be off by a third of a radian; so angles are formed in fp32 whatever the dtype.
 
     >>> rotary_angles(torch.tensor([0, 1]), rotary_ndims=2)
     tensor([[0., 0.],

@@ -5,10 +5,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
+from heapq import heappop, heappush
+from itertools import pairwise
 from pathlib import Path
 
 import regex
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from neox_lib.files import write_text_atomically
 
@@ -28,11 +30,9 @@ def byte_characters() -> dict[int, str]:
     >>> byte_characters()[ord("a")], byte_characters()[ord(" ")]
     ('a', 'Ġ')
     """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = (byte for byte in range(256) if byte not in printable)
-    table = {byte: chr(byte) for byte in printable}
-    table.update({byte: chr(256 + offset) for offset, byte in enumerate(others)})
-    return table
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 BYTE_TO_CHARACTER = byte_characters()
@@ -54,7 +54,7 @@ def utf8_bytes(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         surrogate = text[error.start]
-        raise ValueError(f"character {error.start} is a lone surrogate, {surrogate!r}: no text in UTF-8 holds one") from None
+        raise ValueError(f"character {error.start} is a lone surrogate, {surrogate!r}: no UTF-8 text has one") from None
 
 
 def byte_symbols(piece: str) -> list[str]:
@@ -77,21 +77,35 @@ def token_to_bytes(token: str) -> bytes:
     return token.encode("utf-8")
 
 
-def merge_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of `pair`, from left to right.
+def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Join neighbours, always the pair that was learned first (its rank is lowest), until no learned pair is left.
 
-    >>> merge_pair(["a", "b", "a", "b", "a"], ("a", "b"))
-    ['ab', 'ab', 'a']
+    Pairs wait in a heap and neighbours are linked lists, so that a word of a million letters takes seconds, not days.
+
+    >>> apply_merges(["l", "o", "w", "e", "r"], {("l", "o"): 0, ("lo", "w"): 1, ("e", "r"): 2})
+    ['low', 'er']
     """
-    merged, index = [], 0
-    while index < len(symbols):
-        if tuple(symbols[index : index + 2]) == pair:
-            merged.append(pair[0] + pair[1])
-            index += 2
-        else:
-            merged.append(symbols[index])
-            index += 1
-    return merged
+    symbols, end = list(symbols), len(symbols)
+    before, after = list(range(-1, end)), list(range(1, end + 1))
+    waiting: list[tuple[int, int]] = []
+
+    def offer(left: int) -> None:
+        if left >= 0 and after[left] < end and (rank := ranks.get((symbols[left], symbols[after[left]]))) is not None:
+            heappush(waiting, (rank, left))
+
+    for left in range(end):
+        offer(left)
+    while waiting:
+        rank, left = heappop(waiting)
+        right = after[left]
+        if right == end or ranks.get((symbols[left], symbols[right])) != rank:
+            continue  # one of the two has joined another neighbour since
+        symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+        after[left] = after[right]
+        before[after[left]] = left
+        offer(before[left])
+        offer(left)
+    return [symbol for symbol in symbols if symbol]
 
 
 def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
@@ -110,29 +124,35 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
 
     def count_pairs(index: int, sign: int) -> None:
         symbols, count = words[index]
-        for pair in zip(symbols, symbols[1:], strict=False):
+        for pair in pairwise(symbols):
             pair_counts[pair] += sign * count
             words_with[pair].add(index)
 
     for index in range(len(words)):
         count_pairs(index, +1)
     merges = []
-    while len(merges) < num_merges and pair_counts:
-        best = max(pair_counts, key=lambda pair: (pair_counts[pair], -age[pair[0]], -age[pair[1]]))
-        if pair_counts[best] < 1:
+    for _ in range(num_merges):
+        best = max(pair_counts, key=lambda pair: (pair_counts[pair], -age[pair[0]], -age[pair[1]]), default=None)
+        if best is None or pair_counts[best] < 1:
             break
         merges.append(best)
         age.setdefault(best[0] + best[1], len(age))
         for index in words_with.pop(best):  # only these words change
             count_pairs(index, -1)
-            words[index] = (merge_pair(words[index][0], best), words[index][1])
+            words[index] = (apply_merges(words[index][0], {best: 0}), words[index][1])
             count_pairs(index, +1)
         del pair_counts[best]
     return merges
 
 
+def pattern_of_any(tokens: Iterable[str]) -> regex.Pattern:
+    """Splits a text at these tokens and keeps them; the longest that fits wins."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")" if longest_first else r"(?!)")
+
+
 class BPETokenizer:
-    """A byte-level BPE tokenizer of the GPT-NeoX family, readable rather than fast; `create_tokenizer` gives the fast one.
+    """A byte-level BPE tokenizer of the GPT-NeoX family, readable, not fast; `create_tokenizer` gives the fast one.
 
     `vocab` maps token to id, `merges` are in the order in which they were learned, `added` maps a token that is matched
     in the text itself, before any merging, to its id; those in `special` are control tokens that decoding leaves out.
@@ -142,14 +162,9 @@ class BPETokenizer:
         self.vocab, self.merges, self.added, self.special = vocab, merges, added, special
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.tokens = {token_id: token for token, token_id in (vocab | added).items()}
-        self.split_special = self._splitter(special)
-        self.split_added = self._splitter(added.keys() - special)
-        self.merged_ids = lru_cache(maxsize=65536)(self._merged_ids)
-
-    @staticmethod
-    def _splitter(tokens: Iterable[str]) -> regex.Pattern:
-        longest_first = sorted(tokens, key=len, reverse=True)
-        return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")" if longest_first else r"(?!)")
+        self.special_pattern = pattern_of_any(special)
+        self.added_pattern = pattern_of_any(added.keys() - special)
+        self.word_ids = lru_cache(maxsize=65536)(self._word_ids)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -157,9 +172,9 @@ class BPETokenizer:
         base = [ENDOFTEXT, PADDING, *sorted(CHARACTER_TO_BYTE)]
         num_merges = vocab_size - len(base) - len(WHITESPACE_RUNS)
         if num_merges < 0:
-            raise ValueError(f"vocab_size {vocab_size} has no room for {len(base)} bytes and specials and 23 space runs")
+            raise ValueError(f"vocab_size {vocab_size} has no room for {len(base)} bytes, specials and 23 space runs")
         merges = train_merges(texts, num_merges)
-        tokens = base + [left + right for left, right in merges]
+        tokens = dict.fromkeys(base + [left + right for left, right in merges])
         vocab = {token: token_id for token_id, token in enumerate(tokens)}
         runs = {run: len(vocab) + index for index, run in enumerate(WHITESPACE_RUNS)}
         return cls(vocab, merges, {ENDOFTEXT: 0, PADDING: 1} | runs, {ENDOFTEXT, PADDING})
@@ -182,29 +197,18 @@ class BPETokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON that the `tokenizers` library and `from_file` read."""
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        added = [
-            {"id": token_id, "content": token, "special": token in self.special, "normalized": token not in self.special}
-            | {"single_word": False, "lstrip": False, "rstrip": False}
-            for token, token_id in self.added.items()
-        ]
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False}
-        model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
-        model |= {"vocab": self.vocab, "merges": [f"{left} {right}" for left, right in self.merges]}
-        data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-        data |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "post_processor": byte_level}
-        data |= {"decoder": byte_level, "model": model}
-        write_text_atomically(Path(path), json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+        fast = Tokenizer(models.BPE(vocab=self.vocab, merges=self.merges))
+        fast.normalizer = normalizers.NFC()
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.post_processor = processors.ByteLevel(trim_offsets=True)
+        fast.decoder = decoders.ByteLevel()
+        for token in sorted(self.added, key=self.added.get):
+            special = token in self.special
+            fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
+        write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")
 
-    def _merged_ids(self, piece: str) -> list[int]:
-        symbols = byte_symbols(piece)
-        while len(symbols) > 1:
-            pairs = zip(symbols, symbols[1:], strict=False)
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            symbols = merge_pair(symbols, best)
-        return [self.vocab[symbol] for symbol in symbols]
+    def _word_ids(self, word: str) -> list[int]:
+        return [self.vocab[symbol] for symbol in apply_merges(byte_symbols(word), self.ranks)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; specials in it become their ids. Raises ValueError for a lone surrogate.
@@ -213,20 +217,19 @@ class BPETokenizer:
         see only what lies between them, which is why "  a" is a two-space token and an "a" without its space.
         """
         ids: list[int] = []
-        for part in self.split_special.split(text):
+        for part in self.special_pattern.split(text):
             if part in self.special:
                 ids.append(self.added[part])
                 continue
-            for piece in self.split_added.split(unicodedata.normalize("NFC", part)):
+            for piece in self.added_pattern.split(unicodedata.normalize("NFC", part)):
                 if piece in self.added:
                     ids.append(self.added[piece])
                 else:
-                    for word in pretokenize(piece):
-                        ids.extend(self.merged_ids(word))
+                    ids += [token_id for word in pretokenize(piece) for token_id in self.word_ids(word)]
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of some token ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id of no token."""
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id of no token."""
         pieces = []
         for token_id in ids:
             if token_id not in self.tokens:

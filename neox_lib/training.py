@@ -53,7 +53,7 @@ class TrainingPlan:
 
 @torch.no_grad()
 def initialize(model: NeoXModel, seed: int) -> None:
-    """20B's own start (`configs/20B.yml`): small_init everywhere, wang_init for the matrices that write to the residual.
+    """20B's own start (`configs/20B.yml`): small_init everywhere, wang_init for matrices that write to the residual.
 
     Standard deviations sqrt(2 / 5C) (Nguyen & Salazar 2019) and 2 / (L sqrt(C)); biases 0, norms 1.
     """
@@ -69,7 +69,7 @@ def initialize(model: NeoXModel, seed: int) -> None:
 
 
 def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:
-    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`. The same step draws the same windows."""
+    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`, the same ones for the same step."""
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     length = plan.window_length(step)
     count = plan.batch_tokens // length
