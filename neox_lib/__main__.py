@@ -1,0 +1,210 @@
+"""The command line: python -m neox_lib generate | info | train | convert | bench."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder (default: the model that ships with us)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+
+
+def add_generate(commands) -> None:
+    parser = commands.add_parser("generate", help="continue a text", description="Continue a text, token by token.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
+    add_model_arguments(parser)
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer JSON (default: the one in the model's folder)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach P")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
+    parser.add_argument("--no-cache", action="store_true", help="compute every token anew, to see what the cache saves")
+    parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
+    parser.set_defaults(run=generate)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far."""
+    from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
+    from neox_lib.sampling import Sampling
+    from neox_lib.scale.loading import create_model
+    from neox_lib.tokenizer import create_tokenizer
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt or ""
+    tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
+    input_ids = prompt_ids(tokenizer, text)
+    model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+    stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
+    steps = stream_generate(
+        model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop
+    )
+    seconds: list[float] = []
+    print(text, end="", flush=True)
+    try:
+        for step in steps:
+            seconds.append(step.seconds)
+            print(step.text, end="", flush=True)
+    finally:  # also after Ctrl-C: what was written stays, and so does its speed
+        print(flush=True)
+        print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
+
+
+def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
+    """One line: model, prefill milliseconds, tokens a second of the steps after the first."""
+    weight = model.word_embeddings.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
+    if seconds:
+        line += f"; prefill of {prompt_tokens} tokens {seconds[0] * 1e3:.0f} ms"
+    if len(seconds) > 1:
+        line += f"; {len(seconds)} new tokens, {(len(seconds) - 1) / sum(seconds[1:]):.0f} tokens/s"
+    return line + "]"
+
+
+def add_info(commands) -> None:
+    description = "Config, parameters, bytes by precision and the files of a checkpoint, without loading its weights."
+    parser = commands.add_parser("info", help="what a checkpoint is and what it costs", description=description)
+    parser.add_argument("model", nargs="?", help="checkpoint folder (default: the model that ships with us)")
+    parser.set_defaults(run=info)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from neox_lib.checkpoint import describe_slim, read_config, stored_dtype
+    from neox_lib.scale.loading import DTYPES, SHIPPED_MODEL
+
+    folder = Path(arguments.model) if arguments.model else SHIPPED_MODEL
+    config = read_config(folder)
+    for field in dataclasses.fields(config):
+        print(f"{field.name:26} {getattr(config, field.name)}")
+    print(f"{'parameters':26} {config.parameter_count():,}")
+    print(f"{'stored as':26} {str(stored_dtype(folder)).removeprefix('torch.')}")
+    for name, dtype in DTYPES.items():
+        weights, cache = config.weight_bytes(dtype), config.kv_cache_bytes(1, dtype)
+        print(f"{'in ' + name:26} {format_bytes(weights)} of weights, {format_bytes(cache)} of KV cache a token")
+    print()
+    for row in describe_slim(folder):
+        print(f"{row.file:42} {row.part:24} {format_bytes(row.nbytes):>10}")
+
+
+def format_bytes(count: int) -> str:
+    """A byte count with a binary unit: 7045632 -> '6.7 MiB'."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{value:,.1f} {units[0]}"
+
+
+def add_train(commands) -> None:
+    description = (
+        "Train a model of the shipped one's shape on story files (<|endoftext|> alone on a line between stories) and "
+        "write it as a slim checkpoint. Called again with the same words it goes on where it was stopped."
+    )
+    parser = commands.add_parser("train", help="train a small model on stories", description=description)
+    parser.add_argument("folder", help="where the state and the finished model go")
+    parser.add_argument("--stories", nargs="+", required=True, type=Path, metavar="FILE", help="the main text")
+    parser.add_argument("--mix", nargs="*", default=[], type=Path, metavar="FILE", help="text for variety")
+    parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
+    parser.add_argument("--tokens", type=int, help="how many tokens to train on")
+    parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
+    parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
+    parser.add_argument("--ranks", type=int, default=2, help="tensor-parallel ranks of the files (default: 2)")
+    parser.set_defaults(run=train)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from neox_lib import training
+    from neox_lib.checkpoint import write_slim
+    from neox_lib.config import tiny
+    from neox_lib.lesson import plots
+    from neox_lib.scale.loading import create_model
+    from neox_lib.scoring import bits_per_byte, stories_of
+    from neox_lib.tokenizer import BPETokenizer, create_tokenizer
+
+    folder = Path(arguments.folder)
+    settings = {
+        "total_tokens": arguments.tokens,
+        "mix_share": arguments.mix_share,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
+    plan = training.TrainingPlan(**{name: value for name, value in settings.items() if value is not None})
+    if not (folder / "tokenizer.json").exists():
+        print("training the tokenizer")
+        stories = [story for path in arguments.stories for story in stories_of(path.read_text("utf-8"))]
+        BPETokenizer.train(stories, tiny().vocab_size).save(folder / "tokenizer.json")
+    tokenizer = create_tokenizer(folder)
+    streams = [training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix)]
+    validation = training.read_streams(tokenizer, [arguments.validation])
+    print(f"{len(streams[0]):,} tokens of stories, {len(streams[1]):,} to mix in, {len(validation):,} held out")
+    model, history = training.train(tiny(), plan, streams[0], streams[1], validation[: 32 * 1024 + 1], folder)
+    plots.loss_curves(history).savefig(folder / "curves.png")
+    write_slim(model.to(torch.float16), folder / "model", arguments.ranks, spread_seed=plan.seed)
+    held_out = stories_of(arguments.validation.read_text("utf-8"))
+    loaded = create_model(folder / "model")
+    print(f"{bits_per_byte(loaded, tokenizer, held_out):.4f} bits per byte on {arguments.validation.name}, read from")
+    print(f"{folder / 'model'}")
+
+
+def add_convert(commands) -> None:
+    description = "Rewrite a slim checkpoint with another number of tensor-parallel ranks; the model stays the same."
+    parser = commands.add_parser("convert", help="rewrite a checkpoint", description=description)
+    parser.add_argument("source", type=Path, help="checkpoint folder to read")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--ranks", type=int, required=True, help="must divide heads, MLP width and padded vocabulary")
+    parser.set_defaults(run=convert)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from neox_lib.checkpoint import convert_slim
+
+    convert_slim(arguments.source, arguments.target, arguments.ranks)
+    print(f"wrote {arguments.target} with {arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}")
+
+
+def add_bench(commands) -> None:
+    description = "Speed against Hugging Face transformers on the same random weights, alternating, medians."
+    parser = commands.add_parser("bench", help="measure speed", description=description)
+    if "bench" in sys.argv[1:2]:  # its options live beside it, and importing them for every other command takes long
+        from neox_lib.scale import bench
+
+        bench.add_arguments(parser)
+        parser.set_defaults(run=bench.run)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m neox_lib", description="Run and rebuild GPT-NeoX models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_generate, add_info, add_train, add_convert, add_bench):
+        add(commands)
+    return parser
+
+
+def main() -> int:
+    """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
+    arguments = build_parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"neox_lib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Any checkpoint to a model that is ready to run: what is in the folder, on which device, in which precision."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from neox_lib.checkpoint import is_slim, load_slim, read_config, stored_dtype
+from neox_lib.config import NeoXConfig
+from neox_lib.files import CheckpointError
+from neox_lib.model import NeoXModel
+from neox_lib.scale.linear import use_fast_linear
+
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
+SMALL_MODEL_PARAMETERS = 100_000_000
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model is held: the dtype of its matrices, that of everything else, and why, in words.
+
+    Biases and norms are a thousandth of the weights. On a CPU they, the activations and the KV cache stay in fp32
+    whatever the matrices are, because half-precision attention is slow there (16 times, behind 1,024 tokens).
+    """
+
+    matrices: torch.dtype
+    others: torch.dtype
+    reason: str
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a parameter, by its name: only matrices, the embeddings among them, may be in half precision."""
+        return self.others if name.endswith((".bias", "norm.weight")) else self.matrices
+
+    def weight_bytes(self, config: NeoXConfig) -> int:
+        """Bytes of the matrices; biases and norms are left out."""
+        return config.weight_bytes(self.matrices)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"no device is called {device!r}; use auto, cpu, cuda or cuda:0") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'")
+    return chosen
+
+
+def choose_precision(
+    config: NeoXConfig, stored: torch.dtype, device: torch.device, dtype: str | torch.dtype
+) -> Precision:
+    """The rule for dtype="auto", in one place: the file's own on a GPU; on a CPU fp32 for small models, else as stored.
+
+    A CPU spends a decode step on reading weights, so half the bytes make up to twice the speed; below 100 million
+    parameters that matters less than fp32's exactness. Raises ValueError for a dtype that is none of ours.
+    """
+    if dtype == "auto":
+        if device.type != "cpu":
+            return Precision(stored, stored, "the file's own precision")
+        if config.parameter_count() <= SMALL_MODEL_PARAMETERS or stored == torch.float32:
+            return Precision(torch.float32, torch.float32, "fp32 arithmetic, as the model is small or stored so")
+        return Precision(stored, torch.float32, f"matrices in {stored} for speed and memory, the rest in float32")
+    matrices = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
+    if matrices not in DTYPES.values():
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or one of these torch dtypes, got {dtype!r}")
+    return Precision(matrices, torch.float32 if device.type == "cpu" else matrices, "as asked for")
+
+
+def check_memory(config: NeoXConfig, precision: Precision, device: torch.device) -> None:
+    """Raise CheckpointError, before anything is read, when the weights cannot fit: with the numbers and what would."""
+    needed = precision.weight_bytes(config)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed <= available:
+        return
+    smaller = [
+        f"{name} ({config.weight_bytes(option) / 2**30:.1f} GiB)"
+        for name, option in DTYPES.items()
+        if config.weight_bytes(option) < min(needed, available)
+    ]
+    advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype of ours fits; use a smaller model"
+    raise CheckpointError(
+        f"the weights need {needed / 2**30:.1f} GiB in {precision.matrices} and {device} has "
+        f"{available / 2**30:.1f} GiB free: {advice}"
+    )
+
+
+def create_model(
+    path: str | Path | None = None,
+    use_cache: bool = True,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> NeoXModel:
+    """Load a model for inference from a slim checkpoint folder; without a path, the one that ships with this package.
+
+    `use_cache` is what generation with this model does unless told otherwise. `device` "auto" is CUDA, else the CPU.
+    `dtype` "auto": see `choose_precision`; when a CPU keeps large matrices in half precision, a line on stderr says so.
+    Raises CheckpointError for a folder that holds no whole checkpoint or does not fit into memory, ValueError for a
+    device or dtype that is not there.
+    """
+    folder = SHIPPED_MODEL if path is None else Path(path)
+    if not is_slim(folder):
+        raise CheckpointError(describe_what_is_there(folder))
+    chosen_device = choose_device(device)
+    config = read_config(folder)
+    precision = choose_precision(config, stored_dtype(folder), chosen_device, dtype)
+    check_memory(config, precision, chosen_device)
+    if precision.matrices != precision.others:
+        print(f"neox_lib: {precision.reason}", file=sys.stderr)
+    model = load_slim(folder, chosen_device, precision.dtype_of)
+    model.use_cache = use_cache
+    if chosen_device.type == "cpu":
+        use_fast_linear(model)
+    return model.eval()
+
+
+def describe_what_is_there(folder: Path) -> str:
+    """One line for a path that holds no slim checkpoint: what was expected, and what is there instead."""
+    expected = "expected a folder with slim checkpoint files such as layer_00-model_00-model_states.pt"
+    if not folder.exists():
+        return f"{folder}: no such folder; {expected}"
+    if folder.is_file():
+        return f"{folder}: a file; {expected}"
+    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return f"{folder}: a Hugging Face checkpoint, which this version does not read; {expected}"
+    return f"{folder}: no checkpoint in it; {expected}"
