@@ -117,13 +117,16 @@ def stream_generate(
     """Write up to `max_new_tokens` after each prompt of `input_ids` `[B, T]`, one Step at a time.
 
     Ends when every row has given a token of `stop_token_ids` (pass () to go on past them). `use_cache` defaults to the
-    model's own. A `cache` that already holds the first tokens of `input_ids` saves computing them again.
-    `on_progress(done, total)` is called between layers during prefill; when it returns False the stream ends without a
-    step. Raises ValueError, before any work, for bad ids and when prompt and new tokens exceed the context.
+    model's own. A `cache` that already holds the first tokens of `input_ids` saves computing them again, and is used
+    whatever `use_cache` says. `on_progress(done, total)` is called between layers during prefill; when it returns False
+    the stream ends without a step. Raises ValueError, before any work, for bad ids, when prompt and new tokens exceed
+    the context, and for a cache that is too small or of another batch size.
     """
     check_token_ids(input_ids, model.config.vocab_size)
-    limit, prompt = model.config.max_position_embeddings, input_ids.shape[1]
-    if max_new_tokens < 0 or prompt + max_new_tokens > limit:
+    limit, (batch, prompt) = model.config.max_position_embeddings, input_ids.shape
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if prompt + max_new_tokens > limit:
         raise ValueError(
             f"prompt of {prompt} tokens + {max_new_tokens} new ones = {prompt + max_new_tokens}, but this model's "
             f"context holds {limit}; shorten the prompt or ask for fewer"
@@ -133,9 +136,9 @@ def stream_generate(
     weight = model.norm.weight
     input_ids = input_ids.to(weight.device)
     if cache is None and (model.use_cache if use_cache is None else use_cache):
-        cache = KVCache(model.config, len(input_ids), prompt + max_new_tokens, weight.device, weight.dtype)
-    if cache is not None and cache.length >= prompt:
-        cache.truncate(prompt - 1)  # the last token must go through once more: its scores were not kept
+        cache = KVCache(model.config, batch, prompt + max_new_tokens, weight.device, weight.dtype)
+    if cache is not None:
+        cache.check_room(batch, prompt + max(0, max_new_tokens - 1))  # the last new token never goes through the model
     decoders = [StreamDecoder(tokenizer) for _ in input_ids] if tokenizer is not None else None
     return _steps(model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress)
 
@@ -145,7 +148,10 @@ def _steps(
     model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress
 ) -> Iterator[Step]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    unseen = input_ids if cache is None else input_ids[:, cache.length :]
+    unseen = input_ids
+    if cache is not None:  # the last token goes through once more if need be: its scores were not kept
+        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
+        unseen = input_ids[:, cache.length :]
     ended: list[int | None] = [None] * len(input_ids)  # the stop token of each row that has given one
     for number in range(max_new_tokens):
         started = time.perf_counter()
@@ -180,8 +186,10 @@ def prompt_ids(tokenizer, text: str) -> Tensor:
 def greedy_generate(model: NeoXModel, input_ids: Tensor, max_seq_len: int) -> list[list[int]]:
     """Continue each prompt with its likeliest tokens until it is `max_seq_len` long, prompt included, or ends.
 
-    ids `[B, T]` -> B lists of ids that start with the prompt. A row that ends early closes with endoftext.
+    ids `[B, T]` -> B lists of ids that start with the prompt. A row that ends early closes with endoftext. Raises
+    ValueError as `stream_generate` does.
     """
+    check_token_ids(input_ids, model.config.vocab_size)
     rows = input_ids.tolist()
     ended = [False] * len(rows)
     for step in stream_generate(model, input_ids, max(0, max_seq_len - input_ids.shape[1])):
