@@ -1,6 +1,7 @@
 """The command line: python -m neox_lib generate | info | train | convert | bench."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def add_train(commands) -> None:
     parser.add_argument("--stories", nargs="+", required=True, type=Path, metavar="FILE", help="the main text")
     parser.add_argument("--mix", nargs="*", default=[], type=Path, metavar="FILE", help="text for variety")
     parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on")
+    parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
     parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
@@ -121,6 +122,9 @@ def add_train(commands) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    import dataclasses
+    import shutil
+
     import torch
 
     from neox_lib import training
@@ -131,29 +135,33 @@ def train(arguments: argparse.Namespace) -> None:
     from neox_lib.scoring import bits_per_byte, stories_of
     from neox_lib.tokenizer import BPETokenizer, create_tokenizer
 
-    folder = Path(arguments.folder)
-    settings = {
-        "total_tokens": arguments.tokens,
-        "mix_share": arguments.mix_share,
-        "learning_rate": arguments.learning_rate,
-        "seed": arguments.seed,
-    }
-    plan = training.TrainingPlan(**{name: value for name, value in settings.items() if value is not None})
+    folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
+    plan = training.TrainingPlan(
+        **{
+            name: value
+            for name, value in vars(arguments).items()
+            if name in {field.name for field in dataclasses.fields(training.TrainingPlan)} and value is not None
+        }
+    )
     if not (folder / "tokenizer.json").exists():
         print("training the tokenizer")
         stories = [story for path in arguments.stories for story in stories_of(path.read_text("utf-8"))]
         BPETokenizer.train(stories, tiny().vocab_size).save(folder / "tokenizer.json")
     tokenizer = create_tokenizer(folder)
-    streams = [training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix)]
-    validation = training.read_streams(tokenizer, [arguments.validation])
-    print(f"{len(streams[0]):,} tokens of stories, {len(streams[1]):,} to mix in, {len(validation):,} held out")
-    model, history = training.train(tiny(), plan, streams[0], streams[1], validation[: 32 * 1024 + 1], folder)
+    stories, mix, validation = (
+        training.read_streams(tokenizer, paths)
+        for paths in (arguments.stories, arguments.mix, [arguments.validation])
+    )
+    print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
+    config = dataclasses.replace(tiny(), tokenizer_vocab_size=tokenizer.get_vocab_size())
+    model, history = training.train(config, plan, stories, mix, validation[: 32 * 1024 + 1], folder)
     plots.loss_curves(history).savefig(folder / "curves.png")
-    write_slim(model.to(torch.float16), folder / "model", arguments.ranks, spread_seed=plan.seed)
+    shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
+    write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
+    shutil.copy(folder / "tokenizer.json", finished)
     held_out = stories_of(arguments.validation.read_text("utf-8"))
-    loaded = create_model(folder / "model")
-    print(f"{bits_per_byte(loaded, tokenizer, held_out):.4f} bits per byte on {arguments.validation.name}, read from")
-    print(f"{folder / 'model'}")
+    bits = bits_per_byte(create_model(finished), tokenizer, held_out)
+    print(f"{bits:.4f} bits per byte on {arguments.validation.name}, by the finished model in {finished}")
 
 
 def add_convert(commands) -> None:
@@ -166,9 +174,14 @@ def add_convert(commands) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    import shutil
+
     from neox_lib.checkpoint import convert_slim
+    from neox_lib.tokenizer import find_tokenizer
 
     convert_slim(arguments.source, arguments.target, arguments.ranks)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(find_tokenizer(arguments.source), arguments.target)
     print(f"wrote {arguments.target} with {arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}")
 
 
@@ -190,9 +203,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_args(words)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

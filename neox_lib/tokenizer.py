@@ -245,11 +245,10 @@ class BPETokenizer:
         return self.added.get(token, self.vocab.get(token))
 
 
-def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) of a JSON file or of the folder that holds one.
+def find_tokenizer(path: str | Path | None) -> Path:
+    """The tokenizer file meant by a path: the file itself, or the one in that folder; without a path, the shipped one.
 
-    Without a path: the shipped model's. Its `encode(text).ids` equals `BPETokenizer.encode`. Raises
-    FileNotFoundError when there is no such file and ValueError when it is no tokenizer.
+    Raises FileNotFoundError when there is none.
     """
     path = SHIPPED_TOKENIZER if path is None else Path(path)
     if path.is_dir():
@@ -257,6 +256,15 @@ def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
         path = path / (names[0] if names else "tokenizer.json")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
+    return path
+
+
+def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The fast tokenizer (Hugging Face `tokenizers`) that `find_tokenizer` finds; its ids are `BPETokenizer.encode`'s.
+
+    Raises FileNotFoundError when there is no such file and ValueError when it is no tokenizer.
+    """
+    path = find_tokenizer(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions

@@ -69,10 +69,15 @@ def initialize(model: NeoXModel, seed: int) -> None:
 
 
 def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:
-    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`, the same ones for the same step."""
+    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`, the same ones for the same step.
+
+    Raises ValueError when the stories are shorter than a window.
+    """
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     length = plan.window_length(step)
     count = plan.batch_tokens // length
+    if len(stories) <= length:
+        raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
     from_mix = round(count * plan.mix_share) if len(mix) > length else 0
     rows = []
     for stream, number in ((stories, count - from_mix), (mix, from_mix)):
