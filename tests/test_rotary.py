@@ -1,0 +1,103 @@
+"""Rotary positions: properties that any correct version has, and numbers worked out in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox_lib.rotary import apply_rotary, rotary_angles, rotary_table, rotate_half
+
+CPU = torch.device("cpu")
+HEAD, ROTARY = 96, 24  # 20B's
+
+
+def exact_angles(length: int, rotary_ndims: int, base: float = 10000) -> torch.Tensor:
+    """The angles in float64, straight from the paper's formula."""
+    turns = torch.tensor([base ** (-2 * pair / rotary_ndims) for pair in range(rotary_ndims // 2)], dtype=torch.float64)
+    return torch.outer(torch.arange(length, dtype=torch.float64), turns.repeat(2))
+
+
+@pytest.mark.parametrize("rotary_ndims", [2, 16, 24, 96])
+def test_angles_follow_the_formula_over_the_whole_context(rotary_ndims):
+    """Off by 0.001 rad near 2048 and far tokens sit at the wrong distance."""
+    angles = rotary_angles(torch.arange(2048), rotary_ndims)
+    assert angles.dtype == torch.float32
+    assert (angles.double() - exact_angles(2048, rotary_ndims)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_table_is_the_exact_one_rounded_once(dtype):
+    """The angle must be formed in fp32: cos and sin then lose one rounding, not a third of a radian."""
+    cos, sin = rotary_table(2048, ROTARY, 10000, CPU, dtype)
+    angles = exact_angles(2048, ROTARY)
+    step = torch.finfo(dtype).eps
+    assert cos.dtype == sin.dtype == dtype
+    assert (cos.double() - angles.cos()).abs().max() < step
+    assert (sin.double() - angles.sin()).abs().max() < step
+
+
+def test_positions_may_come_in_half_precision():
+    """Whole numbers up to 2048 are exact in fp16; the angles must still be fp32."""
+    half = rotary_angles(torch.arange(2048).half(), ROTARY)
+    assert torch.equal(half, rotary_angles(torch.arange(2048), ROTARY))
+
+
+def test_a_pair_is_half_the_rotary_dimensions_apart():
+    """One input dimension lights up exactly itself and its partner, i + rotary_ndims / 2."""
+    cos, sin = rotary_table(6, ROTARY, 10000, CPU, torch.float32)
+    for dimension in range(ROTARY):
+        x = torch.zeros(1, 1, 6, HEAD)
+        x[..., dimension] = 1
+        touched = apply_rotary(x, cos, sin)[0, 0, 5].nonzero().flatten().tolist()
+        assert touched == sorted([dimension, (dimension + ROTARY // 2) % ROTARY])
+
+
+def test_turning_by_a_right_angle_twice_is_turning_round():
+    """rotate_half is a quarter turn: twice gives the opposite vector."""
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotate_half(rotate_half(x)), -x)
+
+
+def test_the_first_position_is_unchanged_and_the_last_dimensions_pass_through():
+    """Position 0 has angle 0; with rotary_pct 0.25 three quarters of a head carry no position."""
+    x = torch.randn(2, 3, 50, HEAD, generator=torch.Generator().manual_seed(0))
+    turned = apply_rotary(x, *rotary_table(50, ROTARY, 10000, CPU, torch.float32))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+    assert torch.equal(turned[..., ROTARY:], x[..., ROTARY:])
+    assert not torch.isclose(turned[:, :, 1:, :ROTARY], x[:, :, 1:, :ROTARY]).all(dim=-1).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    query_position=st.integers(0, 1000),
+    key_position=st.integers(0, 1000),
+    shift=st.integers(0, 1000),
+    rotary_ndims=st.sampled_from([2, 8, 24, 64]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_product_depends_on_the_distance_alone(query_position, key_position, shift, rotary_ndims, seed):
+    """The whole point of rotary: move both tokens, and the query-key product stays."""
+    query, key = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    angles = exact_angles(2001, rotary_ndims)
+    library = rotary_angles(torch.arange(2001), rotary_ndims)
+
+    def product(angles: torch.Tensor, query_at: int, key_at: int) -> float:
+        cos, sin = angles.cos().double(), angles.sin().double()
+        turned_query = apply_rotary(query, cos[[query_at]], sin[[query_at]])
+        turned_key = apply_rotary(key, cos[[key_at]], sin[[key_at]])
+        return (turned_query * turned_key).sum().item()
+
+    here = product(angles, query_position, key_position)
+    moved = product(angles, query_position + shift, key_position + shift)
+    assert moved == pytest.approx(here, abs=1e-9 * 64)
+    assert product(library, query_position + shift, key_position + shift) == pytest.approx(here, abs=0.03)
+
+
+@settings(max_examples=30, deadline=None)
+@given(position=st.integers(0, 2047), seed=st.integers(0, 2**16))
+def test_turning_keeps_lengths(position, seed):
+    """A rotation changes no norm, so attention scores stay in their range at every position."""
+    x = torch.randn(1, 1, 1, HEAD, generator=torch.Generator().manual_seed(seed))
+    cos, sin = rotary_table(2048, ROTARY, 10000, CPU, torch.float32)
+    turned = apply_rotary(x, cos[[position]], sin[[position]])
+    assert turned.norm().item() == pytest.approx(x.norm().item(), rel=1e-5)
