@@ -1,0 +1,1 @@
+"""Taking the pieces to real weights: loading, fast layers, measuring."""
