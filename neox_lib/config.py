@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class NeoXConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} must be a positive whole number, got {value!r}")
-            if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} must be true or false, got {value!r}")
@@ -93,7 +94,9 @@ class NeoXConfig:
         """Read what `to_json` wrote. Raises ValueError naming the file for anything that is not a whole config."""
         try:
             fields = json.loads(Path(path).read_text("utf-8"))
-            fields.pop("model_type", None)
+            model_type = fields.pop("model_type", "gpt_neox")
+            if model_type != "gpt_neox":
+                raise ValueError(f'model_type is {model_type!r}, expected "gpt_neox"')
             missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
             if missing:
                 raise ValueError(f"missing {', '.join(sorted(missing))}")
