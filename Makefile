@@ -1,0 +1,54 @@
+# make story PROMPT="Once upon a time, a fox"    make test    make lab    (and: make help)
+#
+# Each sets up .venv from requirements.lock the first time, and again when the lock changes; .ci/set_up.py does it.
+
+BIN := .venv/bin
+READY := .venv/share/neox/ready
+TOKENIZER := .venv/share/neox/20B_tokenizer.json
+
+# The prompt goes to the command through the environment, as it was typed: make and the shell must not read it, or
+# quotes and dollar signs in a story would be commands.
+PROMPT ?= Once upon a time
+unexport PROMPT
+export NEOX_PROMPT := $(value PROMPT)
+export NEOX_20B_TOKENIZER := $(CURDIR)/$(TOKENIZER)
+
+.PHONY: help story test lab lab-refresh clean
+
+help:
+	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
+	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
+	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
+	@echo 'make test                 lint, type check and every test (TEST_ARGS=... goes to pytest)'
+	@echo 'make clean                remove .venv; the next command sets it up anew'
+
+story: $(READY)
+	@$(BIN)/python -m neox_lib generate $(STORY_ARGS) -- "$$NEOX_PROMPT"
+
+test: $(READY) $(TOKENIZER)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lab: $(READY)
+	@$(BIN)/python -m neox_lib.lesson.learner_copy
+	$(BIN)/python -m jupyterlab $(LAB_ARGS) notebooks/mine
+
+lab-refresh: $(READY)
+	@$(BIN)/python -m neox_lib.lesson.learner_copy --refresh
+
+clean:
+	rm -rf .venv
+
+# The first Python that is new enough; PYTHON=... comes before the others.
+$(READY): requirements.lock pyproject.toml .ci/set_up.py
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then \
+			exec $$python .ci/set_up.py; \
+		fi; \
+	done; \
+	echo 'No Python 3.11 to 3.14 found. Install one, or name it: make PYTHON=/path/to/python3.12 ...' >&2; exit 1
+
+$(TOKENIZER): | $(READY)
+	@$(BIN)/python .ci/set_up.py tokenizer

@@ -1,0 +1,1 @@
+"""What the lessons use: figures, checks, and the learner's own copy of the notebooks."""
