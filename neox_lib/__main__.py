@@ -149,8 +149,7 @@ def train(arguments: argparse.Namespace) -> None:
         BPETokenizer.train(stories, tiny().vocab_size).save(folder / "tokenizer.json")
     tokenizer = create_tokenizer(folder)
     stories, mix, validation = (
-        training.read_streams(tokenizer, paths)
-        for paths in (arguments.stories, arguments.mix, [arguments.validation])
+        training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])
     )
     print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
     config = dataclasses.replace(tiny(), tokenizer_vocab_size=tokenizer.get_vocab_size())

@@ -129,3 +129,9 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(config.tokenizer_vocab_size, (batch, tokens), generator=generator)
 
     return draw
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` need CUDA; without it they are skipped, never failed."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

@@ -1,0 +1,158 @@
+"""The command line: what a newcomer types, and what they read when something is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import neox_lib
+from neox_lib.__main__ import format_bytes, main
+from neox_lib.checkpoint import load_slim, write_slim
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
+from neox_lib.tokenizer import BPETokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small random model with its tokenizer, as a slim folder of two ranks."""
+    config = NeoXConfig(
+        vocab_size=384,
+        tokenizer_vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    write_slim(NeoXModel(config).to(torch.float16), folder, ranks=2, spread_seed=0)
+    BPETokenizer.train(["the fox and the hen and the fox"], 300).save(folder / "tokenizer.json")
+    return folder
+
+
+def test_generate_writes_prompt_and_continuation_to_stdout_and_speed_to_stderr(checkpoint, capsys):
+    assert main(["generate", "the fox", "--model", str(checkpoint), "--tokens", "8", "--no-stop"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("the fox") and len(out) > len("the fox\n")
+    assert "tokens/s" in err and "prefill of" in err and "8 new tokens" in err
+
+
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(checkpoint, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        main(["generate", "the", "--model", str(checkpoint), "--temperature", "1", "--seed", seed, "--no-stop"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_no_cache_writes_the_same_text(checkpoint, capsys):
+    texts = []
+    for extra in ([], ["--no-cache"]):
+        main(["generate", "the hen", "--model", str(checkpoint), "--tokens", "20", *extra])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "x", "--model", "no/such/folder"], "no/such/folder"),
+        (["generate", "x", "--tokens", "5000"], "256"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--dtype", "float8"], "float8"),
+        (["generate", "x", "--device", "abacus"], "abacus"),
+        (["generate", "\udcff"], "lone surrogate"),
+        (["info", "no/such/folder"], "no/such/folder"),
+        (["convert", "{model}", "{model}", "--ranks", "1"], "is the folder to read from"),
+        (["convert", "{model}", "elsewhere", "--ranks", "3"], "3 ranks"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(model=checkpoint) for word in words]
+    if words[0] == "generate" and "--model" not in words:
+        words += ["--model", str(checkpoint)]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("neox_lib: ") and err.count("\n") == 1 and said in err, err
+    assert "Traceback" not in out + err
+
+
+def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("neox_lib.checkpoint.load_slim", None)
+    assert main(["info", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    config = NeoXConfig.from_json(checkpoint / "config.json")
+    assert f"{config.parameter_count():,}" in out
+    assert format_bytes(config.weight_bytes(torch.float16)) in out
+    assert format_bytes(config.kv_cache_bytes(1, torch.float16)) in out
+    assert "layer_00-model_01-model_states.pt" in out and "block 1" in out
+
+
+def test_convert_to_another_number_of_ranks_keeps_the_model(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "four"), "--ranks", "4"]) == 0
+    before, after = (load_slim(folder).state_dict() for folder in (checkpoint, tmp_path / "four"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert main(["generate", "the", "--model", str(tmp_path / "four"), "--tokens", "3"]) == 0, "tokenizer came along"
+
+
+def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
+    """A reader can train a model of their own with one command, and going on after the end changes nothing."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text((Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")[:20_000])
+    words = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
+    words += ["--tokens", "16384"]
+    assert main(words) == 0
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    first = load_slim(tmp_path / "run" / "model").state_dict()
+    assert main(words) == 0
+    second = load_slim(tmp_path / "run" / "model").state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
+
+
+def test_ctrl_c_keeps_the_text_so_far(checkpoint):
+    """Stopping a slow answer must not lose what was already written, nor end in a traceback."""
+    words = [sys.executable, "-m", "neox_lib", "generate", "the fox", "--model", str(checkpoint), "--tokens", "240"]
+    words += ["--no-stop", "--no-cache"]
+    slow = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=slow)
+    assert process.stdout is not None
+    written = process.stdout.read(8)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert (written + rest).startswith(b"the fox")
+    assert b"Traceback" not in err
+    assert process.returncode in (130, 0)  # 0: it was faster than the signal
+
+
+def test_help_needs_no_piece_of_the_library():
+    """`--help` still works while a learner's own piece is broken."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from neox_lib.__main__ import build_parser\n"
+        "print(build_parser().format_help())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("generate", "info", "train", "convert", "bench"):
+        assert command in done.stdout
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback(checkpoint):
+    command = f"{sys.executable} -m neox_lib generate 'the fox' --model {checkpoint} --tokens 200 --no-stop | head -c 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "the" and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (41e9, "38.2 GiB")])
+def test_byte_counts_are_written_with_binary_units(count, text):
+    assert format_bytes(int(count)) == text

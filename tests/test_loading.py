@@ -1,0 +1,154 @@
+"""create_model: what it takes, where it puts it, in which precision, and what it says when it can't."""
+
+import types
+
+import pytest
+import torch
+
+import neox_lib
+from neox_lib.checkpoint import write_slim
+from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.files import CheckpointError
+from neox_lib.generation import greedy_generate
+from neox_lib.model import NeoXModel
+from neox_lib.scale import loading
+from neox_lib.scale.loading import Precision, check_memory, choose_device, choose_precision, create_model
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONFIG = NeoXConfig(
+    vocab_size=256,
+    tokenizer_vocab_size=250,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=256,
+    max_position_embeddings=128,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random fp16 model in the slim layout."""
+    torch.manual_seed(0)
+    model = NeoXModel(CONFIG)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.1)
+    path = tmp_path_factory.mktemp("loading") / "model"
+    write_slim(model.to(torch.float16), path, ranks=2, spread_seed=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "device", "dtype", "matrices", "others"),
+    [
+        (tiny(), torch.float16, CPU, "auto", torch.float32, torch.float32),
+        (pythia("70m"), torch.float16, CPU, "auto", torch.float32, torch.float32),
+        (pythia("160m"), torch.float16, CPU, "auto", torch.float16, torch.float32),
+        (pythia("410m"), torch.float32, CPU, "auto", torch.float32, torch.float32),
+        (neox_20b(), torch.float16, CPU, "auto", torch.float16, torch.float32),
+        (neox_20b(), torch.float16, GPU, "auto", torch.float16, torch.float16),
+        (pythia("410m"), torch.bfloat16, GPU, "auto", torch.bfloat16, torch.bfloat16),
+        (tiny(), torch.float16, CPU, "float16", torch.float16, torch.float32),
+        (tiny(), torch.float16, GPU, torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_precision_rule(config, stored, device, dtype, matrices, others):
+    """Small models compute exactly, large ones keep half the bytes, and a GPU takes the file as it is."""
+    precision = choose_precision(config, stored, device, dtype)
+    assert (precision.matrices, precision.others) == (matrices, others)
+
+
+@pytest.mark.parametrize("dtype", ["float8", torch.int8, None])
+def test_unknown_dtype_is_named(dtype):
+    with pytest.raises(ValueError, match="dtype must be auto"):
+        choose_precision(tiny(), torch.float16, CPU, dtype)
+
+
+def test_auto_device_is_cuda_else_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(ValueError, match="finds no CUDA GPU"):
+        choose_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == GPU
+    with pytest.raises(ValueError, match="abacus"):
+        choose_device("abacus")
+
+
+def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monkeypatch):
+    """20B in fp32 on a 48 GiB machine: refused before reading, and told that fp16 fits."""
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=48 * 2**30))
+    fp32 = Precision(torch.float32, torch.float32, "")
+    with pytest.raises(CheckpointError, match=r"76\.6 GiB.*48\.0 GiB free.*float16 \(38\.3 GiB\)"):
+        check_memory(neox_20b(), fp32, CPU)
+    check_memory(neox_20b(), Precision(torch.float16, torch.float32, ""), CPU)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=24 * 2**30))
+    with pytest.raises(CheckpointError, match="no dtype of ours fits"):
+        check_memory(neox_20b(), fp32, CPU)
+
+
+def test_memory_is_checked_before_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    monkeypatch.setattr(loading, "load_slim", lambda *_: pytest.fail("read weights that cannot fit"))
+    with pytest.raises(CheckpointError, match="the weights need"):
+        create_model(folder)
+
+
+def test_fp16_matrices_on_a_cpu_keep_everything_else_in_fp32(folder):
+    model = create_model(folder, device="cpu", dtype="float16")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith(("bias", "norm.weight"))} == {torch.float32}
+    assert dtypes["word_embeddings.weight"] == dtypes["layers.1.mlp.dense_4h_to_h.weight"] == torch.float16
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.float32
+
+
+def test_half_precision_matrices_stay_close_to_fp32(folder):
+    """The stored numbers are the same; only the products round: 2e-3 of the largest logit covers fp16's 2^-11 a term."""
+    ids = torch.arange(60)[None]
+    exact = create_model(folder, device="cpu", dtype="float32")(ids)
+    mixed = create_model(folder, device="cpu", dtype="float16")(ids)
+    assert (exact - mixed).abs().max() <= 2e-3 * exact.abs().max()
+
+
+def test_a_line_on_stderr_says_when_a_cpu_keeps_half_precision(folder, monkeypatch, capsys):
+    create_model(folder, device="cpu")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(loading, "SMALL_MODEL_PARAMETERS", 1)
+    create_model(folder, device="cpu")
+    assert "matrices in torch.float16" in capsys.readouterr().err
+
+
+def test_loaded_models_are_for_inference(folder):
+    model = create_model(folder, device="cpu")
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_use_cache_is_what_generation_does(folder, monkeypatch):
+    made = []
+    real = neox_lib.generation.KVCache
+    monkeypatch.setattr(neox_lib.generation, "KVCache", lambda *words: made.append(words) or real(*words))
+    ids = torch.tensor([[5, 6, 7]])
+    uncached = greedy_generate(create_model(folder, use_cache=False, device="cpu"), ids, 12)
+    assert not made
+    assert greedy_generate(create_model(folder, device="cpu"), ids, 12) == uncached
+    assert made
+
+
+@pytest.mark.parametrize("name", ["missing", "file", "empty", "hf"])
+def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
+    said = {"missing": "no such folder", "file": "a file", "empty": "no checkpoint", "hf": "a Hugging Face checkpoint"}
+    with pytest.raises(CheckpointError, match=f"{name}.*{said[name]}.*expected a folder"):
+        create_model(tmp_path / name)
+
+
+@pytest.mark.gpu
+def test_cuda_takes_the_file_as_it_is_and_writes_the_same_text(folder):
+    model = create_model(folder)
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("cuda", torch.float16)}
+    ids = torch.tensor([[5, 6, 7]])
+    on_gpu = create_model(folder, device="cuda", dtype="float32")
+    assert greedy_generate(on_gpu, ids, 40) == greedy_generate(create_model(folder, device="cpu"), ids, 40)
