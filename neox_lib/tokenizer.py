@@ -188,6 +188,8 @@ class BPETokenizer:
             kinds = (model["type"], data["pre_tokenizer"]["type"], data["normalizer"]["type"])
             if kinds != ("BPE", "ByteLevel", "NFC"):
                 raise ValueError(f"expected BPE with ByteLevel pre-tokens and NFC, found {kinds}")
+            if data["pre_tokenizer"]["add_prefix_space"]:
+                raise ValueError("add_prefix_space is true, expected false")
             merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
             added = {token["content"]: token["id"] for token in data["added_tokens"]}
             special = {token["content"] for token in data["added_tokens"] if token["special"]}
@@ -246,14 +248,14 @@ class BPETokenizer:
 
 
 def find_tokenizer(path: str | Path | None) -> Path:
-    """The tokenizer file meant by a path: the file itself, or the one in that folder; without a path, the shipped one.
+    """The tokenizer file meant by a path: the file itself, or a model folder's; without a path, the shipped one.
 
-    Raises FileNotFoundError when there is none.
+    20B's release keeps its `20B_tokenizer.json` one level above the weights. Raises FileNotFoundError for none.
     """
     path = SHIPPED_TOKENIZER if path is None else Path(path)
     if path.is_dir():
-        names = [name for name in ("tokenizer.json", "20B_tokenizer.json") if (path / name).is_file()]
-        path = path / (names[0] if names else "tokenizer.json")
+        places = [path / "tokenizer.json", path / "20B_tokenizer.json", path.absolute().parent / "20B_tokenizer.json"]
+        path = next((place for place in places if place.is_file()), places[0])
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
     return path
