@@ -1,6 +1,7 @@
 """How surprised the model is by a given text: log-probabilities, perplexity, bits per byte."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,8 @@ def perplexity(model: NeoXModel, input_ids: Tensor) -> float:
 
 def stories_of(text: str) -> list[str]:
     """The stories of a corpus file: `<|endoftext|>` alone on a line stands between them."""
-    return [story.strip("\n") for story in text.split(f"\n{ENDOFTEXT}\n") if story.strip()]
+    stories = re.split(f"^{re.escape(ENDOFTEXT)}$", text, flags=re.MULTILINE)
+    return [story.strip("\n") for story in stories if story.strip()]
 
 
 def story_stream(tokenizer, stories: list[str]) -> Tensor:

@@ -1,0 +1,264 @@
+"""The training loop: it learns, it draws what the plan says, and a stop in the middle costs nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from neox_lib import training
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
+from neox_lib.training import TrainingPlan, initialize, make_optimizer, sample_batch, train, training_step
+
+CONFIG = NeoXConfig(
+    vocab_size=32,
+    tokenizer_vocab_size=30,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
+    rotary_pct=0.5,
+)
+PLAN = TrainingPlan(
+    total_tokens=8 * 64, batch_tokens=64, warmup_steps=2, windows=((0.0, 8), (0.5, 16)), learning_rate=1e-2
+)
+STORIES, MIX, VALIDATION = torch.arange(200) % 20, torch.arange(90) % 10 + 20, torch.arange(40) % 20
+
+
+class Interrupted(Exception):
+    """Someone pulls the plug."""
+
+
+def run(folder, plan=PLAN, config=CONFIG):
+    return train(config, plan, STORIES, MIX, VALIDATION, folder)
+
+
+def a_save_after_every_step(monkeypatch) -> None:
+    """Time flies: five minutes pass whenever the loop looks at the clock."""
+    now = [0.0]
+
+    def monotonic() -> float:
+        now[0] += 301
+        return now[0]
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=monotonic))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, stop_at):
+    """Hours of training get interrupted; what comes out must not depend on it, to the last bit."""
+    whole, _ = run(tmp_path / "whole")
+    with monkeypatch.context() as context:
+        a_save_after_every_step(context)
+        calls = []
+
+        def step_until(*arguments) -> float:
+            if len(calls) == stop_at:
+                raise Interrupted
+            calls.append(1)
+            return training_step(*arguments)
+
+        context.setattr(training, "training_step", step_until)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == stop_at
+    resumed, history = run(tmp_path / "parts")
+    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert history[-1]["step"] == PLAN.steps
+    assert history[-1]["tokens"] == PLAN.total_tokens
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    """Calling again gives the finished model, not a second helping."""
+    first, history = run(tmp_path)
+    again, same_history = run(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert same_history == history == json.loads((tmp_path / "history.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"plan": dataclasses.replace(PLAN, learning_rate=2e-2)},
+        {"plan": dataclasses.replace(PLAN, windows=((0.0, 8),))},
+        {"config": dataclasses.replace(CONFIG, hidden_act="gelu")},
+    ],
+    ids=["learning rate", "windows", "config"],
+)
+def test_a_state_of_another_plan_is_refused(tmp_path, other):
+    """Half a run at one rate and half at another is a model that no command reproduces."""
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"state\.pt was made with another config or plan"):
+        run(tmp_path, **other)
+
+
+KILLED_WHILE_SAVING = """
+import os, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training as t
+from neox_lib import training
+
+whole_save = torch.save
+saves = []
+def save(state, path):
+    saves.append(path)
+    whole_save(state, path)
+    if len(saves) == 3:
+        os.truncate(path, 1000)
+        os._exit(9)
+
+class Clock:
+    now = 0.0
+    def monotonic(self):
+        Clock.now += 301
+        return Clock.now
+
+torch.save, training.time = save, Clock()
+t.run(Path({folder!r}))
+"""
+
+
+def test_a_kill_while_saving_leaves_the_last_state_whole(tmp_path):
+    """The machine goes down in the middle of a write: the state before it must load, and lead to the same weights."""
+    code = KILLED_WHILE_SAVING.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "killed"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == 9, killed.stderr
+    assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] == 2
+    resumed, whole = run(tmp_path / "killed")[0], run(tmp_path / "whole")[0]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_learning_rate_starts_small_peaks_after_the_warm_up_and_ends_at_nearly_nothing():
+    """A full first step wrecks a fresh model; a last one with weight leaves it rough."""
+    plan = TrainingPlan(total_tokens=1000 * 8192, warmup_steps=200, learning_rate=3e-3)
+    rates = [plan.learning_rate_at(step) for step in range(plan.steps)]
+    assert plan.steps == 1000
+    assert rates[0] == pytest.approx(3e-3 / 200)
+    assert rates[199] == rates[200] == pytest.approx(3e-3)
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates[600] == pytest.approx(1.5e-3), "half the cosine is half the rate"
+    assert 0 < rates[-1] < 1e-7
+    assert plan.learning_rate_at(plan.steps) == pytest.approx(0, abs=1e-12)
+    assert rates[:200] == sorted(rates[:200])
+    assert rates[200:] == sorted(rates[200:], reverse=True)
+
+
+def test_windows_lengthen_at_their_share_of_the_run():
+    """The long windows at the end are what makes the model hold over 2048 tokens."""
+    plan = TrainingPlan(total_tokens=100 * 8192)
+    lengths = [plan.window_length(step) for step in range(plan.steps)]
+    assert lengths == [256] * 80 + [1024] * 10 + [2048] * 10
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_batch_is_mixed_by_share_and_of_the_planned_length(step):
+    """A quarter of the tales: stories hold 0 to 19, the mix 20 to 29, so that each row shows whence it comes."""
+    batch = sample_batch(STORIES, MIX, PLAN, step)
+    length = {0: 8, 5: 16}[step]
+    count = PLAN.batch_tokens // length
+    assert batch.shape == (count, length + 1)
+    assert (batch >= 20).all(dim=1).sum() == round(0.25 * count)
+    assert (batch < 20).all(dim=1).sum() == count - round(0.25 * count)
+    for row in batch:
+        start = 20 if row[0] >= 20 else 0
+        period = 10 if row[0] >= 20 else 20
+        assert ((row - start) == (row[0] - start + torch.arange(length + 1)) % period).all()
+
+
+def test_the_same_step_draws_the_same_batch_and_another_step_another():
+    """Resuming relies on the first, learning on the second."""
+    first, again, next_step = (sample_batch(STORIES, MIX, PLAN, step) for step in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_step)
+    assert not torch.equal(first, sample_batch(STORIES, MIX, dataclasses.replace(PLAN, seed=1), 1))
+
+
+def test_without_a_mix_all_windows_are_stories():
+    """The mix is optional."""
+    assert (sample_batch(STORIES, STORIES[:0], PLAN, 0) < 20).all()
+
+
+def test_every_window_of_the_stories_can_be_drawn():
+    """The last token is somebody's ending: an off-by-one would never train on it, or run past it."""
+    stream, plan = torch.arange(12), dataclasses.replace(PLAN, batch_tokens=64, mix_share=0.0)
+    starts = {row[0].item() for step in range(4) for row in sample_batch(stream, stream[:0], plan, step)}
+    assert starts == {0, 1, 2, 3}
+
+
+def test_stories_shorter_than_a_window_are_a_clear_error():
+    """Someone tries a text of a few lines first."""
+    with pytest.raises(ValueError, match=r"8 tokens of stories do not fill a window of 8 \+ 1; add more text"):
+        sample_batch(STORIES[:8], MIX, PLAN, 0)
+
+
+def test_the_loss_falls_on_a_toy_text(tmp_path):
+    """Numbers that count up are the easiest text there is: from log(32) = 3.4 nats to under 0.5 in 60 steps."""
+    plan = dataclasses.replace(PLAN, total_tokens=60 * 128, batch_tokens=128, warmup_steps=5)
+    _, history = run(tmp_path, plan)
+    start = NeoXModel(CONFIG)
+    initialize(start, 0)
+    with torch.no_grad():
+        logits = start(VALIDATION[None, :-1])
+    before = torch.nn.functional.cross_entropy(logits[0], VALIDATION[1:]).item()
+    assert before == pytest.approx(3.47, abs=0.3), "a fresh model should find all tokens about equally likely"
+    assert history[-1]["validation_loss"] < 0.5
+
+
+def test_scoring_before_training_does_not_break_it():
+    """Scoring runs in inference mode; the rotary table that it builds must serve backward too."""
+    model = NeoXModel(CONFIG)
+    initialize(model, 0)
+    with torch.inference_mode():
+        model(STORIES[None, :9])
+    loss = training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+    assert loss == pytest.approx(3.47, abs=0.3)
+
+
+def test_a_step_in_parts_is_a_step_in_one():
+    """Batches are cut for the caches' sake: gradients must be those of the whole batch's mean loss."""
+    windows = torch.randint(30, (5, 1025), generator=torch.Generator().manual_seed(0))  # parts of 2, 2 and 1 rows
+    config = dataclasses.replace(CONFIG, max_position_embeddings=1024, num_hidden_layers=1)
+    model = NeoXModel(config)
+    initialize(model, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    found = training_step(model, optimizer, windows, 1.0)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = before[name] - gradients[name] * min(1.0, 1.0 / norm.item())  # clipped to length 1
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_initial_deviations_are_20bs():
+    """sqrt(2 / 5C), and 2 / (L sqrt(C)) for what writes to the residual; biases 0, norms 1."""
+    config = dataclasses.replace(CONFIG, hidden_size=128, num_hidden_layers=4, intermediate_size=512, vocab_size=512)
+    model = NeoXModel(config)
+    initialize(model, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            small = not name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+            expected = (2 / (5 * 128)) ** 0.5 if small else 2 / (4 * 128**0.5)
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.03 * expected + 1e-3, name
+        else:
+            assert (parameter == (1 if name.endswith("norm.weight") else 0)).all(), name
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    """Pulling a norm's weight towards zero silences its layer."""
+    groups = make_optimizer(NeoXModel(CONFIG), PLAN).param_groups
+    decays = {group["weight_decay"]: {parameter.dim() for parameter in group["params"]} for group in groups}
+    assert decays == {0.1: {2}, 0.0: {1}}
+    assert sum(len(group["params"]) for group in groups) == len(list(NeoXModel(CONFIG).parameters()))
