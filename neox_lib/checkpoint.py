@@ -21,6 +21,7 @@ from neox_lib.files import (
 from neox_lib.layout import (
     LAYER_FILE,
     UNFINISHED,
+    empty_model,
     find_shards,
     is_slim,
     layer_file_name,
@@ -126,8 +127,7 @@ def load_slim(
     holds much more than the model itself. Raises CheckpointError for files that can't be used.
     """
     config = read_config(folder)
-    with torch.device("meta"):
-        model = NeoXModel(config)
+    model = empty_model(config)
     for name, tensor in read_tensors(folder, config):
         tensor = tensor.to(device, dtype(name) if callable(dtype) else dtype)
         module, _, leaf = name.rpartition(".")
@@ -194,7 +194,7 @@ def write_slim(model: NeoXModel, folder: str | Path, ranks: int, spread_seed: in
 def convert_slim(source: str | Path, target: str | Path, ranks: int) -> None:
     """Write the checkpoint in `source` to `target` with another number of ranks; the model stays exactly the same.
 
-    Holds one layer at a time. Raises CheckpointError as `read_config` and `write_slim` do, and when both are one folder.
+    Holds one layer at a time. Raises CheckpointError as `read_config` and `write_slim` do, or when both are one folder.
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():

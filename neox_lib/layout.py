@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
@@ -44,10 +45,29 @@ def part_of_file(index: int, num_layers: int) -> str:
     return ends.get(index, f"block {index - 2}")
 
 
+class WithoutInitialValues(TorchFunctionMode):
+    """While this is entered, `torch.nn.init` leaves tensors as they are.
+
+    Loading overwrites the initial values anyway, and to draw them on the meta device torch first imports its compiler,
+    which takes longer than loading the shipped model.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def empty_model(config: NeoXConfig) -> NeoXModel:
+    """A model of names, shapes and structure only: its parameters are on the meta device and take no memory."""
+    with torch.device("meta"), WithoutInitialValues():
+        return NeoXModel(config)
+
+
 def parameter_shapes(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
-    """The model's parameter names and shapes, in file order, without giving it any memory."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in NeoXModel(config).named_parameters()}
+    """The model's parameter names and shapes, in file order."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
 
 
 def is_slim(folder: str | Path) -> bool:
