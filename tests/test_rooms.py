@@ -1,0 +1,77 @@
+"""The house: a module builds only on the rooms above it, so that a reader can go through it from top to bottom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import neox_lib
+
+PACKAGE = Path(neox_lib.__file__).parent
+ROOMS = [
+    "config",
+    "files",
+    "tokenizer",
+    "rotary",
+    "attention",
+    "block",
+    "model",
+    "layout",
+    "sharding",
+    "release",
+    "checkpoint",
+    "cache",
+    "sampling",
+    "generation",
+    "scoring",
+    "scale.linear",
+    "scale.loading",
+    "scale.bench",
+    "lesson.plots",
+    "lesson.learner_copy",
+    "training",
+    "__main__",
+]
+
+
+def modules() -> dict[str, Path]:
+    """Every module but the packages' own files, which hold no pieces."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this package that a file imports anywhere, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "neox_lib":
+            base = node.module.removeprefix("neox_lib").lstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".lstrip(".")
+                names.add(whole if whole in modules() else base)
+        elif isinstance(node, ast.Import):
+            names |= {
+                alias.name.removeprefix("neox_lib.") for alias in node.names if alias.name.startswith("neox_lib.")
+            }
+    return names
+
+
+def test_every_module_has_its_room():
+    assert set(modules()) == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_module_imports_only_from_rooms_above_it(name):
+    above = set(ROOMS[: ROOMS.index(name)])
+    below = imported(modules()[name]) - above
+    assert not below, f"{name} imports {', '.join(sorted(below))}, which stands below it"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_nothing_needs_transformers_to_be_imported(name):
+    """Hugging Face's model code is what we compare with; importing a piece must not need it."""
+    top_level = ast.parse(modules()[name].read_text("utf-8")).body
+    for node in top_level:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+            assert not any(each.split(".")[0] == "transformers" for each in names)
