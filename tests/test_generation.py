@@ -581,6 +581,15 @@ def test_training_goes_on_after_a_text(random_model, token_ids, inside):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_nothing_is_kept_for_gradients(random_model, token_ids):
+    """A text of 2,000 tokens would otherwise hold the activations of all of its passes."""
+    model, tracked = random_model(SMALL), []
+    model.norm.register_forward_hook(lambda module, inputs, output: tracked.append(output.requires_grad))
+    with torch.enable_grad():
+        write(model, token_ids(SMALL, 1, 8), 3)
+    assert tracked == [False, False, False]
+
+
 def test_a_stream_can_be_read_in_and_out_of_inference_mode(random_model, token_ids):
     model, ids = random_model(SMALL), token_ids(SMALL, 1, 8)
     expected, stream, found = write(model, ids, 6), stream_generate(model, ids, 6, stop_token_ids=()), []
