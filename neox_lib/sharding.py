@@ -114,30 +114,6 @@ def split_average(mean: Tensor, ranks: int, generator: torch.Generator | None) -
     return [*parts, ranks * mean.double() - sum(parts)]
 
 
-def split_tensor(key: str, tensor: Tensor, ranks: int, spread_seed: int | None = None) -> list[Tensor]:
-    """The inverse of `merge_shards`, exact to the bit for finite numbers: one part for each rank, on the CPU.
-
-    With `spread_seed` the ranks' row-parallel biases and norms differ at random, as a trained model's do. Where a
-    number can't be spread exactly, the last rank takes all of a bias, and every rank takes the norm as it is. Raises
-    CheckpointError when the ranks don't divide the tensor.
-    """
-    rule, tensor = merge_rule(key), tensor.detach().cpu()
-    if rule in ("rows", "columns"):
-        dim = 0 if rule == "rows" else 1
-        if tensor.shape[dim] % ranks:
-            raise CheckpointError(f"{key}: {tensor.shape[dim]} {rule} do not divide into {ranks} ranks")
-        return list(tensor.chunk(ranks, dim=dim))
-    generator = None
-    if spread_seed is not None:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{spread_seed} {key}".encode()))
-    split = split_sum if rule == "sum" else split_average
-    parts = [part.to(tensor.dtype) for part in split(tensor, ranks, generator)]
-    nothing = torch.full_like(tensor, -0.0)  # x + -0.0 is x for every x, -0.0 too; -0.0 + 0.0 is not
-    plain = [nothing] * (ranks - 1) + [tensor] if rule == "sum" else [tensor] * ranks
-    exact = (merge_shards(key, parts) == tensor) & (tensor != 0)
-    return [torch.where(exact, part, instead) for part, instead in zip(parts, plain, strict=True)]
-
-
 def shard_shape(key: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     """The shape of one rank's part. Raises CheckpointError when the ranks don't divide it."""
     rule = merge_rule(key)
@@ -147,3 +123,26 @@ def shard_shape(key: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]
     if shape[dim] % ranks:
         raise CheckpointError(f"{key}: {shape[dim]} {rule} do not divide into {ranks} ranks")
     return (*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :])
+
+
+def split_tensor(key: str, tensor: Tensor, ranks: int, spread_seed: int | None = None) -> list[Tensor]:
+    """The inverse of `merge_shards`, exact to the bit for finite numbers: one part for each rank, on the CPU.
+
+    With `spread_seed` the ranks' row-parallel biases and norms differ at random, as a trained model's do. Where a
+    number can't be spread exactly, the last rank takes all of a bias, and every rank takes the norm as it is. Raises
+    CheckpointError when the ranks don't divide the tensor.
+    """
+    rule, tensor = merge_rule(key), tensor.detach().cpu()
+    part_shape = shard_shape(key, tuple(tensor.shape), ranks)
+    if rule in ("rows", "columns"):
+        dim = 0 if rule == "rows" else 1
+        return list(tensor.split(part_shape[dim], dim=dim))
+    generator = None
+    if spread_seed is not None:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{spread_seed} {key}".encode()))
+    wanted = torch.stack((split_sum if rule == "sum" else split_average)(tensor, ranks, generator))
+    parts = wanted.to(tensor.dtype)
+    nothing = torch.full_like(tensor, -0.0)  # x + -0.0 is x for every x, -0.0 too; -0.0 + 0.0 is not
+    plain = [nothing] * (ranks - 1) + [tensor] if rule == "sum" else [tensor] * ranks
+    exact = (parts.double() == wanted).all(dim=0) & (merge_shards(key, list(parts)) == tensor) & (tensor != 0)
+    return list(torch.where(exact, parts, torch.stack(plain)))

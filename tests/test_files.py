@@ -1,0 +1,272 @@
+"""Weights files: opened without trust, written whole or not at all."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from neox_lib import files
+from neox_lib.files import (
+    CheckpointError,
+    check_free_disk,
+    check_tensors,
+    open_tensors,
+    save_tensors,
+    write_atomically,
+    write_text_atomically,
+)
+
+
+def a_file(path: Path, zip_format: bool = True) -> dict[str, torch.Tensor]:
+    tensors = {"a.weight": torch.randn(50, 30), "a.bias": torch.randn(50).half(), "b.weight": torch.randn(5).bfloat16()}
+    torch.save(tensors, path, _use_new_zipfile_serialization=zip_format)
+    return tensors
+
+
+class RunsCode:
+    """What a hostile file holds: an object whose unpickling calls `os.mkdir`."""
+
+    def __init__(self, trace: Path):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+# Opening
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "before zip"])
+def test_both_formats_give_the_tensors(tmp_path, zip_format):
+    """Files of old torch, which can't be memory-mapped, must still open: early releases are such files."""
+    saved = a_file(tmp_path / "x.pt", zip_format)
+    opened = open_tensors(tmp_path / "x.pt")
+    assert opened.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert opened[key].dtype == tensor.dtype and torch.equal(opened[key], tensor)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_a_zip_file_is_mapped_and_let_go(tmp_path):
+    """Mapped weights cost no private memory, and the mapping must end with the tensors or 20B stays mapped for ever."""
+    a_file(tmp_path / "mapped.pt")
+    opened = open_tensors(tmp_path / "mapped.pt")
+    assert "mapped.pt" in Path("/proc/self/maps").read_text()
+    del opened
+    assert "mapped.pt" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_module_state_opens(tmp_path):
+    """gpt-neox saves `state_dict()`s: an OrderedDict with metadata on it, and parameters inside."""
+    module = nn.Linear(3, 4)
+    state = OrderedDict(module.state_dict(keep_vars=True))
+    state._metadata = module.state_dict()._metadata  # pyright: ignore
+    torch.save(state, tmp_path / "x.pt")
+    opened = open_tensors(tmp_path / "x.pt")
+    assert torch.equal(opened["weight"], module.weight) and not opened["weight"].requires_grad
+
+
+def truncated(path: Path) -> None:
+    a_file(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def cut_in_half(path: Path) -> None:
+    a_file(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def old_format_truncated(path: Path) -> None:
+    a_file(path, zip_format=False)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def zip_of_something_else(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+def not_by_name(path: Path) -> None:
+    torch.save([torch.ones(2)], path)
+
+
+def not_tensors(path: Path) -> None:
+    torch.save({"a": torch.ones(2), "step": 7}, path)
+
+
+# what is at the path: (how it gets there, words that the error must have)
+BAD_FILES = {
+    "missing": (lambda path: None, "no such file"),
+    "a folder": (lambda path: path.mkdir(), "a folder"),
+    "empty": (lambda path: path.touch(), "empty"),
+    "truncated": (truncated, "truncated"),
+    "cut in half": (cut_in_half, "truncated"),
+    "old format truncated": (old_format_truncated, "truncated"),
+    "text": (lambda path: path.write_text("<html>404 not found</html>"), "expected"),
+    "another zip": (zip_of_something_else, "expected"),
+    "a list": (not_by_name, "something else than tensors"),
+    "numbers among the tensors": (not_tensors, "something else than tensors"),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_named(tmp_path, make, words):
+    """Whatever is wrong with a file, the learner reads its name and what was expected, not a traceback of torch."""
+    path = tmp_path / "layer_07.pt"
+    make(path)
+    with pytest.raises(CheckpointError, match=words) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value) and "expected" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_named(tmp_path):
+    a_file(tmp_path / "x.pt")
+    (tmp_path / "x.pt").chmod(0)
+    with pytest.raises(CheckpointError, match=r"x\.pt.*unreadable"):
+        open_tensors(tmp_path / "x.pt")
+
+
+def test_a_read_error_is_named(tmp_path, monkeypatch):
+    """A disk that fails in the middle is told like any other bad file."""
+    a_file(tmp_path / "x.pt")
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"x\.pt.*Input/output error"):
+        open_tensors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("how", ["zip", "before zip", "bare pickle"])
+def test_a_hostile_file_runs_nothing(tmp_path, how):
+    """A checkpoint from the internet must not be able to run code on the learner's machine."""
+    path, trace = tmp_path / "hostile.pt", tmp_path / "ran"
+    if how == "bare pickle":
+        path.write_bytes(pickle.dumps({"a": RunsCode(trace)}, protocol=2))
+    else:
+        torch.save({"a": RunsCode(trace)}, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(CheckpointError, match=r"hostile\.pt.*refused"):
+        open_tensors(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if how != "bare pickle" else pickle.loads(path.read_bytes())
+    assert trace.exists(), "the file was not hostile, so the test proved nothing"
+
+
+# Checking
+
+SHAPES = {"a.weight": (50, 30), "a.bias": (50,)}
+GOOD = {"a.weight": torch.zeros(50, 30), "a.bias": torch.zeros(50)}
+# name: (tensors, what the error must name besides the file)
+WRONG_TENSORS = {
+    "missing key": ({"a.weight": torch.zeros(50, 30)}, ["lacks a.bias", "found a.weight"]),
+    "no keys": ({}, ["lacks a.weight", "found nothing"]),
+    "unexpected key": (GOOD | {"c": torch.zeros(1)}, ["unexpected c", "expected a.bias, a.weight"]),
+    "wrong shape": (GOOD | {"a.bias": torch.zeros(25)}, ["a.bias", "[25]", "expected [50]"]),
+    "wrong rank of a tensor": (GOOD | {"a.bias": torch.zeros(50, 1)}, ["a.bias", "[50, 1]", "expected [50]"]),
+    "integers": (GOOD | {"a.bias": torch.zeros(50, dtype=torch.int8)}, ["a.bias", "torch.int8", "float16"]),
+    "doubles": (GOOD | {"a.bias": torch.zeros(50, dtype=torch.float64)}, ["a.bias", "torch.float64", "float16"]),
+    "sparse": (GOOD | {"a.bias": torch.zeros(50).to_sparse()}, ["a.bias", "sparse", "plain tensor"]),
+    "without content": (GOOD | {"a.bias": torch.zeros(50, device="meta")}, ["a.bias", "meta", "plain tensor"]),
+}
+
+
+@pytest.mark.parametrize("tensors, words", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_tensors_are_named(tensors, words):
+    """File, key, expected and found are all in the message: enough to see which copy went wrong."""
+    with pytest.raises(CheckpointError) as error:
+        check_tensors(Path("layer_07.pt"), tensors, SHAPES)
+    assert all(word in str(error.value) for word in ["layer_07.pt", *words])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_right_tensors_pass(dtype):
+    check_tensors(Path("x.pt"), {key: tensor.to(dtype) for key, tensor in GOOD.items()}, SHAPES)
+
+
+# Disk and writing
+
+
+def test_too_little_disk_is_said_with_the_numbers(tmp_path, monkeypatch):
+    """Forty gigabytes that do not fit are told before the first is written, for a folder that is not there yet too."""
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 3_210_000_000)
+    with pytest.raises(CheckpointError, match=r"41\.10 GB.*3\.21 GB free"):
+        check_free_disk(tmp_path / "new" / "folder", 41_100_000_000)
+    check_free_disk(tmp_path, 3_200_000_000)
+    monkeypatch.undo()
+    assert files.free_bytes(tmp_path / "new" / "folder") > 0
+
+
+def test_a_full_disk_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    """torch reports a full disk as a RuntimeError; the old file stays and no half file is left beside it."""
+    old = a_file(tmp_path / "x.pt")
+
+    def fill_up(tensors, path):
+        Path(path).write_bytes(b"half a file")
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space")
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with pytest.raises(CheckpointError, match=r"x\.pt.*no space"):
+        save_tensors(tmp_path / "x.pt", {"a": torch.ones(3)})
+    assert open_tensors(tmp_path / "x.pt").keys() == old.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_saved_slice_has_the_size_of_the_slice(tmp_path):
+    """torch.save writes the whole storage behind a view: eight ranks would each hold the whole layer."""
+    whole = torch.randn(100_000)
+    save_tensors(tmp_path / "x.pt", {"a": whole[:1000], "b": whole.view(1000, 100)[:, :1]})
+    assert (tmp_path / "x.pt").stat().st_size < 12_000
+    assert torch.equal(open_tensors(tmp_path / "x.pt")["b"], whole.view(1000, 100)[:, :1])
+
+
+def test_an_interrupted_write_leaves_the_old_text(tmp_path):
+    """Ctrl-C in the middle: the old content or the new, never a part, and no litter."""
+    path = tmp_path / "x.txt"
+    write_text_atomically(path, "old")
+
+    def interrupted(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["x.txt"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from neox_lib.files import write_atomically
+
+def slowly(temporary):
+    temporary.write_bytes(b"new, but only half of i")
+    print("writing", flush=True)
+    time.sleep(60)
+
+write_atomically(Path(sys.argv[1]), slowly)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_killed_write_leaves_the_old_text(tmp_path):
+    """Not even SIGKILL, after which nothing can be cleaned up, puts half a file under the final name."""
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert path.read_text() == "old"
