@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: says which file, what was expected, and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then move it to `path` in one step.
 
     Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to the disk

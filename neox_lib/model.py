@@ -110,6 +110,7 @@ class NeoXModel(nn.Module):
         hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
         weights = []
         for layer in self.layers:
+            assert isinstance(layer, Block)
             weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
             hidden = layer(hidden, cos, sin)
         return torch.stack(weights)

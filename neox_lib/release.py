@@ -128,7 +128,9 @@ def config_from_inv_freq(folder: Path, shards: dict[int, list[Path]]) -> NeoXCon
         f"{folder} has no config: assuming 25 % rotary (head size {head_dim}) and 20B's other settings", stacklevel=3
     )
     return NeoXConfig(
-        **sizes,
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
         tokenizer_vocab_size=real_tokens(sizes["vocab_size"]),
         num_hidden_layers=max(shards) - 4,
         num_attention_heads=sizes["hidden_size"] // head_dim,

@@ -190,10 +190,10 @@ class BPETokenizer:
                 raise ValueError(f"expected BPE with ByteLevel pre-tokens and NFC, found {kinds}")
             if data["pre_tokenizer"]["add_prefix_space"]:
                 raise ValueError("add_prefix_space is true, expected false")
-            merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
             added = {token["content"]: token["id"] for token in data["added_tokens"]}
             special = {token["content"] for token in data["added_tokens"] if token["special"]}
-            return cls(model["vocab"], merges, added, special)
+            return cls(model["vocab"], [(left, right) for left, right in merges], added, special)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a GPT-NeoX tokenizer file: {error}") from error
 
@@ -204,7 +204,7 @@ class BPETokenizer:
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         fast.post_processor = processors.ByteLevel(trim_offsets=True)
         fast.decoder = decoders.ByteLevel()
-        for token in sorted(self.added, key=self.added.get):
+        for token in sorted(self.added, key=self.added.__getitem__):
             special = token in self.special
             fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
         write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")

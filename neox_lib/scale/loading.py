@@ -66,8 +66,8 @@ def choose_precision(
         if config.parameter_count() <= SMALL_MODEL_PARAMETERS or stored == torch.float32:
             return Precision(torch.float32, torch.float32, "fp32 arithmetic, as the model is small or stored so")
         return Precision(stored, torch.float32, f"matrices in {stored} for speed and memory, the rest in float32")
-    matrices = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
-    if matrices not in DTYPES.values():
+    matrices = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if matrices is None or matrices not in DTYPES.values():
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or one of these torch dtypes, got {dtype!r}")
     return Precision(matrices, torch.float32 if device.type == "cpu" else matrices, "as asked for")
 
