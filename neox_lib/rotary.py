@@ -16,7 +16,7 @@ def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> 
             [1., 1.]])
     """
     exponents = torch.arange(0, rotary_ndims, 2, dtype=torch.float32, device=positions.device) / rotary_ndims
-    angles = torch.outer(positions.float(), base**-exponents)
+    angles = torch.outer(positions.float(), 1 / base**exponents)
     return torch.cat([angles, angles], dim=-1)
 
 
