@@ -1,0 +1,186 @@
+"""The bench compares like with like; a reader would otherwise trust a ratio that means nothing. No speed asserted."""
+
+import argparse
+import math
+import sys
+
+import pytest
+import torch
+
+from neox_lib.config import NeoXConfig
+from neox_lib.scale import bench
+from neox_lib.scale.bench import (
+    LoadRow,
+    Row,
+    Timing,
+    add_arguments,
+    bytes_per_token,
+    format_load,
+    format_table,
+    hugging_face_twin,
+    in_precision,
+    our_generate,
+    random_model,
+    ratio,
+    run,
+    run_bench,
+    their_generate,
+    time_answer,
+    time_load,
+)
+from neox_lib.scale.linear import FastLinear
+
+SMALL = NeoXConfig(
+    vocab_size=128,
+    tokenizer_vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=256,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """Every shape is a small one: the bench's way is under test, not the machine."""
+    monkeypatch.setattr(bench, "shape_config", lambda shape: SMALL)
+
+
+def without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_decode_is_the_difference_of_a_long_and_a_short_generation():
+    """Dividing the whole answer by its tokens would count the prefill as decoding."""
+    assert Timing(first=2.0, whole=10.0, new_tokens=65).per_token == 0.125
+
+
+def test_a_ratio_compares_each_round_in_itself():
+    """On a machine that slows down half-way, medians of each side alone could come from different halves."""
+    slow = [Timing(2.0, 4.0, 2), Timing(20.0, 40.0, 2), Timing(30.0, 60.0, 2)]
+    fast = [Timing(1.0, 2.0, 2), Timing(10.0, 20.0, 2), Timing(10.0, 20.0, 2)]
+    assert ratio(slow, fast, "first") == 2.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_both_sides_write_the_same_tokens_from_the_same_weights(tied):
+    """If the weights differed, so might the work."""
+    pytest.importorskip("transformers")
+    config = NeoXConfig(**{**SMALL.__dict__, "tie_word_embeddings": tied})
+    model = random_model(config)
+    ids = torch.arange(10)[None]
+    ours = our_generate(in_precision(model, torch.float32))(ids, 20)
+    assert their_generate(hugging_face_twin(model, torch.float32))(ids, 20) == ours
+
+
+def test_hugging_face_is_not_held_back():
+    """A comparison with eager attention or a wrong dtype would flatter us."""
+    pytest.importorskip("transformers")
+    twin = hugging_face_twin(random_model(SMALL), torch.float16)
+    assert twin.config._attn_implementation == "sdpa"
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float16}
+    assert not twin.training and not any(parameter.requires_grad for parameter in twin.parameters())
+
+
+def test_hugging_face_writes_on_past_its_end_token():
+    """A side that stops early would look fast. The output matrix here makes every next token the end token, 0."""
+    pytest.importorskip("transformers")
+    model = random_model(SMALL)
+    model.final_linear.weight.zero_()
+    assert their_generate(hugging_face_twin(model, torch.float32))(torch.arange(5)[None], 12) == [0] * 12
+
+
+def test_a_short_answer_is_refused():
+    """Fewer tokens than asked for in the same time is not a speed."""
+    with pytest.raises(RuntimeError, match="3 tokens came where 1"):
+        time_answer(lambda ids, new_tokens: [1, 2, 3], torch.zeros(1, 1, dtype=torch.int64), 5)
+
+
+def test_ours_is_what_create_model_gives_on_a_cpu():
+    """Fast layers, matrices in the dtype asked for, all else in fp32."""
+    model = in_precision(random_model(SMALL), torch.float16)
+    assert isinstance(model.final_linear, FastLinear)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float16 if parameter.dim() == 2 else torch.float32), name
+
+
+def test_bytes_of_a_decode_step_count_what_is_read():
+    """The share of memory bandwidth would be wrong if unread embedding rows counted."""
+    model = random_model(SMALL)
+    weights = (SMALL.parameter_count() - SMALL.vocab_size * SMALL.hidden_size) * 4
+    cache = 2 * SMALL.num_hidden_layers * SMALL.hidden_size * (10 + 2) * 4
+    assert bytes_per_token(model, prompt=10, new_tokens=4) == weights + cache
+
+
+def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
+    """A combination left out or measured twice would shift the table."""
+    pytest.importorskip("transformers")
+    rows = list(run_bench(["a", "b"], ["float32", "float16"], [4, 9], new_tokens=3, rounds=2))
+    expected = [(shape, prompt, dtype) for shape in "ab" for prompt in (4, 9) for dtype in ("float32", "float16")]
+    assert [(row.shape, row.prompt, row.dtype) for row in rows] == expected
+    for row in rows:
+        assert len(row.ours) == len(row.theirs) == 2
+        assert all(timing.first > 0 and timing.whole > 0 for timing in row.ours + row.theirs)
+
+
+def test_table_shows_speeds_ratios_and_the_share_of_memory():
+    """The numbers of a hand-made run, checked by hand: 0.1 s and 65 tokens in 0.1 + 64 x 0.01 s against twice that."""
+    ours, theirs = [Timing(0.1, 0.74, 65)] * 3, [Timing(0.2, 1.48, 65)] * 3
+    rows = [Row("160m", 64, "float32", ours, theirs, 1e8), Row("160m", 64, "float16", ours, theirs, 5e7)]
+    lines = format_table(rows, bandwidth=2e10).splitlines()
+    assert " ".join(lines[2].split()) == "160m 64 float32 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+    assert lines[3].endswith("25%")
+    assert "better dtype 2.00x" in lines[4] and "our float16 against their float32 2.00x" in lines[4]
+
+
+def test_a_negative_difference_reads_as_noise():
+    """On a busy machine the short run can take longer than the long one; -138 tokens a second helps nobody."""
+    row = Row("tiny", 8, "float32", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
+    table = format_table([row], bandwidth=1e10)
+    assert "noise" in table and math.isfinite(row.ours[0].per_token)
+
+
+def test_without_transformers_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
+    """transformers is not among our requirements."""
+    without_transformers(monkeypatch)
+    monkeypatch.setattr(bench, "memory_bandwidth", lambda megabytes: 1e10)
+    run(parse(["--prompts", "4", "--new-tokens", "3", "--rounds", "1"]))
+    shown = capsys.readouterr().out
+    assert "transformers is not installed: ours alone" in shown
+    assert "160m      4 float16" in shown and "theirs 0" not in shown
+
+
+def test_loading_is_timed_on_both_sides(small_shapes):
+    """Both load real files: what comes back writes a token."""
+    pytest.importorskip("transformers")
+    row = time_load("small", rounds=2)
+    assert len(row.ours) == len(row.theirs) == 2 and min(row.ours + row.theirs) > 0
+
+
+def test_load_line_gives_seconds_and_ratio():
+    """More than 1x means that ours is faster, as everywhere in the table."""
+    assert format_load(LoadRow("160m", [1.0], [3.0])).endswith("ours 1.00 s, theirs 3.00 s, 3.00x")
+
+
+def test_wrong_settings_are_refused():
+    """One token has no decode step to time."""
+    with pytest.raises(ValueError, match="at least 2 new tokens"):
+        next(run_bench(["tiny"], ["float32"], [4], new_tokens=1))
+    with pytest.raises(ValueError, match="no Pythia of size"):
+        next(run_bench(["161m"], ["float32"], [4]))
+
+
+def test_quick_run_prints_machine_table_and_load(small_shapes, capsys):
+    """The command as the README shows it, from the first line to the last."""
+    run(parse(["--quick"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "threads, memory read at" in lines[0] and f"torch {torch.__version__}" in lines[0]
+    assert any(line.startswith("  tiny     32 float16") for line in lines)
+    assert "load fp16 from disk" in lines[-1]
