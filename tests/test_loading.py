@@ -103,7 +103,7 @@ def test_fp16_matrices_on_a_cpu_keep_everything_else_in_fp32(folder):
 
 
 def test_half_precision_matrices_stay_close_to_fp32(folder):
-    """The stored numbers are the same; only the products round: 2e-3 of the largest logit covers fp16's 2^-11 a term."""
+    """The numbers are the same; only the products round: 2e-3 of the largest logit covers fp16's 2^-11 a term."""
     ids = torch.arange(60)[None]
     exact = create_model(folder, device="cpu", dtype="float32")(ids)
     mixed = create_model(folder, device="cpu", dtype="float16")(ids)
