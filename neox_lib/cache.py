@@ -10,8 +10,7 @@ class KVCache:
     """Room for the keys and values of `capacity` tokens in every layer, allocated once and filled in place.
 
     Each pass of the model stores its T tokens at `length` .. `length + T - 1` layer by layer and then advances, so any
-    splitting of a text into passes gives the same result. Raises ValueError when a pass does not fit. It serves
-    generation: gradients need a whole pass without a cache.
+    splitting of a text into passes gives the same result. Raises ValueError when a pass does not fit.
     """
 
     def __init__(self, config: NeoXConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -33,17 +32,17 @@ class KVCache:
         return self.length * (self.keys.nbytes + self.values.nbytes) // self.capacity
 
     def check_room(self, batch_size: int, tokens: int) -> None:
-        """Raise ValueError unless this cache is for `batch_size` rows and could hold `tokens` in each."""
+        """Raise ValueError unless the cache is for that many rows and can hold `tokens` in each."""
         if batch_size != self.keys.shape[1] or tokens > self.capacity:
             raise ValueError(
-                f"the cache has room for {self.keys.shape[1]} x {self.capacity} tokens (batch x capacity), "
-                f"{batch_size} x {tokens} do not fit; make a larger one, or truncate it for another text"
+                f"the cache has room for {self.keys.shape[1]} x {self.capacity} tokens (batch x capacity); "
+                f"{batch_size} x {tokens} do not fit: make a larger one, or truncate it for another text"
             )
 
     def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the T new tokens of one layer, `[B, H, T, D]`; return all S so far, `[B, H, S, D]` each."""
         end = self.length + key.shape[2]
-        self.check_room(key.shape[0], end)
+        self.check_room(len(key), end)
         keys, values = self.keys[layer_index, :, :, :end], self.values[layer_index, :, :, :end]
         keys[:, :, self.length :] = key
         values[:, :, self.length :] = value

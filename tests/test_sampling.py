@@ -67,6 +67,12 @@ def test_no_smaller_set_reaches_the_total(weights, total):
         assert fewest_reaching(torch.tensor([shares], dtype=torch.float64), total).item() == smallest
 
 
+def test_a_set_that_reaches_p_exactly_is_enough():
+    """These shares add up without rounding, so the edge itself can be tried."""
+    shares = torch.tensor([[0.25, 0.5, 0.125, 0.125]], dtype=torch.float64)
+    assert [fewest_reaching(shares, p).item() for p in (0.5, 0.51, 0.75, 0.76, 0.875, 1.0)] == [1, 2, 2, 3, 3, 4]
+
+
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9, 0.999])
 def test_top_p_of_a_flat_row_needs_more_than_the_first_thousand(p):
     """A real vocabulary is 50,000 wide; an early cut of the sorting must not cut the set."""
