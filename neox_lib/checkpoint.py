@@ -151,13 +151,17 @@ def check_ranks(config: NeoXConfig, ranks: int) -> None:
 def begin_save(folder: Path, needed: int) -> None:
     """Mark `folder` as unfinished and clear what an earlier interrupted save left there.
 
-    Raises CheckpointError when it already holds a model, and when the disk has not the `needed` bytes.
+    Raises CheckpointError when it already holds a model, when the disk lacks the `needed` bytes, and when nothing can
+    be written there.
     """
     check_free_disk(folder, needed + needed // 100 + 1_000_000)
     unfinished = (folder / UNFINISHED).exists()
     if not unfinished and (is_slim(folder) or (folder / "config.json").exists()):
         raise CheckpointError(f"{folder}: already holds a model; give another folder, or remove the old files first")
-    write_text_atomically(folder / UNFINISHED, "A save into this folder was interrupted or still runs.\n")
+    try:
+        write_text_atomically(folder / UNFINISHED, "A save into this folder was interrupted or still runs.\n")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}); give another folder") from error
     for path in folder.iterdir():
         if LAYER_FILE.fullmatch(path.name) or path.name == "config.json" or path.suffix == ".partial":
             path.unlink()
