@@ -122,8 +122,9 @@ def test_bytes_of_a_decode_step_count_what_is_read():
 def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     """A combination left out or measured twice would shift the table."""
     pytest.importorskip("transformers")
-    rows = list(run_bench(["a", "b"], ["float32", "float16"], [4, 9], new_tokens=3, rounds=2))
-    expected = [(shape, prompt, dtype) for shape in "ab" for prompt in (4, 9) for dtype in ("float32", "float16")]
+    rows = list(run_bench(["a", "b"], ["float32", "float16", "packed"], [4, 9], new_tokens=3, rounds=2))
+    dtypes = ("float32", "float16", "packed")
+    expected = [(shape, prompt, dtype) for shape in "ab" for prompt in (4, 9) for dtype in dtypes]
     assert [(row.shape, row.prompt, row.dtype) for row in rows] == expected
     for row in rows:
         assert len(row.ours) == len(row.theirs) == 2
@@ -175,6 +176,8 @@ def test_wrong_settings_are_refused():
         next(run_bench(["tiny"], ["float32"], [4], new_tokens=1))
     with pytest.raises(ValueError, match="no Pythia of size"):
         next(run_bench(["161m"], ["float32"], [4]))
+    with pytest.raises(ValueError, match="knows the dtypes"):
+        next(run_bench(["tiny"], ["float8"], [4]))
 
 
 def test_quick_run_prints_machine_table_and_load(small_shapes, capsys):

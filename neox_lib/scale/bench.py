@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neox_lib.checkpoint import write_slim
 from neox_lib.config import NeoXConfig, pythia, tiny
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
-from neox_lib.scale.linear import use_fast_linear
+from neox_lib.scale.linear import pack_half, use_fast_linear
 from neox_lib.scale.loading import DTYPES, Precision, create_model
 
+RIVALS = {"packed": "float16"}  # a dtype of ours alone, and which of theirs it is measured against
 # generate(ids [1, T], new_tokens) -> token ids written
 Generate = Callable[[Tensor, int], list[int]]
 
@@ -96,10 +98,17 @@ def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
     copy.load_state_dict(state, assign=True)
     if model.config.tie_word_embeddings:
         copy.final_linear.weight = copy.word_embeddings.weight
-    return use_fast_linear(copy.requires_grad_(False).eval())  # type: ignore[return-value]
+    return use_fast_linear(copy.requires_grad_(False).eval())
 
 
-def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> nn.Module:
+def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
+    """The same weights in one of DTYPES, or "packed"."""
+    if dtype == "packed":
+        return pack_half(in_precision(model, torch.float16))
+    return in_precision(model, DTYPES[dtype])
+
+
+def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:
     """A Hugging Face GPTNeoXForCausalLM with the same weights, all in `dtype`; in fp32 it shares their memory.
 
     Raises ImportError without transformers.
@@ -112,7 +121,8 @@ def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> nn.Module:
     names += ("max_position_embeddings", "layer_norm_eps", "hidden_act", "use_parallel_residual", "tie_word_embeddings")
     rope = {"rope_type": "default", "rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
     same = {name: getattr(config, name) for name in names}
-    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**same, rope_parameters=rope, attn_implementation="sdpa"))
+    same |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
+    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**same))
     ours = {"embed_in": "word_embeddings", "final_layer_norm": "norm", "lm_head": "final_linear"}
     ours["embed_out"] = "final_linear"
     state = {}
@@ -132,11 +142,11 @@ def our_generate(model: NeoXModel) -> Generate:
     return generate
 
 
-def their_generate(model: nn.Module) -> Generate:
+def their_generate(model: Any) -> Generate:
     @torch.inference_mode()
     def generate(ids: Tensor, new_tokens: int) -> list[int]:
         more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True}
-        return model.generate(ids, max_new_tokens=new_tokens, **more)[0, ids.shape[1] :].tolist()  # type: ignore
+        return model.generate(ids, max_new_tokens=new_tokens, **more)[0, ids.shape[1] :].tolist()
 
     return generate
 
@@ -164,11 +174,11 @@ def has_transformers() -> bool:
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
 
-    The cache is in the activations' precision.
+    Counts all weights in the precision of the matrices and the cache in that of the activations.
     """
-    embedding = 0 if model.config.tie_word_embeddings else model.word_embeddings.weight.nbytes
-    weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding
-    return weights + model.config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
+    config, embedding = model.config, model.word_embeddings.weight
+    weights = config.weight_bytes(embedding.dtype) - (0 if config.tie_word_embeddings else embedding.nbytes)
+    return weights + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 
 def run_bench(
@@ -176,18 +186,22 @@ def run_bench(
 ) -> Iterator[Row]:
     """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and theirs in turns.
 
-    Raises ValueError for a shape or dtype that is not known.
+    The dtype "packed" is float16 after `pack_half`, against their float16. Raises ValueError for a shape or dtype that
+    is not known.
     """
+    unknown = set(dtypes) - {*DTYPES, *RIVALS}
+    if unknown:
+        raise ValueError(f"bench knows the dtypes {', '.join([*DTYPES, *RIVALS])}, not {', '.join(sorted(unknown))}")
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
     with_theirs = has_transformers()
     for shape in shapes:
         model = random_model(shape_config(shape))
-        ours = {dtype: in_precision(model, DTYPES[dtype]) for dtype in dtypes}
+        ours = {dtype: our_model(model, dtype) for dtype in dtypes}
         sides = {("ours", dtype): our_generate(ours[dtype]) for dtype in dtypes}
-        if with_theirs:
-            sides |= {("theirs", dtype): their_generate(hugging_face_twin(model, DTYPES[dtype])) for dtype in dtypes}
-        order = sorted(sides, key=lambda key: key[1])  # ours fp16, theirs fp16, ours fp32, theirs fp32
+        rivals = dict.fromkeys(RIVALS.get(dtype, dtype) for dtype in dtypes) if with_theirs else {}
+        sides |= {("theirs", dtype): their_generate(hugging_face_twin(model, DTYPES[dtype])) for dtype in rivals}
+        order = sorted(sides, key=lambda key: (RIVALS.get(key[1], key[1]), key))  # the two sides of a dtype in turn
         for prompt in prompts:
             ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt))
             timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in sides}
@@ -198,7 +212,8 @@ def run_bench(
                     timings[key].append(time_answer(sides[key], ids, new_tokens))
             for dtype in dtypes:
                 read = bytes_per_token(ours[dtype], prompt, new_tokens)
-                yield Row(shape, prompt, dtype, timings["ours", dtype], timings.get(("theirs", dtype), []), read)
+                theirs = timings.get(("theirs", RIVALS.get(dtype, dtype)), [])
+                yield Row(shape, prompt, dtype, timings["ours", dtype], theirs, read)
 
 
 @dataclass(frozen=True)
@@ -227,9 +242,8 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
 
             logging.disable_progress_bar()
             hugging_face_twin(model, torch.float16).save_pretrained(safetensors)
-            loaders["theirs"] = lambda: their_generate(
-                GPTNeoXForCausalLM.from_pretrained(safetensors, dtype=torch.float16, local_files_only=True).eval()
-            )
+            read = {"dtype": torch.float16, "local_files_only": True}
+            loaders["theirs"] = lambda: their_generate(GPTNeoXForCausalLM.from_pretrained(safetensors, **read))
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for number in range(rounds + 1):
             for side, load in loaders.items():
@@ -296,7 +310,7 @@ def format_best(rows: list[Row]) -> str:
         theirs = min((row.theirs for row in group), key=lambda side: median(side, "whole"))
         line = f"{shape}, prompt {prompt}: whole answer, each in its better dtype {ratio(theirs, ours, 'whole'):.2f}x"
         by_dtype = {row.dtype: row for row in group}
-        for dtype in ("float16", "bfloat16"):
+        for dtype in ("float16", "packed", "bfloat16"):
             if dtype in by_dtype and "float32" in by_dtype:
                 prefill = ratio(by_dtype["float32"].theirs, by_dtype[dtype].ours, "first")
                 line += f"; prefill, our {dtype} against their float32 {prefill:.2f}x"
@@ -322,7 +336,13 @@ def format_table(rows: list[Row], bandwidth: float) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m neox_lib bench`."""
     parser.add_argument("--shapes", nargs="+", default=["160m"], help="Pythia sizes or tiny (default: 160m)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=list(DTYPES), help="of weights")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "float16", "packed"],
+        choices=[*DTYPES, *RIVALS],
+        help="of the weights; packed: float16 laid out anew, for long sessions (default: float32 float16 packed)",
+    )
     parser.add_argument("--prompts", nargs="+", type=int, default=[64, 1024], help="tokens (default: 64 1024)")
     parser.add_argument("--new-tokens", type=int, default=65, help="of a whole answer (default: 65)")
     parser.add_argument("--rounds", type=int, default=3, help="turns that the medians are taken over (default: 3)")
