@@ -103,6 +103,12 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:,.1f} {units[0]}"
 
 
+def window_schedule(text: str) -> tuple[float, tuple[int, ...]]:
+    """ "0.9:256,2048" -> (0.9, (256, 2048))."""
+    share, _, lengths = text.partition(":")
+    return float(share), tuple(int(length) for length in lengths.split(","))
+
+
 def add_train(commands) -> None:
     description = (
         "Train a model of the shipped one's shape on story files (<|endoftext|> alone on a line between stories) and "
@@ -115,6 +121,14 @@ def add_train(commands) -> None:
     parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
     parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="another run, to begin with its weights")
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        type=window_schedule,
+        metavar="SHARE:LENGTHS",
+        help="window lengths that take turns from a share of the steps on, such as 0:256,256,2048 0.9:2048",
+    )
     parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
     parser.add_argument("--ranks", type=int, default=2, help="tensor-parallel ranks of the files (default: 2)")
@@ -138,7 +152,7 @@ def train(arguments: argparse.Namespace) -> None:
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
     plan = training.TrainingPlan(
         **{
-            name: value
+            name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(arguments).items()
             if name in {field.name for field in dataclasses.fields(training.TrainingPlan)} and value is not None
         }
@@ -153,7 +167,8 @@ def train(arguments: argparse.Namespace) -> None:
     )
     print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
     config = dataclasses.replace(tiny(), tokenizer_vocab_size=tokenizer.get_vocab_size())
-    model, history = training.train(config, plan, stories, mix, validation[: 32 * 1024 + 1], folder)
+    sample = training.spread_sample(validation, 16, config.max_position_embeddings)
+    model, history = training.train(config, plan, stories, mix, sample, folder, arguments.start_from)
     plots.loss_curves(history).savefig(folder / "curves.png")
     shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
     write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)

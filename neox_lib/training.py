@@ -23,17 +23,17 @@ from neox_lib.scoring import stories_of, story_stream, surprise
 class TrainingPlan:
     """What to train on and how fast to learn. The defaults made the shipped model.
 
-    `windows` holds (share of the tokens seen, window length): from that share on, windows have that length. Short
-    windows are cheap; the long ones at the end teach the model to hold over its whole context.
+    `windows` holds (share of the steps done, window lengths): from that share on, the steps take these lengths in turn.
+    Short windows are cheap; without long ones among them the model would not hold over its whole context.
     """
 
-    total_tokens: int = 24_000_000
+    total_tokens: int = 20_000_000
     batch_tokens: int = 8192
     mix_share: float = 0.25
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 200
-    windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.8, 1024), (0.9, 2048))
+    windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
     seed: int = 0
 
     @property
@@ -41,7 +41,8 @@ class TrainingPlan:
         return self.total_tokens // self.batch_tokens
 
     def window_length(self, step: int) -> int:
-        return [length for share, length in self.windows if step >= share * self.steps][-1]
+        lengths = [lengths for share, lengths in self.windows if step >= share * self.steps][-1]
+        return lengths[step % len(lengths)]
 
     def learning_rate_at(self, step: int) -> float:
         """A straight line up over the warm-up, then half a cosine down to zero."""
@@ -114,17 +115,33 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
     return total
 
 
+def spread_sample(stream: Tensor, windows: int, length: int) -> Tensor:
+    """Up to `windows` pieces of `length` tokens, evenly spread over a stream `[N]`, joined; a short one as it is."""
+    pieces = min(windows, len(stream) // length)
+    starts = [(len(stream) - length) * index // max(1, pieces - 1) for index in range(pieces)]
+    return torch.cat([stream[start : start + length] for start in starts]) if pieces else stream
+
+
 def train(
-    config: NeoXConfig, plan: TrainingPlan, stories: Tensor, mix: Tensor, validation: Tensor, folder: Path
+    config: NeoXConfig,
+    plan: TrainingPlan,
+    stories: Tensor,
+    mix: Tensor,
+    validation: Tensor,
+    folder: Path,
+    start_from: Path | None = None,
 ) -> tuple[NeoXModel, list[dict]]:
     """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
 
     `folder/state.pt` is written every five minutes, and a second call goes on from there; `folder/history.json` holds
-    step, tokens, loss, validation loss (nats a token) and seconds of training. Raises ValueError when the state in the
-    folder was made with another config or plan.
+    step, tokens, loss, validation loss (nats a token, in windows of the whole context) and seconds of training.
+    `start_from` is the folder of another run whose weights, not its optimizer, this one begins with. Raises ValueError
+    when the state in the folder was made with another config or plan.
     """
     model = NeoXModel(config)
     initialize(model, plan.seed)
+    if start_from is not None:
+        model.load_state_dict(torch.load(start_from / "state.pt", weights_only=True)["model"])
     optimizer = make_optimizer(model, plan)
     identity = json.dumps([dataclasses.asdict(config), dataclasses.asdict(plan)])
     history, step, seconds = restore(folder / "state.pt", identity, model, optimizer)
@@ -138,7 +155,7 @@ def train(
             seconds, last = seconds + time.monotonic() - last, time.monotonic()
             bar.update()
             if step % 100 == 0 or step == plan.steps:
-                validation_loss = surprise(model, validation, 256).mean().item()
+                validation_loss = surprise(model, validation, config.max_position_embeddings).mean().item()
                 loss = sum(losses) / len(losses)
                 losses.clear()
                 history.append(

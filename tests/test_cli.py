@@ -108,7 +108,7 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     stories = tmp_path / "stories.txt"
     stories.write_text((Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")[:20_000])
     words = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
-    words += ["--tokens", "16384"]
+    words += ["--tokens", "16384", "--windows", "0:256", "0.5:256,512"]
     assert main(words) == 0
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     first = load_slim(tmp_path / "run" / "model").state_dict()

@@ -13,7 +13,15 @@ import torch
 from neox_lib import training
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from neox_lib.training import TrainingPlan, initialize, make_optimizer, sample_batch, train, training_step
+from neox_lib.training import (
+    TrainingPlan,
+    initialize,
+    make_optimizer,
+    sample_batch,
+    spread_sample,
+    train,
+    training_step,
+)
 
 CONFIG = NeoXConfig(
     vocab_size=32,
@@ -26,7 +34,7 @@ CONFIG = NeoXConfig(
     rotary_pct=0.5,
 )
 PLAN = TrainingPlan(
-    total_tokens=8 * 64, batch_tokens=64, warmup_steps=2, windows=((0.0, 8), (0.5, 16)), learning_rate=1e-2
+    total_tokens=8 * 64, batch_tokens=64, warmup_steps=2, windows=((0.0, (8,)), (0.5, (16,))), learning_rate=1e-2
 )
 STORIES, MIX, VALIDATION = torch.arange(200) % 20, torch.arange(90) % 10 + 20, torch.arange(40) % 20
 
@@ -87,7 +95,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     "other",
     [
         {"plan": dataclasses.replace(PLAN, learning_rate=2e-2)},
-        {"plan": dataclasses.replace(PLAN, windows=((0.0, 8),))},
+        {"plan": dataclasses.replace(PLAN, windows=((0.0, (8,)),))},
         {"config": dataclasses.replace(CONFIG, hidden_act="gelu")},
     ],
     ids=["learning rate", "windows", "config"],
@@ -152,11 +160,28 @@ def test_learning_rate_starts_small_peaks_after_the_warm_up_and_ends_at_nearly_n
     assert rates[200:] == sorted(rates[200:], reverse=True)
 
 
-def test_windows_lengthen_at_their_share_of_the_run():
-    """The long windows at the end are what makes the model hold over 2048 tokens."""
-    plan = TrainingPlan(total_tokens=100 * 8192)
-    lengths = [plan.window_length(step) for step in range(plan.steps)]
-    assert lengths == [256] * 80 + [1024] * 10 + [2048] * 10
+def test_window_lengths_take_turns_from_their_share_of_the_run_on():
+    """Long windows among the short ones are what makes the model hold over 2048 tokens."""
+    plan = TrainingPlan(total_tokens=12 * 8192, windows=((0.0, (256, 2048)), (0.5, (1024,))))
+    assert [plan.window_length(step) for step in range(plan.steps)] == [256, 2048] * 3 + [1024] * 6
+    assert {TrainingPlan().window_length(step) for step in range(8)} == {256, 2048}
+
+
+def test_the_validation_sample_is_spread_over_the_whole_text():
+    """A sample of the beginning alone once looked 0.2 nats better than the text as a whole."""
+    sample = spread_sample(torch.arange(1000), windows=3, length=100)
+    assert sample.tolist() == [*range(100), *range(450, 550), *range(900, 1000)]
+    assert torch.equal(spread_sample(torch.arange(50), 3, 100), torch.arange(50))
+    assert len(spread_sample(torch.arange(250), 3, 100)) == 200
+
+
+def test_a_run_can_start_from_the_weights_of_another(tmp_path):
+    """Going on with a model that has learned something must begin where it was, not at random."""
+    first, _ = run(tmp_path / "first")
+    nothing = dataclasses.replace(PLAN, total_tokens=64, learning_rate=0.0)
+    folder = tmp_path / "second"
+    second, _ = train(CONFIG, nothing, STORIES, MIX, VALIDATION, folder, start_from=tmp_path / "first")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("step", [0, 5])
