@@ -150,13 +150,11 @@ def train(arguments: argparse.Namespace) -> None:
     from neox_lib.tokenizer import BPETokenizer, create_tokenizer
 
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
-    plan = training.TrainingPlan(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in vars(arguments).items()
-            if name in {field.name for field in dataclasses.fields(training.TrainingPlan)} and value is not None
-        }
-    )
+    if arguments.windows:
+        arguments.windows = tuple(arguments.windows)
+    words = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
+    given = {name: value for name, value in words.items() if value is not None}
+    plan = dataclasses.replace(training.TrainingPlan(), **given)
     if not (folder / "tokenizer.json").exists():
         print("training the tokenizer")
         stories = [story for path in arguments.stories for story in stories_of(path.read_text("utf-8"))]
@@ -202,11 +200,25 @@ def convert(arguments: argparse.Namespace) -> None:
 def add_bench(commands) -> None:
     description = "Speed against Hugging Face transformers on the same random weights, alternating, medians."
     parser = commands.add_parser("bench", help="measure speed", description=description)
-    if "bench" in sys.argv[1:2]:  # its options live beside it, and importing them for every other command takes long
-        from neox_lib.scale import bench
+    parser.add_argument("--shapes", nargs="+", default=["160m"], help="Pythia sizes or tiny (default: 160m)")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "float16", "packed"],
+        help="of the weights; packed: float16 laid out anew, for long sessions (default: float32 float16 packed)",
+    )
+    parser.add_argument("--prompts", nargs="+", type=int, default=[64, 1024], help="tokens (default: 64 1024)")
+    parser.add_argument("--new-tokens", type=int, default=65, help="of a whole answer (default: 65)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that the medians are taken over (default: 3)")
+    parser.add_argument("--no-load", action="store_true", help="leave out loading from disk")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it works; says little on speed")
+    parser.set_defaults(run=bench)
 
-        bench.add_arguments(parser)
-        parser.set_defaults(run=bench.run)
+
+def bench(arguments: argparse.Namespace) -> None:
+    from neox_lib.scale.bench import run
+
+    run(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:

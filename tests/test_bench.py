@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
+from neox_lib.__main__ import build_parser
 from neox_lib.config import NeoXConfig
 from neox_lib.scale import bench
 from neox_lib.scale.bench import (
     LoadRow,
     Row,
     Timing,
-    add_arguments,
     bytes_per_token,
     format_load,
     format_table,
@@ -52,9 +52,7 @@ def without_transformers(monkeypatch):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(words)
+    return build_parser().parse_args(["bench", *words])
 
 
 def test_decode_is_the_difference_of_a_long_and_a_short_generation():

@@ -333,23 +333,6 @@ def format_table(rows: list[Row], bandwidth: float) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m neox_lib bench`."""
-    parser.add_argument("--shapes", nargs="+", default=["160m"], help="Pythia sizes or tiny (default: 160m)")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=["float32", "float16", "packed"],
-        choices=[*DTYPES, *RIVALS],
-        help="of the weights; packed: float16 laid out anew, for long sessions (default: float32 float16 packed)",
-    )
-    parser.add_argument("--prompts", nargs="+", type=int, default=[64, 1024], help="tokens (default: 64 1024)")
-    parser.add_argument("--new-tokens", type=int, default=65, help="of a whole answer (default: 65)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that the medians are taken over (default: 3)")
-    parser.add_argument("--no-load", action="store_true", help="leave out loading from disk")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it works; says little on speed")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print, line by line as results come."""
     if arguments.quick:
