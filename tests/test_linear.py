@@ -281,6 +281,23 @@ def test_packing_frees_the_old_weights_and_saves_the_same(tied):
 
 
 @packing
+def test_packing_frees_each_weight_before_the_next(monkeypatch):
+    """At its peak, packing holds one model and one matrix, not two models."""
+    model = use_fast_linear(mixed_model(small_config(), torch.float16))
+    old = [weakref.ref(module.weight) for module in model.modules() if type(module) is FastLinear]
+    alive = []
+
+    def pack_one(child):
+        alive.append(sum(reference() is not None for reference in old))
+        return PackedLinear(child)
+
+    monkeypatch.setattr(linear, "PackedLinear", pack_one)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pack_half(model)
+    assert alive == list(range(len(old), 0, -1))
+
+
+@packing
 def test_a_packed_model_gives_the_fp32_logits():
     """The whole model, prefill and single tokens, to the order of sums."""
     model = mixed_model(small_config(), torch.float16)
