@@ -10,24 +10,9 @@ import torch
 from neox_lib.__main__ import build_parser
 from neox_lib.config import NeoXConfig
 from neox_lib.scale import bench
-from neox_lib.scale.bench import (
-    LoadRow,
-    Row,
-    Timing,
-    bytes_per_token,
-    format_load,
-    format_table,
-    hugging_face_twin,
-    in_precision,
-    our_generate,
-    random_model,
-    ratio,
-    run,
-    run_bench,
-    their_generate,
-    time_answer,
-    time_load,
-)
+from neox_lib.scale.bench import bytes_per_token, run, run_bench, time_answer, time_load
+from neox_lib.scale.bench_table import LoadRow, Row, Timing, format_load, format_table, ratio
+from neox_lib.scale.contenders import hugging_face_twin, in_precision, our_generate, random_model, their_generate
 from neox_lib.scale.linear import FastLinear
 
 SMALL = NeoXConfig(

@@ -26,6 +26,8 @@ ROOMS = [
     "scoring",
     "scale.linear",
     "scale.loading",
+    "scale.contenders",
+    "scale.bench_table",
     "scale.bench",
     "lesson.plots",
     "lesson.learner_copy",

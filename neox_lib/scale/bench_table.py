@@ -1,0 +1,134 @@
+"""What the bench found, and how it is shown: rows of timings, ratios, a table."""
+
+import contextlib
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neox_lib.scale.contenders import has_transformers
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one answer: `first` to its first token (the prefill), `whole` to the last of its `new_tokens`."""
+
+    first: float
+    whole: float
+    new_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of one decode step: the difference of the long and the short generation."""
+        return (self.whole - self.first) / (self.new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All rounds of one model shape, prompt length and dtype; `theirs` is empty without transformers."""
+
+    shape: str
+    prompt: int
+    dtype: str
+    ours: list[Timing]
+    theirs: list[Timing]
+    bytes_per_token: float  # what one decode step of ours has to read: weights, and keys and values
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """Seconds from a folder on disk to the first token, each round's."""
+
+    shape: str
+    ours: list[float]
+    theirs: list[float]
+
+
+def median(timings: list[Timing], of: str) -> float:
+    return statistics.median(getattr(timing, of) for timing in timings)
+
+
+def ratio(slow: list[Timing], fast: list[Timing], of: str) -> float:
+    """How many times the seconds of `fast` go into those of `slow`: the median over rounds, each compared in itself."""
+    return statistics.median(getattr(a, of) / getattr(b, of) for a, b in zip(slow, fast, strict=True))
+
+
+def describe_machine(bandwidth: float) -> str:
+    """What was measured on: the processor, threads, memory speed, and the versions."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    versions = f"torch {torch.__version__}"
+    if has_transformers():
+        import transformers
+
+        versions += f", transformers {transformers.__version__}"
+    return (
+        f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+HEADER = (
+    f"{'':>23} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<9}" + 3 * f" {'ours':>8} {'theirs':>8} {'ratio':>6}" + "  share"
+)
+
+
+def format_speed(seconds: float | None, of: str) -> str:
+    """Milliseconds of a prefill or an answer, tokens a second of a decode step, "-" for a side that is not there."""
+    if seconds is None:
+        return f"{'-':>8}"
+    if seconds <= 0:
+        return f"{'noise':>8}"
+    return f"{1 / seconds:>8.1f}" if of == "per_token" else f"{seconds * 1e3:>8.0f}"
+
+
+def format_row(row: Row, bandwidth: float) -> str:
+    """One line of the table: ours, theirs and the ratio, above 1 where ours is faster; "noise" where the difference of
+    the long and the short generation came out negative, as it can on a busy machine.
+    """
+    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<9}"]
+    for of in ("first", "per_token", "whole"):
+        seconds = [median(side, of) if side else None for side in (row.ours, row.theirs)]
+        cells += [format_speed(value, of) for value in seconds]
+        comparable = row.theirs and all(value is not None and value > 0 for value in seconds)
+        cells.append(f"{ratio(row.theirs, row.ours, of):>5.2f}x" if comparable else f"{'-':>6}")
+    step = median(row.ours, "per_token")
+    return " ".join(cells) + (f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}")
+
+
+def format_best(rows: list[Row]) -> str:
+    """Across dtypes, a line a prompt: the whole answer, each side in its faster dtype, and our prefill from 16-bit
+    weights against their fp32 one, which is their fast one."""
+    lines = []
+    for shape, prompt in dict.fromkeys((row.shape, row.prompt) for row in rows if row.theirs):
+        group = [row for row in rows if (row.shape, row.prompt) == (shape, prompt)]
+        ours = min((row.ours for row in group), key=lambda side: median(side, "whole"))
+        theirs = min((row.theirs for row in group), key=lambda side: median(side, "whole"))
+        line = f"{shape}, prompt {prompt}: whole answer, each in its better dtype {ratio(theirs, ours, 'whole'):.2f}x"
+        by_dtype = {row.dtype: row for row in group}
+        for dtype in ("float16", "packed", "bfloat16"):
+            if dtype in by_dtype and "float32" in by_dtype:
+                prefill = ratio(by_dtype["float32"].theirs, by_dtype[dtype].ours, "first")
+                line += f"; prefill, our {dtype} against their float32 {prefill:.2f}x"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def format_load(row: LoadRow) -> str:
+    ours = statistics.median(row.ours)
+    line = f"{row.shape}, load fp16 from disk and write one token: ours {ours:.2f} s"
+    if not row.theirs:
+        return line
+    faster = statistics.median(a / b for a, b in zip(row.theirs, row.ours, strict=True))
+    return f"{line}, theirs {statistics.median(row.theirs):.2f} s, {faster:.2f}x"
+
+
+def format_table(rows: list[Row], bandwidth: float) -> str:
+    """The table of all rows, with the comparisons across dtypes under it."""
+    lines = [HEADER, *(format_row(row, bandwidth) for row in rows), format_best(rows)]
+    return "\n".join(line for line in lines if line)
