@@ -34,5 +34,5 @@ def loss_curves(history: list[dict]) -> Figure:
         losses = [row[key] for row in history]
         axes.plot(tokens, losses, style, color=colour, linewidth=2.2, label=f"{name}, {losses[-1]:.2f} at the end")
     axes.legend(fontsize=FONT_SIZE, frameon=False)
-    finish_axes(axes, "The shipped model learns", "million tokens seen", "loss, nats a token")
+    finish_axes(axes, "What the model has learned", "million tokens seen", "loss, nats a token")
     return figure
