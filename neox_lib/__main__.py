@@ -135,6 +135,25 @@ def add_train(commands) -> None:
     parser.set_defaults(run=train)
 
 
+def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -> None:
+    """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew."""
+    import shutil
+
+    from neox_lib.config import tiny
+    from neox_lib.scoring import stories_of
+    from neox_lib.tokenizer import BPETokenizer, find_tokenizer
+
+    if (folder / "tokenizer.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if start_from is not None:
+        shutil.copy(find_tokenizer(start_from), folder / "tokenizer.json")
+        return
+    print("training the tokenizer")
+    texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
+    BPETokenizer.train(texts, tiny().vocab_size).save(folder / "tokenizer.json")
+
+
 def train(arguments: argparse.Namespace) -> None:
     import dataclasses
     import shutil
@@ -147,7 +166,7 @@ def train(arguments: argparse.Namespace) -> None:
     from neox_lib.lesson import plots
     from neox_lib.scale.loading import create_model
     from neox_lib.scoring import bits_per_byte, stories_of
-    from neox_lib.tokenizer import BPETokenizer, create_tokenizer
+    from neox_lib.tokenizer import create_tokenizer
 
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
     if arguments.windows:
@@ -155,10 +174,7 @@ def train(arguments: argparse.Namespace) -> None:
     words = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
     given = {name: value for name, value in words.items() if value is not None}
     plan = dataclasses.replace(training.TrainingPlan(), **given)
-    if not (folder / "tokenizer.json").exists():
-        print("training the tokenizer")
-        stories = [story for path in arguments.stories for story in stories_of(path.read_text("utf-8"))]
-        BPETokenizer.train(stories, tiny().vocab_size).save(folder / "tokenizer.json")
+    give_tokenizer(folder, arguments.stories, arguments.start_from)
     tokenizer = create_tokenizer(folder)
     stories, mix, validation = (
         training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])

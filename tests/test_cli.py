@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import neox_lib
-from neox_lib.__main__ import format_bytes, main
+from neox_lib.__main__ import format_bytes, give_tokenizer, main
 from neox_lib.checkpoint import load_slim, write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
@@ -116,6 +116,15 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     second = load_slim(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
+
+
+def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
+    """Weights mean nothing under another tokenizer, and every loss would still look like a number."""
+    give_tokenizer(tmp_path / "run", stories=[], start_from=checkpoint)
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
+    (tmp_path / "run" / "tokenizer.json").write_text("mine")
+    give_tokenizer(tmp_path / "run", stories=[], start_from=checkpoint)
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "mine"
 
 
 def test_ctrl_c_keeps_the_text_so_far(checkpoint):
