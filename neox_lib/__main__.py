@@ -1,4 +1,4 @@
-"""The command line: python -m neox_lib generate | info | train | convert | bench."""
+"""The command line: python -m neox_lib generate | info | train | convert | bench | promote."""
 
 import argparse
 import contextlib
@@ -78,7 +78,8 @@ def info(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from neox_lib.checkpoint import describe_slim, read_config, stored_dtype
-    from neox_lib.scale.loading import DTYPES, SHIPPED_MODEL
+    from neox_lib.files import SHIPPED_MODEL
+    from neox_lib.scale.loading import DTYPES
 
     folder = Path(arguments.model) if arguments.model else SHIPPED_MODEL
     config = read_config(folder)
@@ -130,6 +131,8 @@ def add_train(commands) -> None:
         help="window lengths that take turns from a share of the steps on, such as 0:256,256,2048 0.9:2048",
     )
     parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
+    parser.add_argument("--weight-decay", type=float, help="how hard the matrices are pulled towards zero")
+    parser.add_argument("--dropout", type=float, help="share of each branch's output that is dropped while training")
     parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
     parser.add_argument("--ranks", type=int, default=2, help="tensor-parallel ranks of the files (default: 2)")
     parser.set_defaults(run=train)
@@ -141,7 +144,7 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -
 
     from neox_lib.config import tiny
     from neox_lib.scoring import stories_of
-    from neox_lib.tokenizer import BPETokenizer, find_tokenizer
+    from neox_lib.tokenizer import find_tokenizer, save_tokenizer, train_tokenizer
 
     if (folder / "tokenizer.json").exists():
         return
@@ -151,7 +154,7 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -
         return
     print("training the tokenizer")
     texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
-    BPETokenizer.train(texts, tiny().vocab_size).save(folder / "tokenizer.json")
+    save_tokenizer(train_tokenizer(texts, tiny().vocab_size), folder / "tokenizer.json")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -237,10 +240,40 @@ def bench(arguments: argparse.Namespace) -> None:
     run(arguments)
 
 
+def add_promote(commands) -> None:
+    description = (
+        "Write the pieces that the notebooks build into the library. A piece that can't be imported is taken back. "
+        "`git diff neox_lib` shows what changed, `git checkout neox_lib` takes it back."
+    )
+    parser = commands.add_parser("promote", help="move the notebooks' pieces into the library", description=description)
+    parser.add_argument("--from", dest="folder", type=Path, metavar="FOLDER", help="such as notebooks/mine, your copy")
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument("--check", action="store_true", help="change nothing; show differences, exit 1 if any")
+    direction.add_argument("--pull", action="store_true", help="the other way: library to notebooks, for authors")
+    parser.set_defaults(run=promote)
+
+
+def promote(arguments: argparse.Namespace) -> int:
+    from neox_lib.lesson import promote
+
+    folder = arguments.folder or promote.NOTEBOOKS
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of notebooks")
+    if arguments.check:
+        found = promote.differences(folder)
+        print("\n".join(found) if found else "Notebooks and library agree.")
+        return 1 if found else 0
+    changed = promote.pull(folder) if arguments.pull else promote.promote(folder)
+    print(f"Changed: {', '.join(changed)}." if changed else "Nothing to change: notebooks and library agree.")
+    if changed and not arguments.pull:
+        print("Restart the kernels of other notebooks: they still hold the old pieces.")
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m neox_lib", description="Run and rebuild GPT-NeoX models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_generate, add_info, add_train, add_convert, add_bench):
+    for add in (add_generate, add_info, add_train, add_convert, add_bench, add_promote):
         add(commands)
     return parser
 
@@ -249,7 +282,7 @@ def main(words: list[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
     arguments = build_parser().parse_args(words)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
@@ -258,7 +291,6 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"neox_lib: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny"  # the folder of the model that comes with the package
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

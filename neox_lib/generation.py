@@ -19,8 +19,8 @@ ENDOFTEXT_ID = 0  # the release's own; Hugging Face's class default, 2, is anoth
 class StreamDecoder:
     """Turns token ids into text one at a time; bytes of an unfinished character wait for the rest of it.
 
-    >>> from neox_lib.tokenizer import BPETokenizer
-    >>> tokenizer = BPETokenizer.train([""], 281)
+    >>> from neox_lib.tokenizer import train_tokenizer
+    >>> tokenizer = train_tokenizer([""], 281)
     >>> decoder = StreamDecoder(tokenizer)
     >>> [decoder.push(token_id) for token_id in tokenizer.encode("né")]
     ['n', '', 'é']

@@ -12,9 +12,8 @@ from pathlib import Path
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from neox_lib.files import write_text_atomically
+from neox_lib.files import SHIPPED_MODEL, write_text_atomically
 
-SHIPPED_TOKENIZER = Path(__file__).parent / "assets" / "tiny" / "tokenizer.json"
 ENDOFTEXT, PADDING = "<|endoftext|>", "<|padding|>"
 WHITESPACE_RUNS = [" " * length for length in range(24, 1, -1)]  # the order of 20B's ids 50254 .. 50276
 
@@ -166,49 +165,6 @@ class BPETokenizer:
         self.added_pattern = pattern_of_any(added.keys() - special)
         self.word_ids = lru_cache(maxsize=65536)(self._word_ids)
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn a tokenizer with the layout of 20B's: specials 0 and 1, bytes, merges, then the whitespace runs."""
-        base = [ENDOFTEXT, PADDING, *sorted(CHARACTER_TO_BYTE)]
-        num_merges = vocab_size - len(base) - len(WHITESPACE_RUNS)
-        if num_merges < 0:
-            raise ValueError(f"vocab_size {vocab_size} has no room for {len(base)} bytes, specials and 23 space runs")
-        merges = train_merges(texts, num_merges)
-        tokens = dict.fromkeys(base + [left + right for left, right in merges])
-        vocab = {token: token_id for token_id, token in enumerate(tokens)}
-        runs = {run: len(vocab) + index for index, run in enumerate(WHITESPACE_RUNS)}
-        return cls(vocab, merges, {ENDOFTEXT: 0, PADDING: 1} | runs, {ENDOFTEXT, PADDING})
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "BPETokenizer":
-        """Read a `tokenizers` JSON of this family. Raises ValueError naming what it lacks or does differently."""
-        try:
-            data = json.loads(Path(path).read_text("utf-8"))
-            model = data["model"]
-            kinds = (model["type"], data["pre_tokenizer"]["type"], data["normalizer"]["type"])
-            if kinds != ("BPE", "ByteLevel", "NFC"):
-                raise ValueError(f"expected BPE with ByteLevel pre-tokens and NFC, found {kinds}")
-            if data["pre_tokenizer"]["add_prefix_space"]:
-                raise ValueError("add_prefix_space is true, expected false")
-            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-            added = {token["content"]: token["id"] for token in data["added_tokens"]}
-            special = {token["content"] for token in data["added_tokens"] if token["special"]}
-            return cls(model["vocab"], [(left, right) for left, right in merges], added, special)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a GPT-NeoX tokenizer file: {error}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON that the `tokenizers` library and `from_file` read."""
-        fast = Tokenizer(models.BPE(vocab=self.vocab, merges=self.merges))
-        fast.normalizer = normalizers.NFC()
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        fast.post_processor = processors.ByteLevel(trim_offsets=True)
-        fast.decoder = decoders.ByteLevel()
-        for token in sorted(self.added, key=self.added.__getitem__):
-            special = token in self.special
-            fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
-        write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")
-
     def _word_ids(self, word: str) -> list[int]:
         return [self.vocab[symbol] for symbol in apply_merges(byte_symbols(word), self.ranks)]
 
@@ -220,10 +176,8 @@ class BPETokenizer:
         """
         ids: list[int] = []
         for part in self.special_pattern.split(text):
-            if part in self.special:
-                ids.append(self.added[part])
-                continue
-            for piece in self.added_pattern.split(unicodedata.normalize("NFC", part)):
+            pieces = [part] if part in self.special else self.added_pattern.split(unicodedata.normalize("NFC", part))
+            for piece in pieces:
                 if piece in self.added:
                     ids.append(self.added[piece])
                 else:
@@ -247,12 +201,56 @@ class BPETokenizer:
         return self.added.get(token, self.vocab.get(token))
 
 
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learn a tokenizer with the layout of 20B's: specials 0 and 1, bytes, merges, then the whitespace runs."""
+    base = [ENDOFTEXT, PADDING, *sorted(CHARACTER_TO_BYTE)]
+    num_merges = vocab_size - len(base) - len(WHITESPACE_RUNS)
+    if num_merges < 0:
+        raise ValueError(f"vocab_size {vocab_size} has no room for {len(base)} bytes, specials and 23 space runs")
+    merges = train_merges(texts, num_merges)
+    tokens = dict.fromkeys(base + [left + right for left, right in merges])
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    runs = {run: len(vocab) + index for index, run in enumerate(WHITESPACE_RUNS)}
+    return BPETokenizer(vocab, merges, {ENDOFTEXT: 0, PADDING: 1} | runs, {ENDOFTEXT, PADDING})
+
+
+def read_tokenizer(path: str | Path) -> BPETokenizer:
+    """Read a `tokenizers` JSON of this family. Raises ValueError naming what it lacks or does differently."""
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+        model = data["model"]
+        kinds = (model["type"], data["pre_tokenizer"]["type"], data["normalizer"]["type"])
+        if kinds != ("BPE", "ByteLevel", "NFC"):
+            raise ValueError(f"expected BPE with ByteLevel pre-tokens and NFC, found {kinds}")
+        if data["pre_tokenizer"]["add_prefix_space"]:
+            raise ValueError("add_prefix_space is true, expected false")
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        added = {token["content"]: token["id"] for token in data["added_tokens"]}
+        special = {token["content"] for token in data["added_tokens"] if token["special"]}
+        return BPETokenizer(model["vocab"], [(left, right) for left, right in merges], added, special)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a GPT-NeoX tokenizer file: {error}") from error
+
+
+def save_tokenizer(tokenizer: BPETokenizer, path: str | Path) -> None:
+    """Write the JSON that the `tokenizers` library and `read_tokenizer` read."""
+    fast = Tokenizer(models.BPE(vocab=tokenizer.vocab, merges=tokenizer.merges))
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.post_processor = processors.ByteLevel(trim_offsets=True)
+    fast.decoder = decoders.ByteLevel()
+    for token in sorted(tokenizer.added, key=tokenizer.added.__getitem__):
+        special = token in tokenizer.special
+        fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
+    write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")
+
+
 def find_tokenizer(path: str | Path | None) -> Path:
     """The tokenizer file meant by a path: the file itself, or a model folder's; without a path, the shipped one.
 
     20B's release keeps its `20B_tokenizer.json` one level above the weights. Raises FileNotFoundError for none.
     """
-    path = SHIPPED_TOKENIZER if path is None else Path(path)
+    path = SHIPPED_MODEL / "tokenizer.json" if path is None else Path(path)
     if path.is_dir():
         places = [path / "tokenizer.json", path / "20B_tokenizer.json", path.absolute().parent / "20B_tokenizer.json"]
         path = next((place for place in places if place.is_file()), places[0])

@@ -15,7 +15,7 @@ from neox_lib.__main__ import format_bytes, give_tokenizer, main
 from neox_lib.checkpoint import load_slim, write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from neox_lib.tokenizer import BPETokenizer
+from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("cli") / "model"
     write_slim(NeoXModel(config).to(torch.float16), folder, ranks=2, spread_seed=0)
-    BPETokenizer.train(["the fox and the hen and the fox"], 300).save(folder / "tokenizer.json")
+    save_tokenizer(train_tokenizer(["the fox and the hen and the fox"], 300), folder / "tokenizer.json")
     return folder
 
 

@@ -9,7 +9,7 @@ import neox_lib
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.model import NeoXModel
-from neox_lib.tokenizer import ENDOFTEXT, BPETokenizer, encode_text
+from neox_lib.tokenizer import ENDOFTEXT, encode_text, save_tokenizer, train_tokenizer
 
 README_PROMPT = "GPTNeoX20B is a 20B-parameter autoregressive Transformer model developed by EleutherAI."
 SMALL = NeoXConfig(
@@ -36,7 +36,7 @@ def one_thread():
 def tokenizer(tmp_path_factory):
     """A tokenizer of 300 tokens, from its file through `create_tokenizer`."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    BPETokenizer.train([README_PROMPT], 300).save(path)
+    save_tokenizer(train_tokenizer([README_PROMPT], 300), path)
     return neox_lib.create_tokenizer(path)
 
 
@@ -158,14 +158,14 @@ def test_a_megabyte_of_text_is_refused_with_its_length(random_model, tokenizer):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_lone_surrogate_is_refused_by_name(random_model, tokenizer, fast):
     """What a broken copy and paste leaves; the libraries' own error speaks of codecs."""
-    chosen = tokenizer if fast else BPETokenizer.train([""], 281)
+    chosen = tokenizer if fast else train_tokenizer([""], 281)
     with pytest.raises(ValueError, match=r"character 2 is a lone surrogate, '\\ud83e'"):
         neox_lib.greedy_generate_text(random_model(SMALL), chosen, "ab\ud83e", 20)
 
 
 def test_both_tokenizers_continue_a_text_alike(random_model, tokenizer, tmp_path):
     """The readable tokenizer of the lesson can take the place of the fast one."""
-    readable = BPETokenizer.train([README_PROMPT], 300)
+    readable = train_tokenizer([README_PROMPT], 300)
     model = random_model(SMALL)
     texts = [neox_lib.greedy_generate_text(model, each, "GPT né 🦊", 60) for each in (tokenizer, readable)]
     assert texts[0] == texts[1] != "GPT né 🦊"

@@ -9,7 +9,15 @@ from tokenizers import Tokenizer
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import StreamDecoder, prompt_ids, stream_generate
 from neox_lib.sampling import Sampling
-from neox_lib.tokenizer import BYTE_TO_CHARACTER, ENDOFTEXT, BPETokenizer, create_tokenizer, encode_text
+from neox_lib.tokenizer import (
+    BYTE_TO_CHARACTER,
+    ENDOFTEXT,
+    BPETokenizer,
+    create_tokenizer,
+    encode_text,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 # Characters of one to four bytes; emoji of several code points, combining marks, scripts that 20B spells byte by byte.
 HARD_TEXTS = [
@@ -24,7 +32,7 @@ HARD_TEXTS = [
     f"a{ENDOFTEXT}b",
     "\ufffd already there",
 ]
-BYTES_ONLY = BPETokenizer.train([""], 281)
+BYTES_ONLY = train_tokenizer([""], 281)
 
 
 def as_read(text: str) -> str:
@@ -35,9 +43,9 @@ def as_read(text: str) -> str:
 @pytest.fixture(scope="module")
 def tokenizers(tokenizer_20b_path, tmp_path_factory) -> dict[str, Tokenizer | BPETokenizer]:
     """Ours with bytes alone, ours with some merges, the same through the fast library, and the released one."""
-    small = BPETokenizer.train(HARD_TEXTS, 400)
+    small = train_tokenizer(HARD_TEXTS, 400)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    small.save(path)
+    save_tokenizer(small, path)
     return {
         "bytes only": BYTES_ONLY,
         "small": small,

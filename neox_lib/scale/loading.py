@@ -9,11 +9,10 @@ import torch
 
 from neox_lib.checkpoint import is_slim, load_slim, read_config, stored_dtype
 from neox_lib.config import NeoXConfig
-from neox_lib.files import CheckpointError
+from neox_lib.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.model import NeoXModel
 from neox_lib.scale.linear import use_fast_linear
 
-SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 SMALL_MODEL_PARAMETERS = 100_000_000
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
