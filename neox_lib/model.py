@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from neox_lib.attention import KeyValueStore
 from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
-from neox_lib.rotary import rotary_table
+from neox_lib.rotary import RotaryTable
 
 
 class SequenceCache(KeyValueStore, Protocol):
@@ -53,25 +53,7 @@ class NeoXModel(nn.Module):
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.final_linear.weight = self.word_embeddings.weight
-        self._rotary: tuple[Tensor, Tensor] | None = None
-
-    def rotary_rows(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in the activations' dtype.
-
-        Raises ValueError past the context: the model has never seen a later position.
-        """
-        config, like = self.config, self.norm.weight
-        if start + tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"{start} cached + {tokens} new tokens exceed the context of {config.max_position_embeddings} tokens"
-            )
-        if self._rotary is None or self._rotary[0].device != like.device or self._rotary[0].dtype != like.dtype:
-            with torch.inference_mode(False):  # the table outlives the call, and training may use it next
-                self._rotary = rotary_table(
-                    config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base, like.device, like.dtype
-                )
-        cos, sin = self._rotary
-        return cos[start : start + tokens], sin[start : start + tokens]
+        self.rotary = RotaryTable(config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base)
 
     def hidden_states(
         self,
@@ -84,7 +66,7 @@ class NeoXModel(nn.Module):
         `after_layer(n)` is called when n layers are done; what it raises ends the pass and leaves the cache's length.
         """
         tokens = input_ids.shape[1]
-        cos, sin = self.rotary_rows(cache.length if cache is not None else 0, tokens)
+        cos, sin = self.rotary.rows(cache.length if cache is not None else 0, tokens, like=self.norm.weight)
         hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, cache)
@@ -103,14 +85,15 @@ class NeoXModel(nn.Module):
         check_token_ids(input_ids, self.config.vocab_size)
         return self.final_linear(self.hidden_states(input_ids, cache))
 
-    def attention_weights(self, input_ids: Tensor) -> Tensor:
-        """Who looks at whom, in every layer and head: ids `[B, T]` -> `[L, B, H, T, T]`, fp32, rows sum to 1."""
-        check_token_ids(input_ids, self.config.vocab_size)
-        cos, sin = self.rotary_rows(0, input_ids.shape[1])
-        hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
-        weights = []
-        for layer in self.layers:
-            assert isinstance(layer, Block)
-            weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
-            hidden = layer(hidden, cos, sin)
-        return torch.stack(weights)
+
+def model_attention_weights(model: NeoXModel, input_ids: Tensor) -> Tensor:
+    """Who looks at whom, in every layer and head: ids `[B, T]` -> `[L, B, H, T, T]`, fp32, rows sum to 1."""
+    check_token_ids(input_ids, model.config.vocab_size)
+    cos, sin = model.rotary.rows(0, input_ids.shape[1], like=model.norm.weight)
+    hidden = model.word_embeddings(input_ids).to(model.norm.weight.dtype)
+    weights = []
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
+        hidden = layer(hidden, cos, sin)
+    return torch.stack(weights)

@@ -26,6 +26,30 @@ def rotary_table(length: int, rotary_ndims: int, base: float, device: torch.devi
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class RotaryTable:
+    """The rows of `rotary_table` for every position of a model's context, made when they are first asked for.
+
+    One table is kept, for the device and dtype last asked for.
+    """
+
+    def __init__(self, max_positions: int, rotary_ndims: int, base: float):
+        self.max_positions, self.rotary_ndims, self.base = max_positions, rotary_ndims, base
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
+
+        Raises ValueError past the context: the model has never seen a later position.
+        """
+        if start + tokens > self.max_positions:
+            raise ValueError(f"{start} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
+        if self.table is None or self.table[0].device != like.device or self.table[0].dtype != like.dtype:
+            with torch.inference_mode(False):  # the table outlives the call, and training may use it next
+                self.table = rotary_table(self.max_positions, self.rotary_ndims, self.base, like.device, like.dtype)
+        cos, sin = self.table
+        return cos[start : start + tokens], sin[start : start + tokens]
+
+
 def rotate_half(x: Tensor) -> Tensor:
     """Turn every pair (i, i + D/2) by 90 degrees: `[..., D]` -> `[..., D]`.
 

@@ -108,8 +108,8 @@ def test_a_wrong_mask_for_a_later_chunk_is_noticed(random_model, token_ids, monk
 def test_positions_that_start_anew_with_each_pass_are_noticed(random_model, token_ids, monkeypatch):
     """A cache that forgets its length when it turns the queries and keys still gives fluent text."""
     model, ids = random_model(SMALL), token_ids(SMALL, 1, 12)
-    rows = model.rotary_rows
-    monkeypatch.setattr(model, "rotary_rows", lambda start, tokens: rows(0, tokens))
+    rows = model.rotary.rows
+    monkeypatch.setattr(model.rotary, "rows", lambda start, tokens, like: rows(0, tokens, like))
     assert largest_difference(model, ids, [5, 7]) > 1000 * FP32_BOUND
     assert largest_difference(model, ids, [5] + [1] * 7) > 1000 * FP32_BOUND
 
@@ -319,9 +319,9 @@ def test_half_precision_texts_part_only_between_two_tokens_as_good_as_equal(rand
 def test_the_stated_tolerance_sees_a_fault(random_model, token_ids, monkeypatch, form, fault):
     """A tolerance that a wrong mask, or positions off by one, would pass proves nothing."""
     model, ids = halved(random_model(HALF), form), token_ids(HALF, 1, 40)
-    whole, rows = model(ids).float(), model.rotary_rows
+    whole, rows = model(ids).float(), model.rotary.rows
     if fault == "mask":
         monkeypatch.setattr("neox_lib.attention.fused_attention", square_mask)
     else:
-        monkeypatch.setattr(model, "rotary_rows", lambda start, tokens: rows(max(0, start - 1), tokens))
+        monkeypatch.setattr(model.rotary, "rows", lambda start, tokens, like: rows(max(0, start - 1), tokens, like))
     assert (in_passes(model, ids, [20, 20]).float() - whole).abs().max() > 10 * half_tolerance(form, HALF, whole)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neox_lib.config import NeoXConfig
+from neox_lib.model import model_attention_weights
 
 BASE = NeoXConfig(
     vocab_size=128,
@@ -152,12 +153,12 @@ def test_int32_ids_give_the_same_logits(random_model, token_ids):
 
 @torch.inference_mode()
 def test_attention_weights_are_those_that_made_the_logits(twins, token_ids):
-    """Plots show `attention_weights`: they must be what Hugging Face reports for the same pass."""
+    """Plots show `model_attention_weights`: they must be what Hugging Face reports for the same pass."""
     config, batch, tokens = CASES["20b rules"]
     ours, theirs = twins(config)
     ids = token_ids(config, batch, tokens)
     expected = torch.stack(theirs(ids, output_attentions=True).attentions)
-    assert (ours.attention_weights(ids) - expected).abs().max() <= 1e-5
+    assert (model_attention_weights(ours, ids) - expected).abs().max() <= 1e-5
 
 
 def test_parts_of_a_model_can_be_watched(random_model, token_ids):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox_lib.rotary import apply_rotary, rotary_angles, rotary_table, rotate_half
+from neox_lib.rotary import RotaryTable, apply_rotary, rotary_angles, rotary_table, rotate_half
 
 CPU = torch.device("cpu")
 HEAD, ROTARY = 96, 24  # 20B's
@@ -34,6 +34,36 @@ def test_a_half_precision_table_is_the_exact_one_rounded_once(dtype):
     assert cos.dtype == sin.dtype == dtype
     assert (cos.double() - angles.cos()).abs().max() < step
     assert (sin.double() - angles.sin()).abs().max() < step
+
+
+def test_rows_are_those_of_the_table_in_the_dtype_asked_for():
+    """A token behind a cache would turn by another token's angle, or a model moved to fp16 go on with fp32 rows."""
+    table = RotaryTable(64, ROTARY, 10000)
+    for dtype in (torch.float32, torch.float16):
+        cos, sin = rotary_table(64, ROTARY, 10000, CPU, dtype)
+        found = table.rows(60, 4, like=torch.zeros(1, dtype=dtype))
+        assert torch.equal(found[0], cos[60:]) and torch.equal(found[1], sin[60:])
+        assert found[0].dtype == found[1].dtype == dtype
+
+
+def test_the_table_is_made_once():
+    """Made anew for each token, it would cost more than a small model's step."""
+    table, like = RotaryTable(64, ROTARY, 10000), torch.zeros(1)
+    first, again = table.rows(0, 8, like)[0], table.rows(0, 8, like)[0]
+    assert first.data_ptr() == again.data_ptr()
+
+
+def test_a_table_made_while_generating_serves_training():
+    """Autograd refuses tensors that were made in inference mode."""
+    table = RotaryTable(64, ROTARY, 10000)
+    with torch.inference_mode():
+        table.rows(0, 8, torch.zeros(1))
+    assert not table.rows(0, 8, torch.zeros(1))[0].is_inference()
+
+
+def test_positions_past_the_context_are_refused():
+    with pytest.raises(ValueError, match=r"60 cached \+ 5 new tokens exceed the context of 64 tokens"):
+        RotaryTable(64, ROTARY, 10000).rows(60, 5, torch.zeros(1))
 
 
 def test_positions_may_come_in_half_precision():

@@ -22,7 +22,7 @@ from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
 from neox_lib.rotary import apply_rotary, rotary_angles
-from neox_lib.tokenizer import BPETokenizer, create_tokenizer
+from neox_lib.tokenizer import BPETokenizer, create_tokenizer, read_tokenizer
 
 SMALL = NeoXConfig(
     vocab_size=128,
@@ -126,7 +126,7 @@ def test_parity_notices_and_shapes_do_not(twins, token_ids, monkeypatch, trap):
     ours, theirs = twins(config)
     equals_hugging_face(ours, theirs, ids)
     monkeypatch.setattr(target, wrong)
-    ours._rotary = None  # the table is made anew
+    ours.rotary.table = None  # the table is made anew
     shapes_fit(ours, ids)
     notices(equals_hugging_face, ours, theirs, ids)
 
@@ -282,14 +282,14 @@ def test_a_model_without_the_wall_is_noticed(random_model, monkeypatch):
     """Trap 10: repeating the last position gives logits of the right shape, and text that falls apart."""
     model = random_model(replace(SMALL, max_position_embeddings=32))
     refuses_past_the_context(model)
-    right = NeoXModel.rotary_rows
+    right = model.rotary.rows
 
-    def clamped(self: NeoXModel, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        cos, sin = right(self, 0, 32)
+    def clamped(start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = right(0, 32, like)
         rows = torch.arange(start, start + tokens).clamp(max=31)
         return cos[rows], sin[rows]
 
-    monkeypatch.setattr(NeoXModel, "rotary_rows", clamped)
+    monkeypatch.setattr(model.rotary, "rows", clamped)
     shapes_fit(model, torch.zeros(1, 40, dtype=torch.int64))
     notices(refuses_past_the_context, model)
 
@@ -341,7 +341,7 @@ def nfc_before_specials(tokenizer: BPETokenizer, monkeypatch) -> str:
 @pytest.mark.parametrize("trap", [nothing_added, no_nfc, nfc_before_specials])
 def test_a_tokenizer_that_only_round_trips_is_noticed(tokenizer_20b_path, monkeypatch, trap):
     """Trap 12: the text comes back, so a round trip passes; but the model was trained on other ids."""
-    ours, fast = BPETokenizer.from_file(tokenizer_20b_path), create_tokenizer(tokenizer_20b_path)
+    ours, fast = read_tokenizer(tokenizer_20b_path), create_tokenizer(tokenizer_20b_path)
 
     def equals_library(text: str) -> None:
         assert ours.encode(text) == fast.encode(text).ids
