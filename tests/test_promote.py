@@ -1,0 +1,207 @@
+"""Promotion: notebook and library hold one text, and no way of promoting leaves the library broken."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import neox_lib
+from neox_lib.lesson import promote
+from neox_lib.lesson.imports import bound_names, free_names
+from neox_lib.lesson.promote import PromotionError
+
+LIBRARY = Path(neox_lib.__file__).parent
+ROOT = LIBRARY.parent
+
+MODULE = '''"""A small piece."""
+
+import math
+
+# how wide
+WIDTH = 3
+
+
+def area(height):
+    return WIDTH * height  # why not
+
+
+@staticmethod
+def root(x):
+    return math.sqrt(x)
+'''
+
+
+def cell(text: str, module: str | None = "small"):
+    return new_code_cell(text, metadata={"tags": ["promote"]} | ({"module": module} if module else {}))
+
+
+def write_notebook(folder: Path, name: str, *cells) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A title"), *cells]), path)
+    return path
+
+
+FUNCTIONS = MODULE[MODULE.index("def area") :].rstrip("\n")
+CELLS = (new_code_cell("import math"), cell("# how wide\nWIDTH = 3"), cell(FUNCTIONS))
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A library of one small module, and a folder of notebooks that promote all of it."""
+    library = tmp_path / "neox_lib"
+    library.mkdir()
+    (library / "__init__.py").write_text("")
+    (library / "small.py").write_text(MODULE)
+    monkeypatch.setattr(promote, "LIBRARY", library)
+    write_notebook(tmp_path / "notebooks", "01_small.ipynb", *CELLS)
+    return tmp_path
+
+
+def edit_notebook(house: Path, old: str, new: str) -> None:
+    path = house / "notebooks" / "01_small.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for each in notebook.cells:
+        each.source = each.source.replace(old, new)
+    nbformat.write(notebook, path)
+
+
+def module_text(house: Path) -> str:
+    return (house / "neox_lib" / "small.py").read_text()
+
+
+def test_what_agrees_shows_no_difference_and_promoting_it_changes_nothing(house):
+    assert promote.differences(house / "notebooks") == []
+    assert promote.promote(house / "notebooks") == []
+    assert promote.pull(house / "notebooks") == []
+    assert module_text(house) == MODULE
+
+
+@pytest.mark.parametrize(
+    "old, new", [("# why not", "# because"), ("# how wide", "# width"), ("WIDTH = 3", "WIDTH = 4")]
+)
+def test_an_edit_in_the_notebook_is_seen_promoted_and_then_agrees(house, old, new):
+    """Comments count: they teach, so they may not drift."""
+    edit_notebook(house, old, new)
+    (diff,) = promote.differences(house / "notebooks")
+    assert "+" in diff and new in diff and "01_small.ipynb" in diff
+    assert promote.promote(house / "notebooks") == ["small"]
+    assert module_text(house) == MODULE.replace(old, new)
+    assert promote.differences(house / "notebooks") == []
+    assert promote.promote(house / "notebooks") == []
+
+
+def test_an_edit_in_the_library_is_seen_and_pulled_with_outputs_kept(house):
+    path = house / "notebooks" / "01_small.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[3].outputs = [nbformat.v4.new_output("stream", text="kept")]
+    nbformat.write(notebook, path)
+    (house / "neox_lib" / "small.py").write_text(MODULE.replace("# why not", "# because"))
+    assert len(promote.differences(house / "notebooks")) == 1
+    assert promote.pull(house / "notebooks") == ["01_small.ipynb"]
+    assert promote.differences(house / "notebooks") == []
+    notebook = nbformat.read(path, as_version=4)
+    assert "# because" in notebook.cells[3].source and notebook.cells[3].outputs[0].text == "kept"
+
+
+def test_a_definition_that_two_notebooks_promote_fails_with_its_name(house):
+    write_notebook(house / "notebooks", "02_again.ipynb", cell("WIDTH = 5"))
+    with pytest.raises(PromotionError, match=r"small\.WIDTH is promoted twice: 01_small.*02_again"):
+        promote.collect(house / "notebooks")
+
+
+def test_a_public_definition_that_no_notebook_promotes_fails_with_its_name(house):
+    (house / "neox_lib" / "small.py").write_text(MODULE + "\n\ndef lost():\n    pass\n\n\ndef _private():\n    pass\n")
+    (found,) = promote.differences(house / "notebooks")
+    assert "lost is public" in found
+
+
+@pytest.mark.parametrize("text", ["print(area(2))", "import math", "WIDTH = 3\nprint(WIDTH)", "def broken(:"])
+def test_a_cell_that_is_not_whole_definitions_is_refused_with_its_place(house, text):
+    write_notebook(house / "notebooks", "02_more.ipynb", cell(text))
+    with pytest.raises(PromotionError, match=r"02_more\.ipynb, cell 2"):
+        promote.promote(house / "notebooks")
+    assert module_text(house) == MODULE
+
+
+@pytest.mark.parametrize("module, words", [(None, "names no module"), ("nowhere", "no module nowhere")])
+def test_a_cell_without_a_module_is_refused(house, module, words):
+    write_notebook(house / "notebooks", "02_more.ipynb", cell("A = 1", module))
+    with pytest.raises(PromotionError, match=words):
+        promote.collect(house / "notebooks")
+
+
+def test_a_name_that_means_another_thing_in_the_notebook_is_found(house):
+    """`math` the module and `math` the function: the same text, two meanings."""
+    edit_notebook(house, "import math", "from cmath import sqrt as math")
+    (found,) = promote.differences(house / "notebooks")
+    assert "math is cmath.sqrt there and math in neox_lib/small.py" in found
+
+
+def test_a_name_that_the_library_does_not_import_is_refused(house):
+    edit_notebook(house, "import math", "import math\nimport cmath")
+    edit_notebook(house, "math.sqrt", "cmath.sqrt")
+    with pytest.raises(PromotionError, match="cmath is cmath there and nothing in"):
+        promote.promote(house / "notebooks")
+    assert module_text(house) == MODULE
+
+
+def test_a_new_definition_of_the_learner_stands_behind_the_one_before_it(house):
+    edit_notebook(house, "# how wide\nWIDTH = 3", "# how wide\nWIDTH = 3\n\n\ndef twice(x):\n    return 2 * x")
+    promote.promote(house / "notebooks")
+    names = [each.name for each in promote.definitions(module_text(house))]
+    assert names == ["WIDTH", "twice", "area", "root"]
+
+
+def test_a_piece_that_can_not_be_imported_is_taken_back_with_one_line(house):
+    edit_notebook(house, "WIDTH = 3", "WIDTH = 3 / 0")
+    with pytest.raises(PromotionError, match="ZeroDivisionError") as caught:
+        promote.promote(house / "notebooks")
+    assert "\n" not in str(caught.value)
+    assert module_text(house) == MODULE
+
+
+def test_promotion_mends_a_library_that_is_broken_now(house):
+    """Nothing of it imports a piece, so a broken one can't lock the learner out."""
+    (house / "neox_lib" / "small.py").write_text(MODULE.replace("WIDTH = 3", "WIDTH = 3 / 0"))
+    assert promote.promote(house / "notebooks") == ["small"]
+    assert module_text(house) == MODULE
+
+
+@pytest.mark.parametrize("failing_write", [1, 2])
+def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_write):
+    """A full disk after the first of two modules must not leave one new and one old."""
+    (house / "neox_lib" / "other.py").write_text("A = 1\n")
+    write_notebook(house / "notebooks", "02_other.ipynb", cell("A = 2", "other"))
+    edit_notebook(house, "WIDTH = 3", "WIDTH = 4")
+    calls, write_new = [], promote.write_new
+
+    def full_disk(path, content):
+        calls.append(path)
+        if len(calls) == failing_write:
+            raise OSError("no space left on device")
+        write_new(path, content)
+
+    monkeypatch.setattr(promote, "write_new", full_disk)
+    with pytest.raises(PromotionError, match="no space left"):
+        promote.promote(house / "notebooks")
+    assert module_text(house) == MODULE
+    assert (house / "neox_lib" / "other.py").read_text() == "A = 1\n"
+
+
+def test_newer_originals_beside_a_learners_copy_do_not_count(house):
+    shutil.copy(house / "notebooks" / "01_small.ipynb", house / "notebooks" / "01_small.new.ipynb")
+    assert len(promote.collect(house / "notebooks")) == 3
+
+
+def test_names_are_free_unless_bound_or_built_in():
+    text = (
+        "def f(x, y=WIDTH) -> Tensor:\n    z = x + len(GLOBAL)\n    return [z for each in y]\n"
+        "class A(Base):\n    n: int = OTHER\n"
+    )
+    assert free_names(text) == {"WIDTH", "Tensor", "GLOBAL", "Base", "OTHER"}
+    imports = "import torch.nn.functional as F\nimport os.path\nfrom a.b import c as d\n"
+    bound = bound_names(imports + "x, y = 1, 2")
+    assert bound == {"F": "torch.nn.functional", "os": "os", "d": "a.b.c", "x": "here", "y": "here"}
