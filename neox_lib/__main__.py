@@ -77,8 +77,9 @@ def add_info(commands) -> None:
 def info(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from neox_lib.checkpoint import describe_slim, read_config, stored_dtype
+    from neox_lib.checkpoint import describe_slim, stored_dtype
     from neox_lib.files import SHIPPED_MODEL
+    from neox_lib.release import read_config
     from neox_lib.scale.loading import DTYPES
 
     folder = Path(arguments.model) if arguments.model else SHIPPED_MODEL
@@ -164,11 +165,11 @@ def train(arguments: argparse.Namespace) -> None:
     import torch
 
     from neox_lib import training
-    from neox_lib.checkpoint import write_slim
     from neox_lib.config import tiny
     from neox_lib.lesson import plots
     from neox_lib.scale.loading import create_model
     from neox_lib.scoring import bits_per_byte, stories_of
+    from neox_lib.slim_writer import write_slim
     from neox_lib.tokenizer import create_tokenizer
 
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
@@ -207,7 +208,7 @@ def add_convert(commands) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     import shutil
 
-    from neox_lib.checkpoint import convert_slim
+    from neox_lib.slim_writer import convert_slim
     from neox_lib.tokenizer import find_tokenizer
 
     convert_slim(arguments.source, arguments.target, arguments.ranks)

@@ -44,8 +44,7 @@ class KVCache:
         end = self.length + key.shape[2]
         self.check_room(len(key), end)
         keys, values = self.keys[layer_index, :, :, :end], self.values[layer_index, :, :, :end]
-        keys[:, :, self.length :] = key
-        values[:, :, self.length :] = value
+        keys[:, :, self.length :], values[:, :, self.length :] = key, value
         return keys, values
 
     def advance(self, tokens: int) -> None:

@@ -101,6 +101,41 @@ def next_token_logits(
     return model.final_linear(hidden[:, -1])[:, : model.config.tokenizer_vocab_size].float()
 
 
+@torch.inference_mode()
+def _steps(
+    model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress
+) -> Iterator[Step]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    unseen = input_ids
+    if cache is not None:  # the last token goes through once more if need be: its scores were not kept
+        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
+        unseen = input_ids[:, cache.length :]
+    ended: list[int | None] = [None] * len(input_ids)  # the stop token of each row that has given one
+    for number in range(max_new_tokens):
+        started = time.perf_counter()
+        try:
+            logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
+        except PrefillStopped:
+            return
+        chosen = sampling.choose(logits, generator)
+        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].tolist()
+        token_ids = chosen.tolist()
+        texts = [""] * len(token_ids)
+        for row, token_id in enumerate(token_ids):
+            if ended[row] is not None:
+                token_ids[row], log_probabilities[row] = ended[row], 0.0
+                continue
+            ended[row] = token_id if token_id in stop_token_ids else None
+            if decoders is not None:
+                last = ended[row] is not None or number == max_new_tokens - 1
+                texts[row] = decoders[row].push(token_id) + (decoders[row].flush() if last else "")
+        new = torch.tensor(token_ids, device=input_ids.device)[:, None]
+        unseen = new if cache is not None else torch.cat([unseen, new], dim=1)
+        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started)
+        if all(stop is not None for stop in ended):
+            return
+
+
 def stream_generate(
     model: NeoXModel,
     input_ids: Tensor,
@@ -141,41 +176,6 @@ def stream_generate(
         cache.check_room(batch, prompt + max(0, max_new_tokens - 1))  # the last new token never goes through the model
     decoders = [StreamDecoder(tokenizer) for _ in input_ids] if tokenizer is not None else None
     return _steps(model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress)
-
-
-@torch.inference_mode()
-def _steps(
-    model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress
-) -> Iterator[Step]:
-    generator = torch.Generator().manual_seed(sampling.seed)
-    unseen = input_ids
-    if cache is not None:  # the last token goes through once more if need be: its scores were not kept
-        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
-        unseen = input_ids[:, cache.length :]
-    ended: list[int | None] = [None] * len(input_ids)  # the stop token of each row that has given one
-    for number in range(max_new_tokens):
-        started = time.perf_counter()
-        try:
-            logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
-        except PrefillStopped:
-            return
-        chosen = sampling.choose(logits, generator)
-        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].tolist()
-        token_ids = chosen.tolist()
-        texts = [""] * len(token_ids)
-        for row, token_id in enumerate(token_ids):
-            if ended[row] is not None:
-                token_ids[row], log_probabilities[row] = ended[row], 0.0
-                continue
-            ended[row] = token_id if token_id in stop_token_ids else None
-            if decoders is not None:
-                last = ended[row] is not None or number == max_new_tokens - 1
-                texts[row] = decoders[row].push(token_id) + (decoders[row].flush() if last else "")
-        new = torch.tensor(token_ids, device=input_ids.device)[:, None]
-        unseen = new if cache is not None else torch.cat([unseen, new], dim=1)
-        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started)
-        if all(stop is not None for stop in ended):
-            return
 
 
 def prompt_ids(tokenizer, text: str) -> Tensor:

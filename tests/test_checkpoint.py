@@ -16,23 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neox_lib import checkpoint, files, layout, sharding
-from neox_lib.checkpoint import (
-    convert_slim,
-    describe_slim,
-    find_shards,
-    is_slim,
-    layer_file_name,
-    load_slim,
-    merge_shards,
-    read_config,
-    split_tensor,
-    stored_dtype,
-    write_slim,
-)
+from neox_lib import checkpoint, files, layout, sharding, slim_writer
+from neox_lib.checkpoint import describe_slim, load_slim, stored_dtype
 from neox_lib.config import NeoXConfig, neox_20b
 from neox_lib.files import CheckpointError
+from neox_lib.layout import find_shards, is_slim, layer_file_name
 from neox_lib.model import NeoXModel
+from neox_lib.release import read_config
+from neox_lib.sharding import merge_shards
+from neox_lib.slim_writer import convert_slim, write_slim
+from neox_lib.splitting import split_tensor
 
 CONFIG = NeoXConfig(
     vocab_size=256,
@@ -170,7 +163,7 @@ def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
         files.save_tensors(path, tensors)
 
     monkeypatch.setattr(checkpoint, "merge_shards", watched)
-    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    monkeypatch.setattr(slim_writer, "save_tensors", save)
     convert_slim(tmp_path / "c", tmp_path / "d", ranks=4)
     assert len(alive) == 6 * 12 + 4 and max(counts) <= 13  # a block, and the tensor read ahead that ends its group
 
@@ -762,11 +755,11 @@ def test_an_interrupted_save_never_looks_whole(tmp_path, random_model, monkeypat
 KILLED = """
 import sys, time
 from dataclasses import replace
-from neox_lib import checkpoint
+from neox_lib import slim_writer
 from neox_lib.config import tiny
 from neox_lib.model import NeoXModel
 
-real, count = checkpoint.save_tensors, 0
+real, count = slim_writer.save_tensors, 0
 
 def save(path, tensors):
     global count
@@ -776,8 +769,8 @@ def save(path, tensors):
         print("in the middle", flush=True)
         time.sleep(60)
 
-checkpoint.save_tensors = save
-checkpoint.write_slim(NeoXModel(replace(tiny(), vocab_size=64, tokenizer_vocab_size=64)), sys.argv[1], ranks=2)
+slim_writer.save_tensors = save
+slim_writer.write_slim(NeoXModel(replace(tiny(), vocab_size=64, tokenizer_vocab_size=64)), sys.argv[1], ranks=2)
 """
 
 

@@ -12,9 +12,10 @@ import torch
 
 import neox_lib
 from neox_lib.__main__ import format_bytes, give_tokenizer, main
-from neox_lib.checkpoint import load_slim, write_slim
+from neox_lib.checkpoint import load_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
+from neox_lib.slim_writer import write_slim
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neox_lib.checkpoint import write_slim
 from neox_lib.model import NeoXModel
 from neox_lib.scale.bench_table import (
     HEADER,
@@ -35,6 +34,7 @@ from neox_lib.scale.contenders import (
     their_generate,
 )
 from neox_lib.scale.loading import DTYPES, create_model
+from neox_lib.slim_writer import write_slim
 
 
 def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:

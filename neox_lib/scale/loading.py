@@ -7,10 +7,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from neox_lib.checkpoint import is_slim, load_slim, read_config, stored_dtype
+from neox_lib.checkpoint import load_slim, stored_dtype
 from neox_lib.config import NeoXConfig
 from neox_lib.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.layout import is_slim
 from neox_lib.model import NeoXModel
+from neox_lib.release import read_config
 from neox_lib.scale.linear import use_fast_linear
 
 SMALL_MODEL_PARAMETERS = 100_000_000
