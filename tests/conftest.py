@@ -35,6 +35,14 @@ def fetch_tokenizer(folder: Path) -> Path:
     return target
 
 
+@pytest.fixture(autouse=True)
+def own_progress_file(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a test answers or solves is kept in an empty file of its own, never among the learner's."""
+    path = tmp_path_factory.mktemp("progress") / "progress.json"
+    monkeypatch.setenv("NEOX_PROGRESS", str(path))
+    return path
+
+
 @pytest.fixture(scope="session")
 def tokenizer_20b_path(request: pytest.FixtureRequest) -> Path:
     """Where the released model's tokenizer file lies. Absent and out of reach: a skip, in CI a failure."""

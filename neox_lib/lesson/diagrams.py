@@ -72,9 +72,9 @@ def model_map(*lit: str) -> Picture:
 def draw_place(axes, words: str, place: tuple[float, float, float, float], chosen: bool) -> None:
     """A box with words in it, `place` being x, y, width and height; bold and coloured when chosen."""
     x, y, width, height = place
-    colours = {"facecolor": ORANGE if chosen else "white", "edgecolor": "black" if chosen else BLUE}
-    width_of_line = 3 if chosen else 1.3
-    box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", linewidth=width_of_line, zorder=3, **colours)
+    box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", zorder=3)
+    box.set(facecolor=ORANGE if chosen else "white", edgecolor="black" if chosen else BLUE)
+    box.set_linewidth(3 if chosen else 1.3)
     axes.add_patch(box)
     weight = "bold" if chosen else "normal"
     centre = (x + width / 2, y + height / 2)

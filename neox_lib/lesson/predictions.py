@@ -44,7 +44,7 @@ class Prediction:
         static = f"<p><b>Predict.</b> {self.question}</p>{self.folded()}"
         options = [f"{letter(number)}. {text}" for number, (text, _) in enumerate(self.options)]
         bundle = {"text/plain": "\n".join(["Predict. " + self.question, *options]), "text/html": static}
-        return bundle | self.widget()._repr_mimebundle_() | bundle
+        return (self.widget()._repr_mimebundle_() or {}) | bundle
 
     def widget(self):
         """Buttons that record the choice and then explain every option; an earlier choice is shown at once."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from neox_lib.lesson.learner_copy import write_new
 
+EXERCISES: dict[str, str] = {}  # the key of every exercise whose module is loaded -> that module's name
+
 
 def progress_file() -> Path:
     """`NEOX_PROGRESS` if that is set (tests start with an empty one), else `.progress.json` in the kernel's folder."""

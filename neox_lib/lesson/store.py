@@ -6,6 +6,8 @@ No timings, and no live widgets: those need the kernel that made them. What a wi
 """
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -40,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m neox_lib.lesson.store", description=run_and_store.__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     for path in parser.parse_args().notebooks:
-        run_and_store(path)
+        with tempfile.TemporaryDirectory() as folder:  # nobody's earlier answers may get into the outputs
+            os.environ["NEOX_PROGRESS"] = str(Path(folder) / "progress.json")
+            run_and_store(path)
         print(f"stored {path}")
 
 
