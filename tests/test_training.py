@@ -83,6 +83,35 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, stop_at
     assert history[-1]["tokens"] == PLAN.total_tokens
 
 
+def test_dropout_is_on_while_training_off_while_judging_and_the_same_after_a_stop(tmp_path, monkeypatch):
+    """Dropped branches in a validation loss would make the best model look bad."""
+    plan = dataclasses.replace(PLAN, dropout=0.5)
+    model = NeoXModel(CONFIG)
+    training.add_dropout(model, 0.5)
+    ids = STORIES[None, :8]
+    assert not torch.equal(model.train()(ids), model.train()(ids))
+    assert torch.equal(model.eval()(ids), model.eval()(ids))
+    whole, _ = run(tmp_path / "whole", plan)
+    assert not whole.training
+    assert not torch.equal(whole.final_linear.weight, run(tmp_path / "without")[0].final_linear.weight)
+    a_save_after_every_step(monkeypatch)
+    with monkeypatch.context() as patch:
+        real = training.training_step
+        calls: list[int] = []
+
+        def stop_at_three(*arguments):
+            calls.append(1)
+            if len(calls) == 4:
+                raise Interrupted
+            return real(*arguments)
+
+        patch.setattr(training, "training_step", stop_at_three)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", plan)
+    resumed, _ = run(tmp_path / "parts", plan)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     """Calling again gives the finished model, not a second helping."""
     first, history = run(tmp_path)
