@@ -33,6 +33,7 @@ ROOMS = [
     "scale.bench",
     "lesson.plots",
     "lesson.diagrams",
+    "lesson.figures_start_here",
     "lesson.learner_copy",
     "lesson.imports",
     "lesson.promote",
@@ -41,6 +42,7 @@ ROOMS = [
     "lesson.predictions",
     "lesson.series",
     "lesson.checks",
+    "lesson.exercises.start_here",
     "training",
     "__main__",
 ]

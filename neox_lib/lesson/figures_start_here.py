@@ -1,0 +1,36 @@
+"""The figure of notebook 00: where a model's parameters are."""
+
+from collections.abc import Mapping
+
+from neox_lib.lesson.plots import BLUE, FONT_SIZE, GREEN, ORANGE, SKY, Picture, finish_axes, new_figure
+
+# Colour, hatching and colour of the words of each part in turn; the hatching tells them apart in grey print too.
+LOOKS = [(ORANGE, "//", "black"), (BLUE, "", "white"), (SKY, "..", "black"), (GREEN, "xx", "black")]
+
+
+def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str, alt: str) -> Picture:
+    """A bar a model, divided by what its parts hold: `{model: {part: count}}`, the same parts in each."""
+    figure = new_figure(9, 3.4)
+    axes = figure.add_subplot()
+    totals = {model: sum(parts.values()) for model, parts in models.items()}
+    start = dict.fromkeys(models, 0.0)
+    for part, (colour, hatch, ink) in zip(next(iter(models.values())), LOOKS, strict=False):
+        shares = {model: 100 * models[model][part] / totals[model] for model in models}
+        names, widths, lefts = list(shares), list(shares.values()), [start[model] for model in shares]
+        axes.barh(names, widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=part)
+        for row, (width, left) in enumerate(zip(widths, lefts, strict=True)):
+            if width >= 2.5:
+                box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+                words = f"{width:.0f} %"
+                axes.text(
+                    left + width / 2, row, words, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box
+                )
+        start = {model: start[model] + shares[model] for model in models}
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    finish_axes(axes, title, x_label, "")
+    axes.grid(False)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=FONT_SIZE, frameon=False
+    )
+    return Picture(figure, alt)
