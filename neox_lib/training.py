@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
 from neox_lib.files import write_atomically
 from neox_lib.model import NeoXModel
@@ -108,6 +109,7 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
         return F.dropout(output, probability, training=module.training)
 
     for block in model.layers:
+        assert isinstance(block, Block)
         block.attention.dense.register_forward_hook(drop)
         block.mlp.dense_4h_to_h.register_forward_hook(drop)
 
