@@ -3,6 +3,9 @@
 import ast
 import itertools
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -10,6 +13,7 @@ import pytest
 
 from neox_lib.lesson.imports import plain_python
 from neox_lib.lesson.predictions import questions
+from neox_lib.lesson.store import run_and_store
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -200,3 +204,39 @@ def test_at_most_three_cells_are_not_compared_and_each_asserts(path):
 def test_no_live_widget_is_stored(path):
     """It needs the kernel that made it; without one it shows as an error."""
     assert "application/vnd.jupyter.widget" not in path.read_text("utf-8")
+
+
+def test_the_spelling_is_right(tmp_path):
+    """A typo in a lesson costs more trust than one in code."""
+    for path in PATHS:
+        (tmp_path / f"{path.stem}.md").write_text(prose(path), encoding="utf-8")
+    for path in (NOTEBOOKS.parent / "README.md", NOTEBOOKS / "README.md"):
+        (tmp_path / f"{path.parent.name}.md").write_text(path.read_text("utf-8"), encoding="utf-8")
+    checker = shutil.which("codespell", path=str(Path(sys.executable).parent))
+    assert checker, "codespell comes with requirements.lock"
+    done = subprocess.run([checker, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def nbval(path: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=120"]
+    command += [f"--nbval-sanitize-with={Path(__file__).parent / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, path.name], cwd=path.parent, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_judge_sees_one_changed_number_and_no_changed_pixel(tmp_path):
+    """nbval as we call it, on a small notebook: a wrong stored number fails, another machine's font does not."""
+    source = "from neox_lib.lesson import plots\nprint(round(2 / 3, 4))"
+    picture = "plots.bars({'a': 1.0}, 'One', 'height', alt='One bar of height one, called a.')"
+    cells = [nbformat.v4.new_code_cell(text) for text in (source, picture)]
+    path = tmp_path / "02_small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    run_and_store(path)
+    text = path.read_text("utf-8")
+    assert "0.6667" in text and "base64," in text
+    assert nbval(path).returncode == 0
+    path.write_text(text.replace("base64,", "base64,AAAA"), encoding="utf-8")
+    assert nbval(path).returncode == 0
+    path.write_text(text.replace("0.6667", "0.6668"), encoding="utf-8")
+    assert nbval(path).returncode == 1
