@@ -1,0 +1,64 @@
+"""The figures of notebook 03: the rows of the fused projection, and maps of who looks at whom."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from neox_lib.lesson.plots import BLUE, FONT_SIZE, ORANGE, SKY, Picture, new_figure
+
+# Colour, hatching and colour of the words of query, key and value; the hatching tells them apart in grey print too.
+ROLES = {"query": (BLUE, "", "white"), "key": (ORANGE, "//", "black"), "value": (SKY, "..", "black")}
+
+
+def qkv_rows(num_heads: int, head_dim: int) -> Picture:
+    """The rows of `query_key_value`, head after head, above the places where a flat split would cut them."""
+    figure = new_figure(10, 3.4)
+    axes = figure.add_subplot()
+    rows = 3 * num_heads * head_dim
+    for block in range(3 * num_heads):
+        role = list(ROLES)[block % 3]
+        colour, hatch, ink = ROLES[role]
+        axes.barh(1, head_dim, left=block * head_dim, height=0.8, color=colour, hatch=hatch, edgecolor="black")
+        name = f"{role[0]}_{block // 3}"
+        draw_word(axes, name, (block + 0.5) * head_dim, 1, ink, colour)
+    for third, role in enumerate(ROLES):
+        colour, hatch, ink = ROLES[role]
+        left, width = third * rows / 3, rows / 3
+        axes.barh(0, width, left=left, height=0.6, color=colour, hatch=hatch, edgecolor="black")
+        draw_word(axes, f"taken for {role}", left + width / 2, 0, ink, colour)
+    axes.set_yticks([0, 1], ["a flat split", "what is there"])
+    axes.set_xticks(range(0, rows + 1, head_dim))
+    axes.set_xlim(0, rows)
+    axes.set_xlabel("row of query_key_value", fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    alt = (
+        f"The {rows} rows of query_key_value for {num_heads} heads of size {head_dim}. What is there: q_0, k_0, v_0, "
+        "then q_1, k_1, v_1, and so on, head after head. Below, a flat split cuts the same rows into three thirds "
+        "and takes the first for queries, the second for keys, the third for values: each third mixes all three."
+    )
+    return Picture(figure, alt)
+
+
+def draw_word(axes, word: str, x: float, y: float, ink: str, colour: str) -> None:
+    """A word in the middle of a block, on a plain patch so that hatching does not run through it."""
+    box = {"facecolor": colour, "edgecolor": "none", "pad": 2}
+    axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
+
+
+def attention_maps(maps: Mapping[str, Tensor], tokens: Sequence[str], alt: str) -> Picture:
+    """Maps of `[T, T]` attention weights side by side, on one scale from 0 to 1; rows look, columns are looked at."""
+    figure = new_figure(6 * len(maps), 6.4)
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    words = [token.replace("Ġ", "") for token in tokens]  # the tokenizer's sign for a leading space
+    for panel, (title, weights) in zip(panels, maps.items(), strict=True):
+        image = panel.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        panel.set_title(title, fontsize=FONT_SIZE + 1)
+        panel.set_xticks(range(len(words)), words, rotation=90, fontsize=FONT_SIZE - 1)
+        panel.set_yticks(range(len(words)), words, fontsize=FONT_SIZE - 1)
+        panel.set_xlabel("token looked at", fontsize=FONT_SIZE)
+    panels[0].set_ylabel("token that looks", fontsize=FONT_SIZE)
+    scale = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    scale.set_label("weight", fontsize=FONT_SIZE)
+    scale.ax.tick_params(labelsize=FONT_SIZE - 1)
+    return Picture(figure, alt)
