@@ -19,12 +19,12 @@ def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str
         names, widths, lefts = list(shares), list(shares.values()), [start[model] for model in shares]
         axes.barh(names, widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=part)
         for row, (width, left) in enumerate(zip(widths, lefts, strict=True)):
-            if width >= 2.5:
+            words, middle = f"{width:.0f} %", left + width / 2
+            if width >= 6:
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
-                words = f"{width:.0f} %"
-                axes.text(
-                    left + width / 2, row, words, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box
-                )
+                axes.text(middle, row, words, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
+            elif width >= 1:  # no room inside
+                axes.text(left, row - 0.33, words, ha="left", va="bottom", fontsize=FONT_SIZE)
         start = {model: start[model] + shares[model] for model in models}
     axes.set_xlim(0, 100)
     axes.invert_yaxis()

@@ -30,7 +30,13 @@ def without_live_widgets(notebook: nbformat.NotebookNode) -> None:
 def run_and_store(path: Path, timeout: int = 120) -> None:
     """Execute a notebook in its own folder and write it back with its outputs; an error in a cell leaves the file."""
     notebook = nbformat.read(path, as_version=4)
-    runner = ExecutePreprocessor(timeout=timeout, record_timing=False, store_widget_state=False, kernel_name="python3")
+    runner = ExecutePreprocessor(
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,  # a streamed story is one output, not one for each token
+    )
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     without_live_widgets(notebook)
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -41,6 +47,7 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m neox_lib.lesson.store", description=run_and_store.__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
+    os.environ["TQDM_DISABLE"] = "1"  # a bar shows up where loading is slow, and only there
     for path in parser.parse_args().notebooks:
         with tempfile.TemporaryDirectory() as folder:  # nobody's earlier answers may get into the outputs
             os.environ["NEOX_PROGRESS"] = str(Path(folder) / "progress.json")
