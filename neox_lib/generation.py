@@ -101,38 +101,58 @@ def next_token_logits(
     return model.final_linear(hidden[:, -1])[:, : model.config.tokenizer_vocab_size].float()
 
 
+class _Row:
+    """One text of a batch while it is written: whether it has ended, and the characters that wait for their rest."""
+
+    def __init__(self, tokenizer, stop_token_ids: tuple[int, ...]):
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.stop_token_ids = stop_token_ids
+        self.ended_with: int | None = None
+
+    def take(self, token_id: int, log_probability: float, last: bool) -> tuple[int, str, float]:
+        """Token, text and log-probability of this row's next step; after its end it only repeats its stop token."""
+        if self.ended_with is not None:
+            return self.ended_with, "", 0.0
+        if token_id in self.stop_token_ids:
+            self.ended_with, last = token_id, True
+        if self.decoder is None:
+            return token_id, "", log_probability
+        return token_id, self.decoder.push(token_id) + (self.decoder.flush() if last else ""), log_probability
+
+
 @torch.inference_mode()
 def _steps(
-    model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress
+    model: NeoXModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    rows: list[_Row],
+    sampling: Sampling,
+    cache: KVCache | None,
+    chunk_size: int,
+    on_progress: Callable[[int, int], bool | None] | None,
 ) -> Iterator[Step]:
+    """The loop: score, choose, append. `stream_generate` has checked what it is given."""
     generator = torch.Generator().manual_seed(sampling.seed)
     unseen = input_ids
     if cache is not None:  # the last token goes through once more if need be: its scores were not kept
         cache.truncate(min(cache.length, input_ids.shape[1] - 1))
         unseen = input_ids[:, cache.length :]
-    ended: list[int | None] = [None] * len(input_ids)  # the stop token of each row that has given one
     for number in range(max_new_tokens):
         started = time.perf_counter()
         try:
             logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
         except PrefillStopped:
             return
-        chosen = sampling.choose(logits, generator)
-        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].tolist()
-        token_ids = chosen.tolist()
-        texts = [""] * len(token_ids)
-        for row, token_id in enumerate(token_ids):
-            if ended[row] is not None:
-                token_ids[row], log_probabilities[row] = ended[row], 0.0
-                continue
-            ended[row] = token_id if token_id in stop_token_ids else None
-            if decoders is not None:
-                last = ended[row] is not None or number == max_new_tokens - 1
-                texts[row] = decoders[row].push(token_id) + (decoders[row].flush() if last else "")
+        chosen = sampling.choose(logits, generator)[:, None]
+        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen)
+        last = number == max_new_tokens - 1
+        pairs = zip(rows, chosen.tolist(), log_probabilities.tolist(), strict=True)
+        taken = [row.take(token_id, value, last) for row, (token_id,), (value,) in pairs]
+        token_ids, texts, values = (list(column) for column in zip(*taken, strict=True))
         new = torch.tensor(token_ids, device=input_ids.device)[:, None]
         unseen = new if cache is not None else torch.cat([unseen, new], dim=1)
-        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started)
-        if all(stop is not None for stop in ended):
+        yield Step(token_ids, texts, values, time.perf_counter() - started)
+        if all(row.ended_with is not None for row in rows):
             return
 
 
@@ -174,8 +194,8 @@ def stream_generate(
         cache = KVCache(model.config, batch, prompt + max_new_tokens, weight.device, weight.dtype)
     if cache is not None:
         cache.check_room(batch, prompt + max(0, max_new_tokens - 1))  # the last new token never goes through the model
-    decoders = [StreamDecoder(tokenizer) for _ in input_ids] if tokenizer is not None else None
-    return _steps(model, input_ids, max_new_tokens, decoders, sampling, stop_token_ids, cache, chunk_size, on_progress)
+    rows = [_Row(tokenizer, stop_token_ids) for _ in input_ids]
+    return _steps(model, input_ids, max_new_tokens, rows, sampling, cache, chunk_size, on_progress)
 
 
 def prompt_ids(tokenizer, text: str) -> Tensor:
