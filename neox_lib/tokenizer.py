@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from neox_lib.files import SHIPPED_MODEL, write_text_atomically
 
-ENDOFTEXT, PADDING = "<|endoftext|>", "<|padding|>"
+ENDOFTEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
 WHITESPACE_RUNS = [" " * length for length in range(24, 1, -1)]  # the order of 20B's ids 50254 .. 50276
 
 # GPT-2's rule (openai/gpt-2, `src/encoder.py`): a merge never crosses from a word into the next.
