@@ -26,7 +26,7 @@ class Prediction:
 
     def choose(self, number: int) -> str:
         """Record a choice and return what is to be said about it, as HTML."""
-        record("predictions", self.key, chr(ord("A") + number))
+        record("predictions", self.key, letter(number))
         right = "<b>Right.</b>" if number == self.answer else "<b>Not so.</b>"
         return f"<p>{right} {self.options[number][1]}</p>" + self.folded(without=number)
 
@@ -56,9 +56,9 @@ class Prediction:
         radio = ipywidgets.RadioButtons(options=choices, index=None, layout={"width": "max-content"})
         shown = ipywidgets.HTML()
         radio.observe(lambda change: setattr(shown, "value", self.choose(change["new"])), "value")
-        earlier = read_progress()["predictions"].get(self.key)
-        if earlier is not None and ord(earlier) - ord("A") < len(self.options):
-            radio.value = ord(earlier) - ord("A")
+        letters, earlier = [letter(number) for _, number in choices], read_progress()["predictions"].get(self.key)
+        if earlier in letters:
+            radio.value = letters.index(earlier)
         return ipywidgets.VBox([ipywidgets.HTML(f"<p><b>Predict.</b> {self.question}</p>"), radio, shown])
 
 
