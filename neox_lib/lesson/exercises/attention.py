@@ -95,11 +95,11 @@ def attention(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
         what = f"the last {new} of 7 queries against all 7 keys: the same queries in one pass"
         require_equal(yours(query[:, :, -new:], key, value), whole[:, :, -new:], what, 1e-4)
 
-    large = [30 * torch.ones(1, 1, 4, 96, dtype=torch.float16)] * 2
+    large = 30 * torch.ones(1, 1, 4, 96, dtype=torch.float16)
     small = value[:1, :1, :4].half()
-    mixed = yours(*large, small)
+    mixed = yours(large, large, small)
     require(mixed.dtype == torch.float16, f"fp16 values should give an fp16 output, but yours gives {mixed.dtype}")
     finite = bool(mixed.isfinite().all())
     require(finite, "queries and keys of 30s in fp16, head size 96: the output has NaN in it; are the scores in fp32?")
-    require_equal(mixed, attention_by_rows(*large, small), "queries and keys of 30s in fp16", 2e-3)
+    require_equal(mixed, attention_by_rows(large, large, small), "queries and keys of 30s in fp16", 2e-3)
     return story_with(library.fused_attention, yours, "my_attention")

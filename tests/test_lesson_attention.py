@@ -1,0 +1,167 @@
+"""Notebook 03: its exercises can be solved and can be failed, and its museum is caught by the checks that it names."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neox_lib.lesson.exercises import attention as exercises
+from tests.lessons import Lesson
+
+CHECKS = {
+    "my_causal_mask": exercises.causal_mask,
+    "my_split_heads": exercises.split_heads,
+    "my_attention": exercises.attention,
+}
+BLIND = ["shape", "weights_sum_to_one", "no_future", "equal_to_sdpa"]
+OTHERS = ["writes_the_story", "numbered_rows", "chunks", "large_in_fp16"]
+
+
+@functools.cache
+def lesson() -> Lesson:
+    return Lesson("03_attention")
+
+
+def mask_from_the_corner(queries, keys, device):
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+
+
+def mask_of_what_is_hidden(queries, keys, device):
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+
+
+def split_into_thirds(qkv, num_heads):
+    return [third.unflatten(-1, (num_heads, -1)).transpose(1, 2) for third in qkv.chunk(3, dim=-1)]
+
+
+def split_with_tokens_first(qkv, num_heads):
+    return qkv.unflatten(-1, (num_heads, -1)).chunk(3, dim=-1)
+
+
+def split_without_transposing(qkv, num_heads):
+    """The right shape by a view: the tokens of one head land in others."""
+    batch, tokens, width = qkv.shape
+    return qkv.reshape(batch, num_heads, tokens, width // num_heads).chunk(3, dim=-1)
+
+
+def attention_without_mask(query, key, value):
+    return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+def attention_without_division(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+
+
+def attention_divided_by_size(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1 / query.shape[-1])
+
+
+def attention_from_the_corner(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def attention_in_half_precision(query, key, value):
+    return lesson().names["half_scores"](query, key, value)
+
+
+def attention_over_the_wrong_axis(query, key, value):
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    allowed = exercises.library.causal_mask(query.shape[-2], key.shape[-2], query.device)
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-2) @ value
+
+
+def attention_in_fp32_out(query, key, value):
+    return exercises.library.attention_weights(query, key) @ value.float()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_stub_is_told_kindly(name):
+    result = CHECKS[name](lesson().stub(name))
+    assert not result.passed and result.message.startswith(f"Not written yet: {name}")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_folded_solution_passes(name):
+    """A learner who gives up must find an answer that the check takes."""
+    result = CHECKS[name](lesson().solution(name))
+    assert result.passed, result.message
+
+
+def test_the_heart_writes_a_story_and_only_when_it_is_right():
+    """The story is the reward: it comes from the learner's own code, and never from a wrong one."""
+    story = "Once upon a time, a fox"
+    assert story in exercises.attention(lesson().solution("my_attention")).message
+    assert story not in exercises.attention(attention_from_the_corner).message
+
+
+WRONG = [
+    (exercises.causal_mask, mask_from_the_corner, "query 0 stands at position 3 and may look at position 1"),
+    (exercises.causal_mask, mask_of_what_is_hidden, "query 0 stands at position 0 and may look at position 0"),
+    (exercises.causal_mask, lambda *shape: mask_from_the_corner(*shape).float(), "torch.bool"),
+    (exercises.split_heads, split_into_thirds, "the key of head 0 is made of columns [2, 3]"),
+    (exercises.split_heads, split_with_tokens_first, "should have shape [B, H, T, D]"),
+    (exercises.split_heads, split_without_transposing, "the query of a random [2, 5, 36] projection"),
+    (exercises.attention, attention_without_mask, "which sees only itself"),
+    (exercises.attention, attention_over_the_wrong_axis, "which sees only itself"),
+    (exercises.attention, attention_without_division, "the output of ran, the third token"),
+    (exercises.attention, attention_divided_by_size, "the output of ran, the third token"),
+    (exercises.attention, attention_from_the_corner, "the last 1 of 7 queries"),
+    (exercises.attention, attention_in_half_precision, "are the scores in fp32?"),
+    (exercises.attention, attention_in_fp32_out, "fp16 values should give an fp16 output"),
+    (exercises.attention, lambda query, key, value: None, "is there a return?"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "says"), WRONG)
+def test_a_wrong_try_is_told_which_property_failed(check, wrong, says):
+    """A message that fits every fault helps with none."""
+    result = check(wrong)
+    assert not result.passed and says in result.message, result.message
+
+
+def test_the_last_row_for_every_new_query_is_found_too():
+    """It writes the right story, so the heart's check must not lean on the story alone."""
+    result = exercises.attention(lesson().names["last_row_mask"])
+    assert not result.passed and "the last 3 of 7 queries" in result.message, result.message
+
+
+def notices(check: str, version: str) -> bool:
+    """What a check of the notebook says of a version in the notebook's table."""
+    names = lesson().names
+    return not names[check](*names["versions"][version])
+
+
+@pytest.mark.parametrize("check", [*BLIND, *OTHERS])
+def test_no_check_of_the_museum_refuses_the_right_version(check):
+    assert not notices(check, "right")
+
+
+@pytest.mark.parametrize("version", ["flat_split", "last_row_mask", "half_scores"])
+@pytest.mark.parametrize("check", BLIND)
+def test_the_blind_checks_are_blind(check, version):
+    """The lesson says so; if one of them noticed, the lesson would be wrong."""
+    assert not notices(check, version)
+
+
+@pytest.mark.parametrize(
+    ("version", "noticed_by"),
+    [
+        ("flat_split", ["writes_the_story", "numbered_rows"]),
+        ("last_row_mask", ["chunks"]),
+        ("half_scores", ["large_in_fp16"]),
+    ],
+)
+def test_each_piece_of_the_museum_is_caught_where_the_lesson_says(version, noticed_by):
+    assert [check for check in OTHERS if notices(check, version)] == noticed_by
+    assert any(f"def {version}" in source for source in lesson().museum())
+
+
+def test_the_row_by_row_reference_is_what_pytorch_computes():
+    """The exercises are judged against it; it must not be wrong in the learner's stead."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(exercises.attention_by_rows(query, key, value).float(), expected, atol=1e-5, rtol=1e-5)
+    last_three = exercises.attention_by_rows(query[:, :, 6:], key, value).float()
+    torch.testing.assert_close(last_three, expected[:, :, 6:], atol=1e-5, rtol=1e-5)
