@@ -46,6 +46,8 @@ ROOMS = [
     "lesson.predictions",
     "lesson.series",
     "lesson.checks",
+    "lesson.figures_parallel_residual",
+    "lesson.exercises.parallel_residual",
     "lesson.real_tokenizer",
     "lesson.figures_tokenizer",
     "lesson.exercises.tokenizer",
