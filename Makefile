@@ -38,7 +38,6 @@ test: $(READY) $(TOKENIZER)
 
 # Every notebook is run from top to bottom and its outputs are compared with the stored ones. NBVAL=--nbval-lax runs
 # them without comparing, for systems where the last digits differ. Nobody's earlier answers may show in the outputs.
-notebooks: export TQDM_DISABLE := 1# a progress bar shows up where loading is slow, and only there
 notebooks: $(READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
 		$(BIN)/python -m pytest -q $(NBVAL) --nbval-current-env --nbval-cell-timeout=120 \

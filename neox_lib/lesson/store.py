@@ -47,7 +47,6 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m neox_lib.lesson.store", description=run_and_store.__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
-    os.environ["TQDM_DISABLE"] = "1"  # a bar shows up where loading is slow, and only there
     for path in parser.parse_args().notebooks:
         with tempfile.TemporaryDirectory() as folder:  # nobody's earlier answers may get into the outputs
             os.environ["NEOX_PROGRESS"] = str(Path(folder) / "progress.json")
