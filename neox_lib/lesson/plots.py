@@ -64,8 +64,8 @@ def lines(
         axes.plot(as_list(x), as_list(y), style, color=colour, linewidth=2.4, label=label)
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log" if log_y else "linear")
-    if len(series) > 1:
-        axes.legend(fontsize=FONT_SIZE, frameon=False)
+    if len(series) > 1:  # on white, for curves may run behind it
+        axes.legend(fontsize=FONT_SIZE, framealpha=0.9, edgecolor="none")
     finish_axes(axes, title, x_label, y_label)
     return Picture(figure, alt)
 
