@@ -48,8 +48,10 @@ def read_tensors(folder: str | Path, config: NeoXConfig) -> Iterator[tuple[str, 
     """
     shards, layers, shapes = find_shards(folder), config.num_hidden_layers, parameter_shapes(config)
     sizes = {index: sum(path.stat().st_size for path in paths) for index, paths in shards.items()}
+    total = sum(sizes.values())
+    quick = total < 100e6  # a bar would come up on a busy machine only, and stay in a notebook's stored output
     with tqdm(
-        total=sum(sizes.values()), unit="B", unit_scale=True, desc="Reading weights", delay=2, leave=False
+        total=total, unit="B", unit_scale=True, desc="Reading weights", delay=2, leave=False, disable=quick
     ) as bar:
         for index, group in groupby(shapes, key=lambda name: place_of(name, layers)[0]):
             names = {place_of(name, layers)[1]: name for name in group}
