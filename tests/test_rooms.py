@@ -55,6 +55,8 @@ ROOMS = [
     "lesson.exercises.attention",
     "lesson.exercises.rotary",
     "lesson.exercises.start_here",
+    "lesson.figures_cached_generation",
+    "lesson.exercises.cached_generation",
     "training",
     "__main__",
 ]
