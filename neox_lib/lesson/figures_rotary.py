@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
+from matplotlib.patches import Circle, FancyArrowPatch, Rectangle, Wedge
+from torch import Tensor
 
-from neox_lib.lesson.plots import BLUE, FONT_SIZE, SKY, VERMILION, Picture, new_figure
+from neox_lib.lesson.plots import BLUE, FONT_SIZE, SKY, VERMILION, Picture, finish_axes, new_figure
 
-LEGEND = "solid: query   dashed: key"
+LEGEND = "solid: query     dashed: key     grey: the angle between them"
 
 
 def hands(places: Sequence[tuple[int, int]], speed: float) -> Picture:
@@ -22,10 +23,12 @@ def hands(places: Sequence[tuple[int, int]], speed: float) -> Picture:
         axes.set_aspect("equal")
         axes.axis("off")
         axes.add_patch(Circle((0, 0), 1, fill=False, color="#999999"))
+        first, last = sorted(math.degrees(position * speed) for position in (query, key))
+        axes.add_patch(Wedge((0, 0), 0.45, first, last, facecolor="#dddddd"))
         for position, colour, style in ((query, BLUE, "-"), (key, VERMILION, "--")):
             tip = (math.cos(position * speed), math.sin(position * speed))
-            hand = FancyArrowPatch((0, 0), tip, arrowstyle="-|>", mutation_scale=20, linewidth=3, linestyle=style)
-            hand.set(color=colour, shrinkA=0, shrinkB=0)
+            hand = FancyArrowPatch((0, 0), tip, arrowstyle="-|>", mutation_scale=20, shrinkA=0, shrinkB=0)
+            hand.set(color=colour, linewidth=3, linestyle=style)
             axes.add_patch(hand)
         distance, score = query - key, math.cos((query - key) * speed)
         title = f"query at {query}, key at {key}"
@@ -62,15 +65,32 @@ class TurningPair:
         return ipywidgets.VBox([query, key, dial])
 
 
+def comebacks(distances: Tensor, one: Tensor, together: Tensor) -> Picture:
+    """Scores against distance, of one pair (thin) and of all pairs together (thick): each a `[distances]` tensor."""
+    figure = new_figure(8, 4.8)
+    axes = figure.add_subplot()
+    axes.plot(distances.numpy(), one.numpy(), "--", color=BLUE, linewidth=1.3, label="pair 0 alone")
+    axes.plot(distances.numpy(), together.numpy(), "-", color=VERMILION, linewidth=3, label="all pairs")
+    title = "One hand comes back, all together do not"
+    finish_axes(axes, title, "distance between query and key, tokens", "score (1 for the same place)")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=FONT_SIZE, frameon=False)
+    alt = (
+        f"Two curves over distances up to {int(distances[-1])} tokens. Pair 0 alone swings between {one.min():.0f} and "
+        f"1 and comes back to 1 every 6 tokens. All pairs together start at 1, fall, swing gently, and reach "
+        f"{together[1:].max():.2f} at most after that."
+    )
+    return Picture(figure, alt)
+
+
 def partners(layouts: Mapping[str, Sequence[tuple[int, int]]], head_dim: int) -> Picture:
     """The numbers of a head as a row of boxes, an arc between the two of each pair; a row for each layout by name.
 
     Boxes without a partner are white: they do not turn.
     """
-    figure = new_figure(9, 2.5 * len(layouts))
+    figure = new_figure(9, 1.8 * len(layouts))
     for axes, (name, pairs) in zip(figure.subplots(len(layouts), 1, squeeze=False)[:, 0], layouts.items(), strict=True):
         axes.set_xlim(-0.2, head_dim + 0.2)
-        axes.set_ylim(-0.2, 3.2)
+        axes.set_ylim(-0.1, 2.2)
         axes.axis("off")
         axes.set_title(name, fontsize=FONT_SIZE + 1, loc="left")
         turning = {number for pair in pairs for number in pair}
