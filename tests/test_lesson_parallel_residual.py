@@ -1,0 +1,229 @@
+"""Notebook 04: its exercises can be solved and failed, and its museum is caught by the checks that it names."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox_lib.attention import Attention
+from neox_lib.block import MLP
+from neox_lib.config import NeoXConfig, neox_20b, tiny
+from neox_lib.lesson.exercises import parallel_residual as exercises
+from tests.lessons import Lesson
+
+CHECKS = {
+    "my_gelu": exercises.gelu,
+    "my_layer_norm": exercises.layer_norm,
+    "MyBlock": exercises.parallel_block,
+    "my_parameter_count": exercises.parameter_count,
+}
+
+
+@pytest.fixture(scope="module")
+def lesson() -> Lesson:
+    return Lesson("04_parallel_residual")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_stub_is_told_that_it_is_one(lesson, name):
+    """The first run of every learner: it must not look like an error of theirs."""
+    result = CHECKS[name](lesson.stub(name))
+    assert not result.passed
+    assert result.message == f"Not written yet: {name} is still a stub."
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_folded_solution_passes(lesson, name):
+    """A solution that fails its own check would leave a stuck learner with nothing."""
+    result = CHECKS[name](lesson.solution(name))
+    assert result.passed, result.message
+    assert ("in place of the library's" in result.message) == (name == "MyBlock"), "the heart writes a story"
+
+
+def sigmoid_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def share_alone(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def square_for_cube(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**2)))
+
+
+def sample_variance(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def no_root(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps) * weight + bias
+
+
+def eps_outside_the_root(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0).sqrt() + eps) * weight + bias
+
+
+def over_all_tokens(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return (x - x.mean()) / (x.var(correction=0) + eps).sqrt() * weight + bias
+
+
+class Parts(nn.Module):
+    """What every try at a block makes first."""
+
+    def __init__(self, config: NeoXConfig, layer_index: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config, layer_index)
+        self.mlp = MLP(config)
+
+
+class WaitsForAttention(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        hidden = hidden + self.attention(self.input_layernorm(hidden), cos, sin, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class TiesTheNorms(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        normed = self.input_layernorm(hidden)
+        return hidden + self.attention(normed, cos, sin, cache) + self.mlp(normed)
+
+
+class SwapsTheNorms(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        attended = self.attention(self.post_attention_layernorm(hidden), cos, sin, cache)
+        return hidden + attended + self.mlp(self.input_layernorm(hidden))
+
+
+class ForgetsTheStream(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache)
+        return attended + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class ForgetsTheCache(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        attended = self.attention(self.input_layernorm(hidden), cos, sin)
+        return hidden + attended + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class ChangesItsInput(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache)
+        bent = self.mlp(self.post_attention_layernorm(hidden))
+        hidden += attended + bent
+        return hidden
+
+
+class OtherNames(nn.Module):
+    def __init__(self, config: NeoXConfig, layer_index: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.attention, self.mlp = Attention(config, layer_index), MLP(config)
+
+
+def no_biases(config: NeoXConfig) -> int:
+    return config.parameter_count() - config.num_hidden_layers * (5 * config.hidden_size + config.intermediate_size)
+
+
+def ties_nothing(config: NeoXConfig) -> int:
+    return config.parameter_count() + config.tie_word_embeddings * config.vocab_size * config.hidden_size
+
+
+def four_times_wide(config: NeoXConfig) -> int:
+    wide = 4 * config.hidden_size - config.intermediate_size
+    return config.parameter_count() + config.num_hidden_layers * wide * (2 * config.hidden_size + 1)
+
+
+def no_last_norm(config: NeoXConfig) -> int:
+    return config.parameter_count() - 2 * config.hidden_size
+
+
+WRONG = {
+    "my_gelu": {
+        F.gelu: "is the exact GELU",
+        sigmoid_gelu: "sigmoid",
+        share_alone: "multiply it by x",
+        square_for_cube: "should be",
+    },
+    "my_layer_norm": {
+        sample_variance: "divided by C - 1",
+        no_root: "not by its square root",
+        eps_outside_the_root: "added to the variance before the root",
+        over_all_tokens: "normalised over its own 4 numbers",
+    },
+    "MyBlock": {
+        WaitsForAttention: "sequential",
+        TiesTheNorms: "one norm for both",
+        SwapsTheNorms: "the other's norm",
+        ForgetsTheStream: "without x itself",
+        ForgetsTheCache: "expected \\[1\\]",
+        ChangesItsInput: "changes its input",
+        OtherNames: "has no input_layernorm.bias",
+    },
+    "my_parameter_count": {
+        no_biases: "that is the biases of the four matrices in each block, missing",
+        ties_nothing: "counts once.*that is the embedding or the output matrix, too much",
+        four_times_wide: "intermediate_size=500",
+        no_last_norm: "that is the last norm, missing",
+    },
+}
+TRIES = [(name, wrong, says) for name, tries in WRONG.items() for wrong, says in tries.items()]
+
+
+@pytest.mark.parametrize(("name", "wrong", "says"), TRIES, ids=lambda value: getattr(value, "__name__", None))
+def test_a_wrong_try_hears_which_property_failed(name, wrong, says):
+    """'Wrong' teaches nothing; what the try does instead, on which input, does. And no wrong block tells a story."""
+    result = CHECKS[name](wrong)
+    assert not result.passed
+    assert "story" not in result.message and "raised" not in result.message
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(result.message)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_different_wrong_tries_hear_different_things(name):
+    messages = [CHECKS[name](wrong).message for wrong in WRONG[name]]
+    assert len(set(messages)) == len(messages)
+
+
+def test_a_function_in_place_of_a_class_is_told_so():
+    """`my_block` as a function is a natural try, and create_model could not build it."""
+    assert "a class is asked for" in exercises.parallel_block(lambda config, index: Parts(config, index)).message
+
+
+@torch.inference_mode()
+def test_the_museum_is_caught_by_the_named_checks_and_passes_the_blind_ones(lesson):
+    """The lesson of the museum: shapes prove nothing, a loss little, a reference everything."""
+    names = lesson.names
+    caught = {check.__name__: [name for name in names["VERSIONS"] if not check(name)] for check in names["CHECKS"]}
+    assert caught["shapes_fit"] == []
+    assert caught["loss_within_1_percent"] == ["SequentialBlock", "OneNormBlock"]
+    assert {"SequentialBlock", "OneNormBlock"} <= set(caught["same_story"]) and "right" not in caught["same_story"]
+    assert caught["logits_to_1e_5"] == ["SequentialBlock", "OneNormBlock", "ExactGeluMLP"]
+    assert len(lesson.museum()) == 3 and all(
+        any(f"class {name}(" in source for source in lesson.museum()) for name in caught["logits_to_1e_5"]
+    )
+
+
+def test_the_parity_table_names_the_first_step_that_differs(lesson, capsys):
+    """The table is what a reader takes along to port other models: a bug's address must be right in any block."""
+    names = lesson.names
+    for index in (0, 5):
+        names["ours"].layers[index].use_parallel_residual = False
+        found = names["distances"](names["ours"], names["theirs"], names["ids"])
+        names["ours"].layers[index].use_parallel_residual = True
+        assert names["parity_table"](found) == f"layers.{index}"
+    assert capsys.readouterr().out.count("<- first") == 2
+
+
+def test_the_parts_of_20b_add_up(lesson):
+    """The number on the cover."""
+    by_part = lesson.names["by_part"]
+    assert sum(by_part.values()) == neox_20b().parameter_count() == 20_554_567_680
+    assert by_part["norms"] == (2 * 44 + 1) * 2 * 6144
+    assert tiny().parameter_count() == sum(lesson.names["parameters_by_part"](lesson.names["model"]).values())
