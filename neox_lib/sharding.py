@@ -75,7 +75,7 @@ def merge_shards(key: str, parts: list[Tensor]) -> Tensor:
     """One tensor from the ranks' parts of it, in their dtype, in memory of its own.
 
     Heads stay whole: the rows of `query_key_value` are interleaved head by head, and a rank holds some of the heads.
-    Averaging the norms is an approximation; the published numbers of 20B were made with it.
+    Averaging the norms is an approximation, the one that the model's makers chose (`merge20b.py`).
     """
     return MERGE[merge_rule(key)](parts)
 

@@ -41,11 +41,15 @@ def draw_matrix(axes, values: Tensor, owners: Tensor, left: float, label: str) -
 def merge_picture(
     panels: Mapping[str, tuple[Sequence[Tensor], Callable[[list[Tensor]], Tensor]]], title: str, alt: str
 ) -> Picture:
-    """Two ranks' parts and what they merge to, a panel for each rule: `name: (parts, merge)`; parts as if 2-D."""
-    figure = new_figure(12, 6.6)
+    """Two ranks' parts and what they merge to, a panel for each of four rules, those of matrices first.
+
+    `panels` maps a rule's name to its parts and its merge.
+    """
+    figure = new_figure(12, 5.4)
     figure.suptitle(title, fontsize=FONT_SIZE + 2)
-    for number, (name, (parts, merge)) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(2, 2, number)
+    grid = figure.add_gridspec(2, 2, height_ratios=(5.2, 2.4))
+    for number, (name, (parts, merge)) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[number // 2, number % 2])
         owners = [torch.full_like(part, rank + 1.0) for rank, part in enumerate(parts)]
         right = 0.0
         for rank, part in enumerate(parts):
@@ -56,7 +60,7 @@ def merge_picture(
         right = draw_matrix(axes, merge(list(parts)), merge(owners), right + 1.8, "merged")
         axes.set_title(name, fontsize=FONT_SIZE + 1, fontweight="bold", loc="left")
         axes.set_xlim(-0.3, 15)
-        axes.set_ylim(-2.3, 3.1)
+        axes.set_ylim((-2.1, 3.1) if number < 2 else (-0.6, 1.8))
         axes.set_aspect("equal")
         axes.axis("off")
     return Picture(figure, alt)
@@ -68,7 +72,7 @@ def file_bars(sizes: Mapping[int, float], title: str, alt: str) -> Picture:
     axes = figure.add_subplot()
     axes.bar(list(sizes), list(sizes.values()), color=BLUE, width=0.8)
     last = max(sizes)
-    axes.set_xticks([index for index in (0, 2, last - 3, last - 1, last) if index in sizes])
+    axes.set_xticks([index for index in (0, 2, last - 3, last) if index in sizes])
     axes.set_xlim(-1, last + 1)
     finish_axes(axes, title, "NN in layer_NN-model_RR-model_states.pt", "MB in each rank's file")
     return Picture(figure, alt)
@@ -85,15 +89,16 @@ def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int],
         lefts = list(starts.values())
         axes.barh(list(needs), widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=kind)
         starts = {name: start + width for (name, start), width in zip(starts.items(), widths, strict=True)}
-    for name, end in starts.items():
-        axes.text(end + 0.8, name, f"{end:.1f} GiB", va="center", fontsize=FONT_SIZE, backgroundcolor="white")
+    for row, end in enumerate(starts.values()):
+        axes.text(end + 0.8, row, f"{end:.2f} GiB", va="center", fontsize=FONT_SIZE, backgroundcolor="white")
     for memory in memories:
         axes.axvline(memory, color="black", linestyle="--", linewidth=1.2, zorder=0)
-        axes.text(memory, -0.62, str(memory), ha="center", va="bottom", fontsize=FONT_SIZE, backgroundcolor="white")
+        axes.text(memory, -0.56, str(memory), ha="center", va="bottom", fontsize=FONT_SIZE, backgroundcolor="white")
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.legend(fontsize=FONT_SIZE, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(kinds))
-    finish_axes(axes, title, "GiB; a dashed line is a memory size", "")
+    finish_axes(axes, "", "GiB; a dashed line is a memory size", "")
+    axes.set_title(title, fontsize=FONT_SIZE + 1, pad=26)
     axes.grid(False)
     return Picture(figure, alt)
 
@@ -136,7 +141,7 @@ class MemoryCalculator:
         shown = ipywidgets.HTML()
 
         def update(change=None) -> None:
-            shown.value = as_html(self.answer(model.value, precision.value, tokens.value))
+            shown.value = as_html(self.answer(str(model.value), str(precision.value), int(tokens.value or 0)))
 
         for control in (model, precision, tokens):
             control.observe(update, "value")

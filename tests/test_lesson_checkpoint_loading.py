@@ -1,0 +1,158 @@
+"""Notebook 05: its exercises judge rightly, and its museum's pieces are caught by the checks that it names."""
+
+import functools
+
+import pytest
+import torch
+
+from neox_lib import sharding
+from neox_lib.config import tiny
+from neox_lib.lesson.exercises import checkpoint_loading as exercises
+from neox_lib.lesson.figures_checkpoint_loading import MemoryCalculator
+from neox_lib.lesson.peak_memory import peak_of
+from neox_lib.sharding import merge_shards as library_merge
+from tests.lessons import Lesson
+
+
+@functools.cache
+def lesson() -> Lesson:
+    return Lesson("05_checkpoint_loading")
+
+
+def blocks_from_one(name, num_layers):
+    first, *rest = name.split(".")
+    if first == "layers":
+        return int(rest[0]) + 1, ".".join(rest[1:])
+    return {"word_embeddings": 0, "norm": num_layers + 3, "final_linear": num_layers + 4}[first], name
+
+
+def whole_names_as_keys(name, num_layers):
+    first, *rest = name.split(".")
+    if first == "layers":
+        return int(rest[0]) + 2, name
+    return {"word_embeddings": 0, "norm": num_layers + 3, "final_linear": num_layers + 4}[first], name
+
+
+def averaged_biases(key, parts):
+    return sharding.average(parts) if sharding.merge_rule(key) == "sum" else library_merge(key, parts)
+
+
+def columns_joined_as_rows(key, parts):
+    return torch.cat(parts) if sharding.merge_rule(key) == "columns" else library_merge(key, parts)
+
+
+def dense_in_any_name(key, parts):
+    """Takes `dense_h_to_4h`, a column-parallel layer, for a row-parallel one."""
+    if "dense" in key and key.endswith("weight"):
+        return torch.cat(parts, dim=1)
+    return library_merge(key, parts)
+
+
+def summed_in_half_precision(key, parts):
+    return sum(parts) if sharding.merge_rule(key) == "sum" else library_merge(key, parts)
+
+
+def guesses_what_it_does_not_know(key, parts):
+    return library_merge(key if "masked" not in key else "norm.bias", parts)
+
+
+def without_an_end(config, dtype, memory, margin):
+    room = memory - margin - config.weight_bytes(dtype)
+    return max(0, room // config.kv_cache_bytes(1, torch.float16))
+
+
+def without_a_floor(config, dtype, memory, margin):
+    room = memory - margin - config.weight_bytes(dtype)
+    return min(config.max_position_embeddings, room // config.kv_cache_bytes(1, torch.float16))
+
+
+def keys_only(config, dtype, memory, margin):
+    return min(config.max_position_embeddings, 2 * max(0, without_a_floor(config, dtype, memory, margin)))
+
+
+WRONG = {
+    "my_place_of": (exercises.place_of, [blocks_from_one, whole_names_as_keys]),
+    "my_merge_shards": (
+        exercises.merge_shards,
+        [
+            averaged_biases,
+            columns_joined_as_rows,
+            dense_in_any_name,
+            summed_in_half_precision,
+            guesses_what_it_does_not_know,
+        ],
+    ),
+    "my_longest_context": (exercises.longest_context, [without_an_end, without_a_floor, keys_only]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_stub_is_told_kindly(name):
+    check, _ = WRONG[name]
+    result = check(lesson().stub(name))
+    assert not result.passed and result.message.startswith("Not written yet")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_folded_solution_passes(name):
+    check, _ = WRONG[name]
+    result = check(lesson().solution(name))
+    assert result.passed, result.message
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_tries_are_told_apart(name):
+    """A learner is helped by what is wrong with the try at hand, not by a general no."""
+    check, tries = WRONG[name]
+    results = [check(wrong) for wrong in tries]
+    assert not any(result.passed for result in results)
+    assert len({result.message for result in results}) == len(tries)
+
+
+def test_the_heart_lets_the_shipped_model_write():
+    right = exercises.merge_shards(lesson().solution("my_merge_shards"))
+    assert "Once upon a time" in right.message
+    assert "Once upon a time" not in exercises.merge_shards(averaged_biases).message
+
+
+def test_swapped_ranks_of_a_sum_pass():
+    """Sums and means have no order: whoever adds from the last rank on is right."""
+
+    def my_merge_shards(key, parts):
+        return library_merge(key, parts[::-1] if sharding.merge_rule(key) in ("sum", "average") else parts)
+
+    assert exercises.merge_shards(my_merge_shards).passed
+
+
+CAUGHT = {
+    "averaged_biases": [True, True, False, True],
+    "norms_of_rank_0": [True, True, False, True],
+    "thirds_joined": [True, False, False, False],
+}
+
+
+def test_each_piece_of_the_museum_is_caught_by_the_checks_that_the_notebook_names():
+    """Shapes; ranks of an untrained model; ranks of a trained one; perplexity."""
+    names = lesson().names
+    assert list(names["checks"]) == ["shapes", "ranks, untrained", "ranks, trained", "perplexity"]
+    assert len(lesson().museum()) == len(CAUGHT)
+    for name, passes in CAUGHT.items():
+        assert any(f"def {name}(" in source for source in lesson().museum())
+        assert [check(names[name]) for check in names["checks"].values()] == passes, name
+    assert all(check(library_merge) for check in names["checks"].values())
+
+
+def test_the_calculator_shows_its_first_answer_without_a_kernel_and_follows_its_controls():
+    needs = lesson().names["bytes_needed"]
+    calculator = MemoryCalculator({"a": tiny(), "b": tiny()}, ["fp16", "fp32"], needs)
+    bundle = calculator._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("a, fp16, 2048 tokens: ")
+    assert "8 GB yes" in bundle["text/html"]
+    model, precision, tokens, shown = calculator.widget().children
+    model.value, precision.value, tokens.value = "b", "fp32", 1024
+    assert shown.value.startswith('<p style="font-size:16px">b, fp32, 1024 tokens: ')
+
+
+def test_the_peak_is_seen_although_it_is_gone_at_the_end():
+    size = 60_000_000
+    assert peak_of(lambda: torch.ones(size // 4).sum().item()) > 0.8 * size
