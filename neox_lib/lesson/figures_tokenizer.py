@@ -1,9 +1,20 @@
-"""The figure of notebook 01: the byte table, as a square of 16 by 16."""
+"""What notebook 01 draws and counts: the byte table as a square, and one sentence in seven languages."""
 
 from matplotlib.patches import Rectangle
 
 from neox_lib.lesson.plots import FONT_SIZE, YELLOW, Picture, new_figure
 from neox_lib.tokenizer import BYTE_TO_CHARACTER
+
+# Article 1, first sentence, of the Universal Declaration of Human Rights, in the United Nations' translations (ohchr.org)
+SENTENCES = {
+    "English": "All human beings are born free and equal in dignity and rights.",
+    "German": "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+    "Russian": "Все люди рождаются свободными и равными в своем достоинстве и правах.",  # noqa: RUF001
+    "Greek": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",  # noqa: RUF001
+    "Hindi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
+    "Thai": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "Chinese": "人人生而自由，在尊严和权利上一律平等。",  # noqa: RUF001
+}
 
 
 def byte_table() -> Picture:

@@ -1,4 +1,4 @@
-"""The exercises of notebook 01: bytes as symbols, merges by rank, ids back to text, and text from a stranger."""
+"""The exercises of notebook 01: merges by rank, ids back to text, and text from a stranger."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,6 @@ from neox_lib.scale.loading import create_model
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, create_tokenizer, read_tokenizer
 
 PROMPT = "Once upon a time, a fox"
-PIECES = ["fox", " fox", "\n", "é", "ไทย", "🦊", ""]
 SMALL_VOCABULARY = {0: "fox", 1: "Ġfox", 2: "ðŁ", 3: "¦", 4: "Ĭ", 5: "  "}
 TEXTS = [
     "She said that she would dance with me if I brought her red roses.",
@@ -31,18 +30,6 @@ MERGES = [
     ("a single symbol has no neighbour", "a", ["a a"], ["a"]),
     ("an empty word has no symbols", "", ["a a"], []),
 ]
-
-
-@exercise("tokenizer.byte_symbols")
-def byte_symbols(yours: Callable[[str], list[str]]) -> None:
-    """A list with one character of the table for each UTF-8 byte."""
-    for piece in PIECES:
-        found, what = yours(piece), f"my_byte_symbols({piece!r})"
-        expected = [library.BYTE_TO_CHARACTER[byte] for byte in piece.encode("utf-8")]
-        require(isinstance(found, list), f"{what} should be a list of characters, but is {describe(found)}")
-        why = f"should have one symbol for each of its {len(expected)} bytes, but has {len(found)}"
-        require(len(found) == len(expected), f"{what} {why}: a character can be several bytes")
-        require_equal(found, expected, what)
 
 
 @exercise("tokenizer.apply_merges")
