@@ -1,0 +1,524 @@
+// The playground's page. Values flow down from the kernel (model.get), wishes go up as messages (model.send): the page
+// keeps nothing of its own that a reload could lose, except what is being typed. All text is set as textContent.
+
+const LEVELS = [
+  [0.5, "50 % or more"],
+  [0.1, "10 to 50 %"],
+  [0.01, "1 to 10 %"],
+  [0, "below 1 %"],
+];
+const SVG = "http://www.w3.org/2000/svg";
+const BUSY_AFTER = 1500; // milliseconds without an answer
+let views = 0;
+
+const levelOf = (probability) => LEVELS.findIndex(([least]) => probability >= least);
+
+function percent(probability) {
+  if (probability < 0.001) return "below 0.1 %";
+  return `${(100 * probability).toFixed(probability >= 0.1 ? 0 : 1)} %`;
+}
+
+// Spaces and line ends are made visible where a token stands on its own.
+const visible = (text) => text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== undefined && value !== null) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function makeSvg(tag, attributes, text) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+const heading = (id, text) => make("h3", { id, class: "np-heading" }, text);
+
+// What goes up to the kernel, and whether it has answered.
+function messenger(model, onSilence) {
+  let sent = 0;
+  let timer = null;
+  const answered = () => model.get("heard") >= sent;
+  model.on("change:heard", () => answered() && (clearTimeout(timer), onSilence(false)));
+  return {
+    answered,
+    send(action, more = {}) {
+      sent = Math.max(sent + 1, Date.now());
+      model.send({ do: action, number: sent, ...more });
+      clearTimeout(timer);
+      timer = setTimeout(() => answered() || onSilence(true), BUSY_AFTER);
+    },
+  };
+}
+
+// The prompt: a text field, its tokens as spans, ready prompts.
+function promptPart(model, id, post, generate) {
+  const field = make("textarea", { id: `${id}-prompt`, rows: 2, spellcheck: "false", "aria-describedby": `${id}-count` });
+  const count = make("span", { id: `${id}-count`, class: "np-note" });
+  const spans = make("div", { class: "np-spans", role: "img" });
+  const ids = make("input", { type: "checkbox", id: `${id}-ids` });
+  const note = make("p", { class: "np-warning" });
+  ids.addEventListener("change", () => spans.classList.toggle("np-with-ids", ids.checked));
+  let timer = null;
+  const tell = () => post.send("prompt", { prompt: field.value });
+  field.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(tell, 120);
+  });
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      generate();
+    }
+  });
+  const ready = make("div", { class: "np-row", role: "group", "aria-label": "Ready prompts" }, make("span", { class: "np-note" }, "try:"));
+  for (const [name, text] of model.get("facts").prompts ?? []) {
+    const button = make("button", { type: "button", class: "np-small", title: text }, name);
+    button.addEventListener("click", () => {
+      field.value = text;
+      tell();
+    });
+    ready.append(button);
+  }
+  const update = () => {
+    const { pieces = [], count: tokens = 0, over, note: remark = "", ms = 0, key } = model.get("prompt_view");
+    const typed = document.activeElement === field && post.mayDiffer;
+    if (!typed || !key) field.value = typed ? field.value : model.get("prompt");
+    count.textContent = `${tokens.toLocaleString("en")} tokens of ${model.get("facts").context.toLocaleString("en")} · ${ms} ms`;
+    note.textContent = remark;
+    note.classList.toggle("np-over", Boolean(over));
+    spans.replaceChildren(
+      ...pieces.map(([token, text, control], index) => {
+        const span = make("span", { title: `id ${token}`, "data-id": token, class: `np-piece np-tone${index % 2}${control ? " np-control" : ""}` });
+        span.textContent = text === "" ? "◌" : visible(text);
+        return span;
+      }),
+    );
+    if (tokens > pieces.length) spans.append(` … and ${tokens - pieces.length} more`);
+    spans.setAttribute("aria-label", `The prompt's tokens with their ids: ${pieces.slice(0, 60).map(([token, text]) => `${text || "part of a character"} ${token}`).join(", ")}`);
+  };
+  model.on("change:prompt_view", update);
+  field.addEventListener("focus", () => (post.mayDiffer = true));
+  update();
+  field.value = model.get("prompt");
+  const top = make("div", { class: "np-row np-spread" }, make("label", { for: `${id}-prompt`, class: "np-heading" }, "Prompt"), count);
+  const show = make("label", { class: "np-note np-check", for: `${id}-ids` }, ids, "show ids");
+  return { field, node: make("section", { "aria-label": "Prompt" }, top, field, note, make("div", { class: "np-row np-top" }, spans, show), ready) };
+}
+
+// Every control of the settings; their values travel with each message that needs them.
+function settingsPart(model, id, post) {
+  const fields = {};
+  const number = (name, words, attributes) => {
+    fields[name] = make("input", { type: "number", id: `${id}-${name}`, ...attributes });
+    return make("label", { for: `${id}-${name}`, class: "np-field" }, words, fields[name]);
+  };
+  const choice = make("select", { id: `${id}-sampled` }, make("option", { value: "" }, "greedy"), make("option", { value: "1" }, "sampled"));
+  fields.sampled = choice;
+  fields.use_cache = make("input", { type: "checkbox", id: `${id}-use_cache` });
+  const drawn = make("div", { class: "np-row", role: "group", "aria-label": "Sampling" });
+  drawn.append(
+    number("temperature", "temperature", { min: 0.05, max: 5, step: 0.05 }),
+    number("top_k", "top-k (0: all)", { min: 0, step: 1 }),
+    number("top_p", "top-p", { min: 0.05, max: 1, step: 0.05 }),
+    number("seed", "seed", { min: 0, step: 1 }),
+  );
+  const row = make("div", { class: "np-row" });
+  row.append(
+    number("tokens", "tokens", { min: 1, max: model.get("facts").context, step: 1 }),
+    make("label", { for: `${id}-sampled`, class: "np-field" }, "choice", choice),
+    make("label", { for: `${id}-use_cache`, class: "np-field np-check" }, fields.use_cache, "KV cache"),
+  );
+  const values = () => {
+    const read = {};
+    for (const [name, field] of Object.entries(fields)) {
+      if (field.type === "checkbox") read[name] = field.checked;
+      else if (field === choice) read[name] = choice.value !== "";
+      else read[name] = Number.isFinite(field.valueAsNumber) ? field.valueAsNumber : null;
+    }
+    return read;
+  };
+  const update = () => {
+    const settings = model.get("settings");
+    for (const [name, field] of Object.entries(fields)) {
+      if (field === document.activeElement) continue;
+      if (field.type === "checkbox") field.checked = settings[name];
+      else if (field === choice) choice.value = settings.sampled ? "1" : "";
+      else field.value = settings[name];
+    }
+    drawn.hidden = choice.value === "";
+  };
+  for (const field of Object.values(fields)) {
+    field.addEventListener("change", () => {
+      drawn.hidden = choice.value === "";
+      post.send("settings", { settings: values() });
+    });
+  }
+  model.on("change:settings", update);
+  update();
+  return { values, node: make("div", {}, row, drawn) };
+}
+
+// The text as a list of tokens in which the arrow keys walk; the last place stands for the token still to come.
+function textPart(model, id, post, ask) {
+  const list = make("div", { class: "np-text", role: "listbox", tabindex: 0, "aria-label": "Text, token by token: arrow keys choose one" });
+  const end = make("span", { class: "np-end", role: "option", "aria-label": "the token still to come" }, "▏");
+  const told = make("p", { class: "np-told np-note", "aria-hidden": "true" });
+  let rows = [];
+  let nodes = [];
+  let cursor = 0;
+  let timer = null;
+  const words = (index) => {
+    if (index >= rows.length) return "the token still to come";
+    const [token, text, control, score] = rows[index];
+    const share = score === null ? "of the prompt" : percent(Math.exp(score));
+    return `${control ? text : text === "" ? "part of a character" : visible(text)}, ${share}, id ${token}, position ${index}`;
+  };
+  const mark = (scroll) => {
+    cursor = Math.max(0, Math.min(cursor, rows.length));
+    for (const node of list.querySelectorAll('[aria-selected="true"]')) node.setAttribute("aria-selected", "false");
+    const node = nodes[cursor] ?? end;
+    node.setAttribute("aria-selected", "true");
+    list.setAttribute("aria-activedescendant", node.id);
+    told.textContent = rows.length ? words(cursor) : "";
+    if (scroll) {
+      const place = node.offsetTop - list.offsetTop;
+      if (place < list.scrollTop || place > list.scrollTop + list.clientHeight - 30) list.scrollTop = place - list.clientHeight / 2;
+    }
+  };
+  const draw = () => {
+    const next = [...(model.get("text").rows ?? []), ...model.get("tail")];
+    const given = model.get("text").given ?? 0;
+    let same = 0;
+    while (same < rows.length && same < next.length && rows[same][0] === next[same][0] && rows[same][3] === next[same][3]) same += 1;
+    for (const node of nodes.splice(same)) node.remove();
+    for (let index = same; index < next.length; index += 1) {
+      const [, text, control, score] = next[index];
+      const node = make("span", { role: "option", id: `${id}-t${index}`, "aria-selected": "false", class: "np-token" });
+      node.classList.add(score === null ? "np-given" : `np-level${levelOf(Math.exp(score))}`);
+      node.classList.toggle("np-control", Boolean(control));
+      node.textContent = text;
+      node.dataset.index = index;
+      list.insertBefore(node, end);
+      nodes.push(node);
+    }
+    rows = next;
+    for (let index = same; index < rows.length; index += 1) {
+      nodes[index].title = words(index);
+      nodes[index].setAttribute("aria-label", words(index));
+    }
+    list.classList.toggle("np-empty", rows.length === 0);
+    if (given > rows.length) return;
+  };
+  const choose = (index) => {
+    cursor = Math.max(0, Math.min(index, rows.length));
+    mark(true);
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      timer = null;
+      ask("look", { position: cursor });
+    }, 120);
+  };
+  end.id = `${id}-end`;
+  list.append(end);
+  list.addEventListener("click", (event) => {
+    const node = event.target.closest("[role=option]");
+    if (node && rows.length) choose(node === end ? rows.length : Number(node.dataset.index));
+  });
+  list.addEventListener("keydown", (event) => {
+    const lines = { ArrowDown: 1, ArrowUp: -1 };
+    const moves = { ArrowRight: cursor + 1, ArrowLeft: cursor - 1, Home: 0, End: rows.length };
+    if (event.key in lines) choose(lineAway(lines[event.key]));
+    else if (event.key in moves) choose(moves[event.key]);
+    else return;
+    event.preventDefault();
+  });
+  const lineAway = (direction) => {
+    const from = (nodes[cursor] ?? end).getBoundingClientRect();
+    const all = [...nodes, end];
+    let best = cursor;
+    let least = Infinity;
+    all.forEach((node, index) => {
+      const box = node.getBoundingClientRect();
+      const down = (box.top - from.top) * direction;
+      const distance = down * 4 + Math.abs(box.left - from.left);
+      if (down > 4 && distance < least) [best, least] = [index, distance];
+    });
+    return best;
+  };
+  const update = () => {
+    draw();
+    if (timer === null && post.answered()) cursor = model.get("marks").chosen;
+    mark(model.get("marks").phase === "writing");
+  };
+  model.on("change:text change:tail change:marks", update);
+  update();
+  const samples = LEVELS.map(([, name], level) => make("span", { class: `np-token np-level${level} np-sample` }, name));
+  const legend = make("p", { class: "np-legend np-note" }, "the model gave it: ", ...samples);
+  return { choose, cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
+}
+
+// The ten likeliest tokens; each is a button that takes that road.
+function nextPart(model, ask) {
+  const title = make("p", { class: "np-note" });
+  const list = make("ol", { class: "np-bars" });
+  const rest = make("p", { class: "np-note" });
+  const update = () => {
+    const { position, before = "", rows = [], rest: left = 0, taken } = model.get("bars");
+    const looked = rows.length > 0;
+    title.textContent = looked
+      ? `Position ${position}, after “…${visible(before)}”. Take another token, and a road forks off:`
+      : model.get("tail").length || (model.get("text").rows ?? []).length
+        ? position === 0 ? "Nothing stands before the first token." : "Choose a token of the text, to see what could have stood there."
+        : "Generate a text, then choose a token in it.";
+    const most = Math.max(...rows.map(([, , score]) => Math.exp(score)), 0.01);
+    list.replaceChildren(...rows.map(([token, text, score, rank]) => {
+      const share = Math.exp(score);
+      const here = taken && taken[0] === token;
+      const name = make("span", { class: "np-name" });
+      name.textContent = visible(text);
+      const bar = make("span", { class: "np-bar" }, make("span", { style: `width: ${(100 * share) / most}%` }));
+      const chip = make("span", { class: "np-chip" }, here ? "is here" : "take");
+      const button = make("button", { type: "button", "data-token": token, class: here ? "np-here" : "", "aria-label": `${here ? "Stands here" : "Take"}: ${visible(text)}, ${percent(share)}, rank ${rank}` });
+      button.append(name, bar, make("span", { class: "np-share" }, percent(share)), chip);
+      button.addEventListener("click", () => ask("take", { token }));
+      return make("li", {}, button);
+    }));
+    const others = model.get("facts").vocabulary - rows.length;
+    rest.textContent = looked ? `The other ${others.toLocaleString("en")} tokens together: ${percent(left)}.` : "";
+    if (looked && taken && taken[3] > rows.length) rest.textContent += ` The text has ${visible(taken[1])} here: rank ${taken[3]}, ${percent(Math.exp(taken[2]))}.`;
+  };
+  model.on("change:bars change:text change:tail", update);
+  update();
+  return [title, list, rest];
+}
+
+// What one head looks at from the chosen token: heat on the text, and the five strongest in words.
+function attentionPart(model, id, post, text) {
+  const { layers, heads } = model.get("facts");
+  const options = (count) => Array.from({ length: count }, (_, index) => make("option", { value: index }, String(index)));
+  const layer = make("select", { id: `${id}-layer` }, ...options(layers));
+  const head = make("select", { id: `${id}-head` }, ...options(heads));
+  const title = make("p", { class: "np-note" });
+  const heat = make("div", { class: "np-heat", role: "img" });
+  const list = make("ol", { class: "np-strongest" });
+  const tell = () => post.send("head", { layer: Number(layer.value), head: Number(head.value) });
+  layer.addEventListener("change", tell);
+  head.addEventListener("change", tell);
+  const step = (by) => make("button", { type: "button", class: "np-small", onclick: () => text.choose(text.cursor() + by) }, by < 0 ? "‹ token" : "token ›");
+  const update = () => {
+    const { layer: ofLayer = 0, head: ofHead = 0, weights = [] } = model.get("attention");
+    if (document.activeElement !== layer) layer.value = ofLayer;
+    if (document.activeElement !== head) head.value = ofHead;
+    const rows = text.rows();
+    const named = (index) => (rows[index] ? visible(rows[index][1]) : "");
+    const order = weights.map((weight, index) => [weight, index]).sort(([a], [b]) => b - a).slice(0, 5);
+    const place = new Map(order.map(([, index], rank) => [index, rank + 1]));
+    title.textContent = weights.length
+      ? `From ${named(weights.length - 1)} (position ${weights.length - 1}), head ${ofHead} of layer ${ofLayer} looks at:`
+      : "Choose a token of the text: this shows at which tokens before it a head looks.";
+    heat.replaceChildren(...weights.map((weight, index) => {
+      const node = make("span", { class: `np-glow${index === weights.length - 1 ? " np-from" : ""}`, style: `--glow: ${Math.round(100 * Math.sqrt(weight))}%`, title: `position ${index}: ${percent(weight)}` });
+      node.textContent = rows[index] ? rows[index][1] : "";
+      if (place.has(index)) node.append(make("sup", {}, String(place.get(index))));
+      return node;
+    }));
+    list.replaceChildren(...order.map(([weight, index]) => {
+      const name = make("span", { class: "np-name" });
+      name.textContent = named(index);
+      const bar = make("span", { class: "np-bar" }, make("span", { style: `width: ${100 * weight}%` }));
+      return make("li", {}, name, bar, make("span", { class: "np-share" }, percent(weight)), make("span", { class: "np-note" }, `position ${index}`));
+    }));
+    heat.setAttribute("aria-label", `${title.textContent} ${order.map(([weight, index]) => `${named(index)} ${percent(weight)}`).join(", ")}`);
+  };
+  model.on("change:attention change:text change:tail", update);
+  update();
+  const field = (words, node) => make("label", { for: node.id, class: "np-field" }, words, node);
+  return [make("div", { class: "np-row" }, field("layer", layer), field("head", head), step(-1), step(1)), title, heat, list];
+}
+
+// Milliseconds a token against position, with the cache and without: two lines that differ in dashes too.
+function costPart(model) {
+  const chart = makeSvg("svg", { viewBox: "0 0 440 230", class: "np-chart", role: "img" });
+  const words = make("p", { class: "np-note" });
+  const update = () => {
+    const costs = model.get("costs");
+    const curves = [["with", "with cache", "np-with"], ["without", "without: each token reads all again", "np-without"]];
+    const all = curves.flatMap(([name]) => costs[name] ?? []);
+    const right = Math.max(64, ...all.map(([position]) => position));
+    const ordered = all.map(([, value]) => value).sort((a, b) => a - b);
+    const top = Math.max(1, 1.15 * (ordered[Math.floor(0.98 * (ordered.length - 1))] ?? 1));
+    const x = (position) => 46 + (380 * position) / right;
+    const y = (value) => 190 - (165 * Math.min(value, top)) / top;
+    const label = (attributes, text) => makeSvg("text", attributes, text);
+    const nodes = [
+      makeSvg("path", { d: "M46 20V190H430", class: "np-axis" }),
+      label({ x: 6, y: 14 }, "ms a token"),
+      label({ x: 40, y: 194, "text-anchor": "end" }, "0"),
+      label({ x: 40, y: y(top / 1.15) + 4, "text-anchor": "end" }, (top / 1.15).toPrecision(2)),
+      label({ x: 430, y: 206, "text-anchor": "end" }, String(right)),
+      label({ x: 238, y: 222, "text-anchor": "middle" }, "position in the text"),
+    ];
+    curves.forEach(([name, title, kind], index) => {
+      const points = costs[name] ?? [];
+      if (!points.length) return;
+      nodes.push(makeSvg("polyline", { points: points.map(([position, value]) => `${x(position)},${y(value)}`).join(" "), class: `np-line ${kind}` }));
+      nodes.push(makeSvg("path", { d: `M200 ${12 + 18 * index}H236`, class: `np-line ${kind}` }));
+      nodes.push(label({ x: 242, y: 16 + 18 * index }, title));
+    });
+    const told = curves.filter(([name]) => (costs[name] ?? []).length).map(([name, title]) => {
+      const [first, last] = [costs[name][0], costs[name].at(-1)];
+      return `${title.split(":")[0]} cache`.replace("cache cache", "cache") + `: ${first[1].toFixed(1)} ms at position ${Math.round(first[0])}, ${last[1].toFixed(1)} ms at ${Math.round(last[0])}`;
+    });
+    words.textContent = told.length ? `${told.join("; ")}.` : "Generate with the KV cache, then without it: both lines stay to compare.";
+    chart.setAttribute("aria-label", `Milliseconds a token by position. ${words.textContent}`);
+    chart.replaceChildren(...nodes);
+  };
+  model.on("change:costs", update);
+  update();
+  return [chart, words];
+}
+
+function tabs(id, pages, onChange) {
+  const list = make("div", { role: "tablist", class: "np-tabs", "aria-label": "Views" });
+  const panels = [];
+  const buttons = [];
+  const select = (index, focus) => {
+    buttons.forEach((button, number) => {
+      button.setAttribute("aria-selected", String(number === index));
+      button.tabIndex = number === index ? 0 : -1;
+      panels[number].hidden = number !== index;
+    });
+    if (focus) buttons[index].focus();
+    onChange(index);
+  };
+  pages.forEach(([name, content], index) => {
+    const button = make("button", { type: "button", role: "tab", id: `${id}-tab${index}`, "aria-controls": `${id}-panel${index}` }, name);
+    button.addEventListener("click", () => select(index));
+    button.addEventListener("keydown", (event) => {
+      const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: pages.length - 1 }[event.key];
+      if (to !== undefined) select((to + pages.length) % pages.length, true);
+    });
+    buttons.push(button);
+    panels.push(make("div", { role: "tabpanel", id: `${id}-panel${index}`, "aria-labelledby": `${id}-tab${index}`, class: "np-panel" }, ...content));
+  });
+  list.append(...buttons);
+  return { node: [list, ...panels], select };
+}
+
+function roadsPart(model, id, ask) {
+  const title = heading(`${id}-roads`, "Roads, side by side");
+  const list = make("ol", { class: "np-roads", "aria-labelledby": `${id}-roads` });
+  const update = () => {
+    const roads = model.get("roads");
+    title.hidden = list.hidden = roads.length < 2;
+    list.replaceChildren(...roads.map((road, number) => {
+      const at = make("b", {}, visible(road.at).replace(/^·/, ""));
+      const button = make("button", { type: "button", "aria-pressed": String(road.current), class: `np-road np-road${number % 4}` });
+      const sure = road.mean === null ? "" : `, ${percent(road.mean)} a token`;
+      button.append(make("span", { class: "np-told" }, `…${road.before} `), at, make("span", {}, road.after), make("span", { class: "np-note" }, ` (${road.tokens} tokens${sure})`));
+      button.addEventListener("click", () => ask("road", { road: number }));
+      return make("li", {}, button);
+    }));
+  };
+  model.on("change:roads", update);
+  update();
+  return [title, list];
+}
+
+function download(text) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "playground.json" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+async function copy(text, root) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const field = make("textarea", {});
+    field.value = text;
+    root.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+}
+
+function render({ model, el }) {
+  views += 1;
+  const id = `np${views}-${Math.random().toString(36).slice(2, 8)}`;
+  // Keys belong to the playground, not to the notebook's shortcuts, while the focus is in it.
+  const root = make("div", { class: "np", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "Prompt playground" });
+  const silence = make("p", { class: "np-warning", hidden: true }, "The kernel has not answered yet: it is busy with another cell, or gone. If it was restarted, run this cell again.");
+  const post = messenger(model, (silent) => (silence.hidden = !silent));
+  const ask = (action, more) => post.send(action, more);
+  let prompt = null;
+  let settings = null;
+  const write = (action) => ask(action, { prompt: prompt.field.value, settings: settings.values() });
+  prompt = promptPart(model, id, post, () => write("generate"));
+  settings = settingsPart(model, id, post);
+  const button = (words, action, kind = "") => make("button", { type: "button", class: kind, onclick: action }, words);
+  const stop = button("Stop", () => ask("stop"), "np-stop");
+  const generate = button("Generate", () => write("generate"), "np-main");
+  const go = button("Continue", () => ask("continue", { settings: settings.values() }));
+  const buttons = make("div", { class: "np-row np-buttons" }, generate, stop, go, button("Clear", () => ask("clear")));
+  const text = textPart(model, id, post, ask);
+  const all = () => text.rows().map((row) => row[1]).join("");
+  const said = make("span", { class: "np-note", role: "status" });
+  const copied = button("Copy text", async () => {
+    await copy(all(), root);
+    said.textContent = "copied";
+    setTimeout(() => (said.textContent = ""), 2000);
+  }, "np-small");
+  const saved = button("Save", () => ask("save"), "np-small");
+  const status = make("span", { class: "np-status" });
+  const error = make("p", { class: "np-error", role: "alert" });
+  const spoken = make("p", { class: "np-hidden", "aria-live": "polite" });
+  const speed = make("p", { class: "np-speed np-note" });
+  let before = "idle";
+  const marks = () => {
+    const { phase = "idle", status: words = "", error: wrong = "" } = model.get("marks");
+    status.textContent = words;
+    root.dataset.phase = phase;
+    error.textContent = wrong;
+    error.hidden = wrong === "";
+    stop.setAttribute("aria-disabled", String(phase === "idle"));
+    const busy = phase === "reading" || phase === "writing";
+    generate.setAttribute("aria-disabled", String(busy));
+    go.setAttribute("aria-disabled", String(busy));
+    if (phase !== before) {
+      if (phase === "writing") spoken.textContent = "Writing.";
+      if (phase === "idle") spoken.textContent = `${words} ${all().slice(-400)}`;
+      before = phase;
+    }
+  };
+  const figures = () => (speed.textContent = [model.get("facts").model, ...model.get("speed")].filter(Boolean).join(" · "));
+  model.on("change:marks", marks);
+  model.on("change:speed", figures);
+  model.on("msg:custom", (message) => message?.file && download(message.file));
+  const views3 = tabs(id, [
+    ["Next token", nextPart(model, (action, more) => ask(action, { ...more, settings: settings.values() }))],
+    ["Attention", attentionPart(model, id, post, text)],
+    ["Cost", costPart(model)],
+  ], (index) => started && ask("watch", { on: index === 1 }));
+  let started = false;
+  views3.select(0);
+  started = true;
+  const textTop = make("div", { class: "np-row np-spread" }, heading(`${id}-text`, "Text"), make("span", { class: "np-row" }, said, copied, saved));
+  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.node, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...roadsPart(model, id, ask));
+  const right = make("div", { class: "np-right" }, ...views3.node);
+  root.append(make("div", { class: "np-columns" }, left, right), speed, spoken);
+  root.addEventListener("keydown", (event) => event.key === "Escape" && ask("stop"));
+  marks();
+  figures();
+  el.append(root);
+}
+
+export default { render };

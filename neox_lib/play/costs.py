@@ -1,0 +1,56 @@
+"""What writing costs: milliseconds a token by position, speed and memory, and what 20B would need for the same text."""
+
+from statistics import median
+
+import torch
+
+from neox_lib.config import NeoXConfig, neox_20b
+
+POINTS = 120  # of a curve, at most: more than that no screen shows
+
+
+class Costs:
+    """Seconds of each token by its position, with the cache and without; a later run replaces an earlier one."""
+
+    def __init__(self):
+        self.seconds: dict[bool, dict[int, float]] = {True: {}, False: {}}
+
+    def add(self, use_cache: bool, position: int, seconds: float) -> None:
+        self.seconds[use_cache][position] = seconds
+
+    def curve(self, use_cache: bool) -> list[list[float]]:
+        """[position, milliseconds] pairs in order, thinned to POINTS by the median of neighbours."""
+        points = sorted(self.seconds[use_cache].items())
+        size = -(-len(points) // POINTS)
+        groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
+        return [
+            [median(position for position, _ in group), round(1e3 * median(value for _, value in group), 3)]
+            for group in groups
+        ]
+
+
+def bytes_in_words(count: float) -> str:
+    """
+    >>> [bytes_in_words(size) for size in (92_000, 41_100_000_000)]
+    ['92 kB', '41.1 GB']
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def model_in_words(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
+    parameters = config.parameter_count()
+    size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.3g} million"
+    return f"{name}: {size} parameters, {str(dtype).removeprefix('torch.')}"
+
+
+def needs_of_20b(tokens: int) -> str:
+    """What GPT-NeoX-20B would need for a text of so many tokens, in fp16 as released."""
+    config, half = neox_20b(), torch.float16
+    weights, cache = config.weight_bytes(half), config.kv_cache_bytes(tokens, half)
+    return (
+        f"For this text of {tokens} tokens, 20B in fp16 needs {bytes_in_words(weights)} of weights, all read once for "
+        f"each new token, and {bytes_in_words(cache)} of KV cache"
+    )

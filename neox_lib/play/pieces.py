@@ -1,0 +1,66 @@
+"""Tokens as they are shown: whole characters only, control tokens by their name."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from neox_lib.generation import StreamDecoder
+from neox_lib.tokenizer import token_to_bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token and the characters that it completes: none while a character still waits for its last byte.
+
+    `control` marks tokens such as <|endoftext|>, whose `text` is their name and no part of the story.
+    """
+
+    token_id: int
+    text: str
+    control: bool = False
+
+
+class Speller:
+    """Turns token ids into pieces one at a time; bytes of an unfinished character are kept back, never shown halved."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.decoder = StreamDecoder(tokenizer)
+
+    def push(self, token_id: int) -> Piece:
+        if token_id in self.decoder.silent:
+            return Piece(token_id, self.tokenizer.id_to_token(token_id), control=True)
+        return Piece(token_id, self.decoder.push(token_id))
+
+
+def spell(tokenizer, ids: Iterable[int]) -> list[Piece]:
+    """The pieces of a whole text, in order, one for each id."""
+    speller = Speller(tokenizer)
+    return [speller.push(token_id) for token_id in ids]
+
+
+def text_of(pieces: Iterable[Piece], control: bool = True) -> str:
+    """The text that pieces make up; without the names of control tokens if `control` is False."""
+    return "".join(piece.text for piece in pieces if control or not piece.control)
+
+
+def label(tokenizer, token_id: int) -> str:
+    """A token on its own, as a label: its text, or its bytes such as <E2 82> where they are no whole characters.
+
+    >>> from neox_lib.tokenizer import train_tokenizer
+    >>> tokenizer = train_tokenizer([""], 281)
+    >>> [label(tokenizer, token_id) for token_id in tokenizer.encode("né")]
+    ['n', '<C3>', '<A9>']
+    """
+    token = tokenizer.id_to_token(token_id)
+    if token is None:
+        return f"<{token_id}>"
+    raw = token_to_bytes(token)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"<{raw.hex(' ').upper()}>"
+
+
+def without_surrogates(text: str) -> str:
+    """The text with each lone surrogate, half a character that no UTF-8 has, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,79 @@
+"""A KV cache that is kept between the playground's runs: what was read once is not read again."""
+
+from collections.abc import Callable
+
+import torch
+
+from neox_lib.cache import KVCache
+from neox_lib.generation import next_token_logits
+from neox_lib.model import NeoXModel
+
+GROWTH = 256  # tokens by which the room grows
+
+
+def shared_beginning(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common from their start.
+
+    >>> shared_beginning([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
+class Recall:
+    """One cache and the ids that it holds. It grows when need be, up to the model's context."""
+
+    def __init__(self, model: NeoXModel):
+        self.model = model
+        self.cache: KVCache | None = None
+        self.ids: list[int] = []
+
+    def room_for(self, ids: list[int], capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens that holds what is known of the beginning of `ids`.
+
+        Call `keep` with all ids afterwards: what has gone through is in the cache, and only then known by its ids.
+        """
+        shared = shared_beginning(self.ids, ids)
+        if self.cache is None or self.cache.capacity < capacity:
+            config, weight = self.model.config, self.model.norm.weight
+            capacity = min(config.max_position_embeddings, -(-capacity // GROWTH) * GROWTH)
+            larger = KVCache(config, 1, capacity, weight.device, weight.dtype)
+            if self.cache is not None:
+                larger.keys[:, :, :, :shared] = self.cache.keys[:, :, :, :shared]
+                larger.values[:, :, :, :shared] = self.cache.values[:, :, :, :shared]
+            larger.advance(shared)
+            self.cache = larger
+        self.cache.truncate(shared)
+        self.ids = ids[:shared]
+        return self.cache
+
+    def keep(self, ids: list[int]) -> None:
+        """Note which ids the cache holds now: the first of `ids`, as many as have gone through the model."""
+        self.ids = ids[: self.cache.length] if self.cache is not None else []
+
+    def forget(self) -> None:
+        """Drop everything, after an error in the middle of a pass, say."""
+        self.cache, self.ids = None, []
+
+    @torch.inference_mode()
+    def logits_after(
+        self, ids: list[int], on_progress: Callable[[int, int], bool | None] | None = None
+    ) -> torch.Tensor:
+        """Scores for the token after `ids`: `[1, V]`, fp32. Costs one token's pass where the text is known.
+
+        Raises PrefillStopped when `on_progress` returns False.
+        """
+        known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
+        cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))
+        cache.truncate(min(cache.length, len(ids) - 1))
+        new = torch.tensor([ids[cache.length :]], device=self.model.norm.weight.device)
+        try:
+            return next_token_logits(self.model, new, cache, on_progress=on_progress)
+        finally:
+            if known:  # the rows behind are still there: the pass wrote its own again and no other
+                cache.length = len(known)
+            else:
+                self.keep(ids)
