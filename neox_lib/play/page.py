@@ -54,7 +54,7 @@ class Page(anywidget.AnyWidget):
             self.heard = max(self.heard, number if type(number) is int else 0)
 
     def publish(self) -> None:
-        """Bring the page up to date: only what grows while it streams, else everything; what is the same is not sent."""
+        """Bring the page up to date: what grows while it streams, else everything; what is the same is not sent."""
         state = self.state
         with self.publishing, self.hold_sync():
             road = state.roads.road if len(state.roads) else None

@@ -109,7 +109,7 @@ function promptPart(model, id, post, generate) {
   field.value = model.get("prompt");
   const top = make("div", { class: "np-row np-spread" }, make("label", { for: `${id}-prompt`, class: "np-heading" }, "Prompt"), count);
   const show = make("label", { class: "np-note np-check", for: `${id}-ids` }, ids, "show ids");
-  return { field, node: make("section", { "aria-label": "Prompt" }, top, field, note, make("div", { class: "np-row np-top" }, spans, show), ready) };
+  return { field, node: make("div", { role: "group", "aria-label": "Prompt" }, top, field, note, make("div", { class: "np-row np-top" }, spans, show), ready) };
 }
 
 // Every control of the settings; their values travel with each message that needs them.
@@ -129,7 +129,7 @@ function settingsPart(model, id, post) {
     number("top_p", "top-p", { min: 0.05, max: 1, step: 0.05 }),
     number("seed", "seed", { min: 0, step: 1 }),
   );
-  const row = make("div", { class: "np-row" });
+  const row = make("span", { class: "np-row" });
   row.append(
     number("tokens", "tokens", { min: 1, max: model.get("facts").context, step: 1 }),
     make("label", { for: `${id}-sampled`, class: "np-field" }, "choice", choice),
@@ -162,13 +162,13 @@ function settingsPart(model, id, post) {
   }
   model.on("change:settings", update);
   update();
-  return { values, node: make("div", {}, row, drawn) };
+  return { values, row, drawn };
 }
 
 // The text as a list of tokens in which the arrow keys walk; the last place stands for the token still to come.
 function textPart(model, id, post, ask) {
   const list = make("div", { class: "np-text", role: "listbox", tabindex: 0, "aria-label": "Text, token by token: arrow keys choose one" });
-  const end = make("span", { class: "np-end", role: "option", "aria-label": "the token still to come" }, "▏");
+  const end = make("span", { class: "np-end", role: "option", "aria-label": "the token still to come" });
   const told = make("p", { class: "np-told np-note", "aria-hidden": "true" });
   let rows = [];
   let nodes = [];
@@ -468,7 +468,7 @@ function render({ model, el }) {
   const stop = button("Stop", () => ask("stop"), "np-stop");
   const generate = button("Generate", () => write("generate"), "np-main");
   const go = button("Continue", () => ask("continue", { settings: settings.values() }));
-  const buttons = make("div", { class: "np-row np-buttons" }, generate, stop, go, button("Clear", () => ask("clear")));
+  const buttons = make("div", { class: "np-row np-buttons" }, generate, stop, go, button("Clear", () => ask("clear")), settings.row);
   const text = textPart(model, id, post, ask);
   const all = () => text.rows().map((row) => row[1]).join("");
   const said = make("span", { class: "np-note", role: "status" });
@@ -512,7 +512,7 @@ function render({ model, el }) {
   views3.select(0);
   started = true;
   const textTop = make("div", { class: "np-row np-spread" }, heading(`${id}-text`, "Text"), make("span", { class: "np-row" }, said, copied, saved));
-  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.node, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...roadsPart(model, id, ask));
+  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...roadsPart(model, id, ask));
   const right = make("div", { class: "np-right" }, ...views3.node);
   root.append(make("div", { class: "np-columns" }, left, right), speed, spoken);
   root.addEventListener("keydown", (event) => event.key === "Escape" && ask("stop"));

@@ -1,0 +1,422 @@
+"""The playground without a browser: a message comes, the worker ends, and the state is what the page would show."""
+
+import json
+import math
+import threading
+import time
+
+import pytest
+import torch
+
+from neox_lib import create_model, create_tokenizer, greedy_generate_text
+from neox_lib.config import NeoXConfig
+from neox_lib.generation import prompt_ids
+from neox_lib.model import NeoXModel, model_attention_weights
+from neox_lib.play import jobs
+from neox_lib.play.looking import attention_of_last
+from neox_lib.play.pieces import spell, text_of
+from neox_lib.play.recall import Recall
+from neox_lib.play.settings import Settings
+from neox_lib.playground import Playground
+from neox_lib.tokenizer import encode_text, train_tokenizer
+
+PROMPT = "Once upon a time, a fox"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return create_model(device="cpu", dtype="float32"), create_tokenizer()
+
+
+@pytest.fixture
+def play(shipped):
+    playground = Playground(*shipped, tokens=12)
+    yield playground
+    playground.close()
+    playground.session.worker.join(10)
+
+
+def done(play: Playground, **message) -> dict:
+    """Send a message as the page does, wait for the worker, and return what the page then shows of the state."""
+    play.act(message)
+    assert play.session.worker.join(60)
+    return play.page.marks
+
+
+def shown_text(play: Playground) -> str:
+    return "".join(row[1] for row in play.page.text["rows"] + play.page.tail)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Makes each step of the loop take a while, so that a test can act in the middle of it."""
+    original = jobs.stream_generate
+
+    def slow(*arguments, **options):
+        for step in original(*arguments, **options):
+            time.sleep(0.02)
+            yield step
+
+    monkeypatch.setattr(jobs, "stream_generate", slow)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+# Write, stop, go on
+
+
+def test_it_writes_what_the_library_writes(play, shipped):
+    """A second loop, or a wrong start, would write another story."""
+    marks = done(play, do="generate", prompt=PROMPT)
+    expected = greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 12)
+    assert shown_text(play) == play.written == expected
+    assert marks["phase"] == "idle" and marks["error"] == "" and marks["status"] == "Wrote 12 tokens."
+
+
+def test_going_on_is_the_same_as_writing_more_at_once(play, shipped):
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="continue")
+    assert play.written == greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 24)
+
+
+def test_the_cache_changes_nothing_but_the_cost(play):
+    done(play, do="generate", prompt=PROMPT)
+    with_cache = play.written
+    done(play, do="generate", prompt=PROMPT, settings={"use_cache": False})
+    assert play.written == with_cache
+    assert play.page.costs["with"] and play.page.costs["without"]
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_generate_and_stop_again_and_again(play):
+    for _ in range(5):
+        play.act({"do": "generate", "prompt": PROMPT, "settings": {"tokens": 1000}})
+        wait_for(lambda: play.page.marks["phase"] == "writing")
+        marks = done(play, do="stop")
+        assert marks["phase"] == "idle" and marks["status"].startswith("Stopped after")
+        assert len(play.state.roads.road.ids) < 200
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_a_double_click_writes_once(play):
+    play.act({"do": "generate", "prompt": PROMPT})
+    play.act({"do": "generate", "prompt": PROMPT})
+    play.session.worker.join(60)
+    assert len(play.state.roads.road.ids) == len(encode_text(play.state.tokenizer, PROMPT)) + 12
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_settings_changed_while_it_streams_are_for_the_next_run(play):
+    play.act({"do": "generate", "prompt": PROMPT})
+    wait_for(lambda: play.page.marks["phase"] == "writing")
+    marks = done(play, do="settings", settings={"tokens": 3})
+    assert marks["status"] == "Wrote 12 tokens."
+    assert done(play, do="continue")["status"] == "Wrote 3 tokens."
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_clear_while_it_streams_leaves_nothing_behind(play):
+    play.act({"do": "generate", "prompt": PROMPT, "settings": {"tokens": 500}})
+    wait_for(lambda: play.page.marks["phase"] == "writing")
+    done(play, do="clear")
+    assert shown_text(play) == "" and play.page.prompt == PROMPT and play.page.costs == {"with": [], "without": []}
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_a_playground_that_is_closed_stops_writing(shipped):
+    play = Playground(*shipped, tokens=1000)
+    play.act({"do": "generate", "prompt": PROMPT})
+    wait_for(lambda: play.state.phase == "writing")
+    play.close()
+    assert play.session.worker.join(5)
+    assert threading.active_count() < 50 and len(play.state.roads.road.ids) < 500
+
+
+def test_stop_works_while_a_long_prompt_is_read(shipped, monkeypatch):
+    """On a slow machine a large model reads for a minute; the page tells how far it is, and Stop does not wait."""
+    config = NeoXConfig(2048, 2048, 64, 40, 2, 128)
+    torch.manual_seed(0)
+    model = NeoXModel(config).eval()
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: time.sleep(0.02))
+    play = Playground(model, shipped[1])
+    play.act({"do": "generate", "prompt": PROMPT})
+    wait_for(lambda: "of 40 layers" in play.page.marks["status"])
+    assert play.page.marks["phase"] == "reading"
+    started = time.monotonic()
+    marks = done(play, do="stop")
+    assert time.monotonic() - started < 0.5
+    assert "Stopped while the prompt was read" in marks["status"] and play.written == PROMPT
+
+
+def test_an_exception_in_the_worker_is_shown_and_the_playground_works_on(play, monkeypatch):
+    done(play, do="generate", prompt=PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "stream_generate", lambda *_, **__: 1 / 0)
+        marks = done(play, do="generate", prompt=PROMPT)
+    assert "ZeroDivisionError" in marks["error"] and marks["phase"] == "idle"
+    marks = done(play, do="generate", prompt=PROMPT)
+    assert marks["error"] == "" and marks["status"] == "Wrote 12 tokens."
+
+
+def test_two_playgrounds_know_nothing_of_each_other(shipped):
+    one, two = Playground(*shipped, tokens=5), Playground(*shipped, tokens=5)
+    one.act({"do": "generate", "prompt": "Tom"})
+    two.act({"do": "generate", "prompt": "Anna", "settings": {"tokens": 7}})
+    one.session.worker.join(60), two.session.worker.join(60)
+    assert one.written.startswith("Tom") and two.written.startswith("Anna")
+    assert one.page.settings["tokens"] == 5
+
+
+# Prompts
+
+
+HARD_PROMPTS = {
+    "empty": "",
+    "spaces": "     ",
+    "emoji": "A fox 🦊👩‍👩‍👧 and e\u0301 n\u0303",
+    "script": "<script>alert(1)</script>",
+    "pre": "</pre></div>",
+    "control": "One.<|endoftext|>Two.",
+    "nul": "a\0b",
+    "half a character": "fox \ud83e end",
+}
+
+
+@pytest.mark.parametrize("prompt", HARD_PROMPTS.values(), ids=HARD_PROMPTS)
+def test_a_hard_prompt_works(play, prompt):
+    marks = done(play, do="generate", prompt=prompt)
+    assert marks["error"] == "" and marks["status"].startswith(("Wrote", "The model ended"))
+    json.dumps(play.page.get_state(), ensure_ascii=False, default=str).encode("utf-8")  # what is sent must be sendable
+
+
+def test_no_half_character_is_ever_shown(shipped):
+    """A page that shows U+FFFD for a moment flickers, and a copied text keeps it."""
+    for token_count in range(1, 12):
+        ids = encode_text(shipped[1], "🦊é狐")[:token_count]
+        assert "\ufffd" not in text_of(spell(shipped[1], ids))
+
+
+def test_a_prompt_past_the_context_says_so_and_is_kept(play):
+    prompt = "🦊" * 1250  # 5,000 bytes that are more tokens than the context holds
+    assert len(encode_text(play.state.tokenizer, prompt)) > play.state.context
+    marks = done(play, do="generate", prompt=prompt)
+    assert "No room to write" in marks["status"] and marks["error"] == ""
+    assert play.page.prompt == prompt and play.page.prompt_view["over"]
+    assert "too many" in play.page.prompt_view["note"]
+
+
+def test_a_text_that_reaches_the_end_of_the_context_says_so(shipped):
+    play = Playground(*shipped, tokens=50)
+    room = play.state.context - 5
+    prompt = play.state.tokenizer.decode([play.state.tokenizer.encode(" fox").ids[-1]] * room)
+    marks = done(play, do="generate", prompt=prompt)
+    assert "context of 2,048 is full" in marks["status"] or "ended" in marks["status"]
+    assert len(play.state.roads.road.ids) <= 2048
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"do": "fly"},
+        {"do": "look", "position": "three"},
+        {"do": "generate", "prompt": 7},
+        {"do": "generate", "settings": {"tokens": None}},
+        {"do": "generate", "settings": {"tokens": 0}},
+        {"do": "settings", "settings": {"temperature": 0}},
+        {"do": "settings", "settings": {"top_p": 2.0}},
+        {"do": "settings", "settings": {"colour": 1}},
+        {"do": "head", "layer": 99, "head": 0},
+    ],
+)
+def test_a_message_that_makes_no_sense_is_answered_and_harmless(play, message):
+    assert done(play, **message)["error"]
+    assert play.state.settings == Settings(tokens=12)
+    assert done(play, do="generate", prompt=PROMPT)["error"] == ""
+
+
+# Look and take another road
+
+
+def test_the_bars_are_the_models_own_probabilities(play, shipped):
+    done(play, do="generate", prompt=PROMPT)
+    model, _ = shipped
+    ids = play.state.roads.road.ids
+    done(play, do="look", position=9)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids[:9]]))[0, -1].log_softmax(-1).topk(10)
+    assert [row[0] for row in play.page.bars["rows"]] == expected.indices.tolist()
+    assert [row[2] for row in play.page.bars["rows"]] == pytest.approx(expected.values.tolist(), abs=1e-3)
+    assert play.page.bars["taken"][0] == ids[9]
+    shares = sum(math.exp(row[2]) for row in play.page.bars["rows"])
+    assert play.page.bars["rest"] == pytest.approx(1 - shares, abs=1e-3)
+
+
+def test_a_look_back_does_not_spoil_the_cache(play, shipped):
+    """A road that goes on after a look must be the road that would have gone on without it."""
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="look", position=8)
+    done(play, do="look", position=3)
+    done(play, do="continue")
+    assert play.written == greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 24)
+
+
+def test_another_token_forks_a_road_and_both_stay(play):
+    done(play, do="generate", prompt=PROMPT)
+    first, position = list(play.state.roads.road.ids), 10
+    done(play, do="look", position=position)
+    token = next(row[0] for row in play.page.bars["rows"] if row[0] != first[position])
+    done(play, do="take", token=token)
+    assert [len(road.ids) for road in play.state.roads.roads] == [len(first), position + 1 + 12]
+    assert play.state.roads.roads[0].ids == first
+    assert play.state.roads.road.ids[: position + 1] == [*first[:position], token]
+    assert [road["current"] for road in play.page.roads] == [False, True]
+    done(play, do="road", road=0)
+    assert play.state.roads.road.ids == first and play.state.chosen == len(first)
+
+
+def test_a_road_that_is_there_is_not_laid_twice(play):
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="look", position=10)
+    token = play.page.bars["rows"][1][0]
+    done(play, do="take", token=token)
+    done(play, do="road", road=0)
+    done(play, do="look", position=10)
+    done(play, do="take", token=token)
+    assert len(play.state.roads) == 2
+
+
+def test_the_attention_shown_is_the_models(play, shipped):
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="watch", on=True)
+    done(play, do="look", position=6)
+    done(play, do="head", layer=3, head=2)
+    with torch.inference_mode():
+        whole = model_attention_weights(shipped[0], torch.tensor([play.state.roads.road.ids[:7]]))
+    assert play.page.attention["weights"] == pytest.approx(whole[3, 0, 2, 6].tolist(), abs=1e-3)
+    rows = attention_of_last(shipped[0], play.state.roads.road.ids[:7])
+    assert torch.allclose(rows, whole[:, 0, :, 6], atol=1e-5)
+
+
+def test_recall_reads_only_what_it_does_not_know(shipped):
+    """The point of keeping the cache: a look costs one token, on 20B a second and not a minute."""
+    model, tokenizer = shipped
+    ids = prompt_ids(tokenizer, PROMPT)[0].tolist()
+    recall, lengths = Recall(model), []
+    original = model.hidden_states
+    model.hidden_states = lambda new, *more, **options: (lengths.append(new.shape[1]), original(new, *more, **options))[
+        1
+    ]
+    try:
+        recall.logits_after(ids)
+        recall.logits_after(ids[:4])
+        recall.logits_after([*ids, 5])
+        recall.logits_after([*ids[:3], 9, 9])
+    finally:
+        del model.hidden_states
+    assert lengths == [len(ids), 1, 1, 2]
+
+
+# Save and open
+
+
+def test_a_saved_playground_opens_as_it_was(play, shipped, tmp_path):
+    done(play, do="generate", prompt=PROMPT, settings={"sampled": True, "seed": 7, "tokens": 9})
+    done(play, do="look", position=9)
+    done(play, do="take", token=play.page.bars["rows"][2][0])
+    play.save(tmp_path / "play.json")
+    again = Playground.open(tmp_path / "play.json", *shipped)
+    assert again.state.roads == play.state.roads and again.state.settings == play.state.settings
+    assert again.written == play.written and again.page.prompt == PROMPT
+    assert done(again, do="continue")["error"] == ""
+
+
+def damaged(content: dict, change: str) -> dict:
+    road = content["roads"][0]
+    match change:
+        case "format":
+            content["format"] = "something else"
+        case "setting":
+            content["settings"]["top_p"] = 9
+        case "prompt":
+            content["prompt"] = 4
+        case "id":
+            road["tokens"][0]["id"] = 9999
+        case "text":
+            road["text"] = "another text"
+        case "probability":
+            road["tokens"][-1]["log_probability"] = 3.0
+        case "parent":
+            road["parent"] = 5
+        case "fork":
+            road["fork"] = -1
+        case "given":
+            road["given"] = 1000
+        case "tokens":
+            del road["tokens"]
+        case "current":
+            content["current"] = 3
+    return content
+
+
+CHANGES = ["format", "setting", "prompt", "id", "text", "probability", "parent", "fork", "given", "tokens", "current"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_damaged_file_is_refused_by_name(play, shipped, tmp_path, change):
+    done(play, do="generate", prompt=PROMPT)
+    path = tmp_path / "play.json"
+    play.save(path)
+    path.write_text(json.dumps(damaged(json.loads(path.read_text("utf-8")), change)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"play\.json: "):
+        Playground.open(path, *shipped)
+
+
+def test_a_file_that_is_no_json_is_refused(shipped, tmp_path):
+    (tmp_path / "play.json").write_text("[", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"play\.json"):
+        Playground.open(tmp_path / "play.json", *shipped)
+
+
+# What is shown
+
+
+def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play):
+    done(play, do="generate", prompt='<script>alert(1)</script> & "so"')
+    data, _ = play._repr_mimebundle_()
+    assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    assert "<script" not in data["text/html"] and "&lt;" in data["text/html"]
+    assert "likeliest tokens" in data["text/html"] and play.written in data["text/plain"]
+
+
+def test_its_name_is_the_same_in_every_run(play):
+    assert repr(play) == "Playground(your model)"
+
+
+def test_a_streamed_text_is_sent_in_small_pieces(play, monkeypatch):
+    """The whole text with every update would be 2 MB a second for a long one."""
+    sent = []
+    monkeypatch.setattr(type(play.page), "send_state", lambda page, key=None: sent.append(set(key or [])))
+    done(play, do="generate", prompt=PROMPT, settings={"tokens": 150})
+    assert len(play.page.tail) < 64
+    assert sum("text" in keys for keys in sent) <= 5
+
+
+def test_any_model_with_its_tokenizer_plays(random_model):
+    """Padded vocabulary rows, another depth, a tokenizer of one's own."""
+    tokenizer = train_tokenizer(["the fox and the hen and the fox"], 300)
+    model = random_model(NeoXConfig(384, 281, 64, 3, 2, 128, max_position_embeddings=64))
+    play = Playground(model, tokenizer, prompt="the fox", tokens=5)
+    marks = done(play, do="generate", prompt="the fox")
+    assert marks["error"] == "" and play.page.facts["layers"] == 3
+
+
+def test_a_model_without_a_tokenizer_is_refused(shipped):
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        Playground(shipped[0])
