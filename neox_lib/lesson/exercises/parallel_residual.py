@@ -38,7 +38,7 @@ def gelu(yours: Callable[[Tensor], Tensor]) -> str:
             "twice the GELU: the half is missing": 2 * expected,
         }
         for name, curve in other.items():
-            same = (found - curve).abs().nan_to_num().max() < 1e-6
+            same = (found - curve).abs().nan_to_num().max().item() < 1e-6
             require(not same, f"my_gelu({numbers(x)}) is {name}. 20B was trained with the tanh form")
     require_equal(found, expected, f"my_gelu({numbers(x)})", tolerance=1e-6)
     wide = seeded(2, 3, 4)
@@ -56,9 +56,9 @@ def layer_norm(yours: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
     if isinstance(found, Tensor) and found.shape == x.shape:
         sample = (x - 3) / (16 / 3) ** 0.5
         hint = "that is the variance divided by C - 1; LayerNorm divides by C (torch.var: correction=0)"
-        require((found - sample).abs().max() > 1e-3, f"{call} is {numbers(found)}: {hint}")
+        require((found - sample).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
         hint = "that is divided by the variance, not by its square root"
-        require((found - (x - 3) / 4).abs().max() > 1e-3, f"{call} is {numbers(found)}: {hint}")
+        require((found - (x - 3) / 4).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
     require_equal(found, expected, call, tolerance=1e-4)
     weight, bias = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.0, 10.0, 10.0])
     what = "my_layer_norm([[1, 1, 5, 5]], weight [1, 2, 3, 4], bias [0, 0, 10, 10])"
@@ -130,7 +130,7 @@ def parallel_block(yours: Callable[[NeoXConfig, int], nn.Module]) -> str:
     expected = wirings.pop("parallel")
     if isinstance(found, Tensor) and found.shape == expected.shape:
         for name, output in wirings.items():
-            require((found - output).abs().max() > 1e-4, f"MyBlock on a [2, 5, 32] input is {name}")
+            require((found - output).abs().max().item() > 1e-4, f"MyBlock on a [2, 5, 32] input is {name}")
     require_equal(found, expected, "MyBlock on a [2, 5, 32] input", tolerance=1e-4)
     store = OneLayerStore()
     block(x, *table, store)
