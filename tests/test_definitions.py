@@ -17,6 +17,7 @@ PROMOTED = [
     "checkpoint",
     "cache",
     "generation",
+    "streaming",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

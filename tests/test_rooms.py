@@ -73,6 +73,7 @@ ROOMS = [
     "lesson.exercises.start_here",
     "lesson.figures_cached_generation",
     "lesson.exercises.cached_generation",
+    "lesson.exercises.prompt_playground",
     "training",
     "__main__",
 ]
