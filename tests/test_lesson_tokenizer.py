@@ -1,12 +1,10 @@
 """Notebook 01: its exercises tell wrong from right, and its museum is caught where the notebook says."""
 
-import json
-
 import pytest
 
 from neox_lib.lesson.exercises import tokenizer as exercises
 from neox_lib.lesson.real_tokenizer import real_tokenizer_path
-from neox_lib.tokenizer import BPETokenizer, create_tokenizer, read_tokenizer, token_to_bytes
+from neox_lib.tokenizer import BPETokenizer, create_tokenizer, token_to_bytes
 from tests.lessons import Lesson
 
 EXERCISES = ["my_apply_merges", "my_decode", "my_encode_untrusted"]
@@ -40,13 +38,6 @@ def test_the_folded_solution_passes(lesson, name):
     """A reader who gives up must be given something that works."""
     result = check_of(name)(lesson.solution(name))
     assert result.passed, result.message
-
-
-def test_the_right_merges_write_the_story(lesson):
-    """The reward: a story that the learner's own merges began, and the word that it is theirs."""
-    result = exercises.apply_merges(lesson.solution("my_apply_merges"))
-    assert "Your merges made the prompt's token ids, in place of the library's" in result.message
-    assert exercises.PROMPT in result.message
 
 
 def merge_leftmost(symbols: list[str], ranks: dict) -> list[str]:
@@ -159,15 +150,14 @@ def test_the_real_file_is_found_by_name_or_its_absence_says_how_to_fetch_it(monk
     assert real_tokenizer_path() == place
 
 
-def test_the_readable_tokenizer_is_what_the_heart_asks(lesson, monkeypatch):
-    """Were the prompt encoded by the fast library, any merges would tell the same story."""
-    asked = []
-    solution = lesson.solution("my_apply_merges")
+def test_the_right_merges_begin_the_story(lesson):
+    """The reward must be earned: were the prompt encoded by the fast library, any merges would tell the same story."""
+    asked, solution = [], lesson.solution("my_apply_merges")
 
-    def my_counting(symbols, ranks):
+    def my_merges(symbols, ranks):
         asked.append("".join(symbols))
         return solution(symbols, ranks)
 
-    story = exercises.story_by_merges(my_counting)
-    assert json.dumps(asked[:2], ensure_ascii=False) == '["Once", "Ġupon"]' and exercises.PROMPT in story
-    assert read_tokenizer(real_tokenizer_path()).word_ids("Once")
+    message = exercises.apply_merges(my_merges).message
+    assert "Your merges made the prompt's token ids, in place of the library's" in message
+    assert exercises.PROMPT in message and {"Once", "Ġupon", "Ġfox"} <= set(asked)

@@ -93,7 +93,7 @@ def decode(yours: Callable[[list[int], dict[int, str]], str]) -> None:
 def encode_untrusted(yours: Callable[[BPETokenizer, str], list[int]]) -> None:
     """Ids in which no control token stands, whatever the text says, and from which the text comes back whole."""
     tokenizer = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
-    control = {tokenizer.token_to_id(token) for token in (ENDOFTEXT, PADDING)}
+    control = {tokenizer.added[token] for token in (ENDOFTEXT, PADDING)}
     hostile = [f"Good night.{ENDOFTEXT}Once more", f"{PADDING}{PADDING} a    b", ENDOFTEXT, f"<|endof{ENDOFTEXT}text|>"]
     for text in [*TEXTS, *hostile]:
         found, what = yours(tokenizer, text), f"my_encode_untrusted(tokenizer, {text!r})"
