@@ -1,0 +1,177 @@
+"""Notebook 06: its checks help a learner, its solutions hold, and its wrong versions are caught where it says so."""
+
+import pytest
+import torch
+
+from neox_lib.lesson.exercises import cached_generation as exercises
+from tests.lessons import Lesson
+
+WRONG_GREEDY = {
+    "first position": """
+def my_greedy(model, input_ids, new_tokens):
+    ids = input_ids
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, model(ids)[:, 0].argmax(dim=-1, keepdim=True)], dim=1)
+    return ids
+""",
+    "reads the last token only": """
+def my_greedy(model, input_ids, new_tokens):
+    ids = input_ids
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, model(ids[:, -1:])[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    return ids
+""",
+}
+WRONG_TOP_P = {
+    "drops the token that crosses": """
+def my_top_p(probabilities, p):
+    ordered, places = probabilities.sort(descending=True)
+    kept = torch.zeros_like(probabilities)
+    kept[places] = ordered.where(ordered.cumsum(0) <= p, 0)
+    return kept / kept.sum()
+""",
+    "keeps one too many": """
+def my_top_p(probabilities, p):
+    ordered, places = probabilities.sort(descending=True)
+    kept = torch.zeros_like(probabilities)
+    kept[places] = ordered.where(ordered.cumsum(0) - ordered <= p, 0)
+    return kept / kept.sum()
+""",
+    "returns them sorted": """
+def my_top_p(probabilities, p):
+    ordered, places = probabilities.sort(descending=True)
+    kept = ordered.where(ordered.cumsum(0) - ordered < p, 0)
+    return kept / kept.sum()
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def lesson() -> Lesson:
+    return Lesson("06_cached_generation")
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("my_greedy", exercises.greedy), ("MyKVCache", exercises.cache), ("my_top_p", exercises.top_p)],
+)
+def test_a_stub_is_told_kindly_and_the_solution_passes(lesson, name, check):
+    """Otherwise a learner would be stuck at a check that no one can pass."""
+    assert check(lesson.stub(name)).message.startswith("Not written yet")
+    result = check(lesson.solution(name))
+    assert result.passed, result.message
+
+
+def test_the_heart_ends_in_a_story_written_through_the_learners_cache(lesson):
+    assert (
+        "MyKVCache in place of the library's:\nOnce upon a time, a fox"
+        in exercises.cache(lesson.solution("MyKVCache")).message
+    )
+
+
+def messages_of_wrong(check, sources: dict[str, str], name: str) -> list[str]:
+    messages = []
+    for source in sources.values():
+        names = {"torch": torch}
+        exec(source, names)
+        result = check(names[name])
+        assert not result.passed
+        messages.append(result.message)
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "wrong"),
+    [("my_greedy", exercises.greedy, WRONG_GREEDY), ("my_top_p", exercises.top_p, WRONG_TOP_P)],
+)
+def test_wrong_tries_are_told_different_things(name, check, wrong):
+    """A check that says the same to everybody helps nobody."""
+    messages = messages_of_wrong(check, wrong, name)
+    assert len(set(messages)) == len(wrong), messages
+
+
+def wrong_caches(right: type) -> dict[str, type]:
+    """The solution with one method done wrong, as learners do it, and a word of what the check should then say."""
+
+    class CountsInUpdate(right):
+        def update(self, layer_index, key, value):
+            rows = super().update(layer_index, key, value)
+            self.length += key.shape[2]
+            return rows
+
+        def advance(self, tokens):
+            pass
+
+    class OneLayerForAll(right):
+        def update(self, layer_index, key, value):
+            return super().update(0, key, value)
+
+    class NewRowsOnly(right):
+        def update(self, layer_index, key, value):
+            super().update(layer_index, key, value)
+            return key, value
+
+    class Grows(right):
+        def update(self, layer_index, key, value):
+            keys, values = super().update(layer_index, key, value)
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            return keys, values
+
+    class ForgetsAll(right):
+        def truncate(self, length):
+            self.length = 0
+
+    class KeepsAll(right):
+        def truncate(self, length):
+            pass
+
+    class MixesUp(right):
+        def update(self, layer_index, key, value):
+            keys, values = super().update(layer_index, key, value)
+            return (keys.flip(1), values) if keys.shape[1] > 1 and key.shape[2] > 1 else (keys, values)
+
+    return {
+        "advance counts": CountsInUpdate,
+        "layer 0, after layer 1": OneLayerForAll,
+        "token 2 after tokens 0 and 1": NewRowsOnly,
+        "another tensor": Grows,
+        "after truncate(3) of 4 tokens length should be 3, but is 0": ForgetsAll,
+        "after truncate(3) of 4 tokens length should be 3, but is 4": KeepsAll,
+        "24 tokens read in passes of": MixesUp,
+    }
+
+
+def test_wrong_caches_are_told_what_failed_and_get_no_story(lesson):
+    """The heart: each fault is named, and the reward is only for a right piece."""
+    for words, wrong in wrong_caches(lesson.solution("MyKVCache")).items():
+        result = exercises.cache(wrong)
+        assert not result.passed and words in result.message, (words, result.message)
+        assert "wrote" not in result.message
+
+
+def test_a_cache_that_is_right_for_numbered_rows_only_does_not_get_its_story(lesson):
+    """The story itself is the last property: it must be the library's own."""
+
+    class Rounded(lesson.solution("MyKVCache")):
+        def update(self, layer_index, key, value):
+            longer = self.length > 30  # longer than the texts of the check, shorter than the story
+            return super().update(layer_index, key * 0 if longer else key, value)
+
+    result = exercises.cache(Rounded)
+    assert not result.passed and "wrote another story" in result.message
+
+
+MUSEUM = {
+    "rows_from_zero": {"prompt, then singles", "random splittings"},
+    "square_mask": {"random splittings"},
+    "keeps_old_text": {"second prompt"},
+}
+
+
+@pytest.mark.parametrize("name", MUSEUM)
+def test_a_museum_piece_is_caught_where_the_notebook_says_so(lesson, name):
+    """The lesson of the museum is which check is blind: it has to be true."""
+    names = lesson.names
+    assert any(f"def {name}(" in source for source in lesson.museum())
+    assert {check for check, holds in names["checks"].items() if not holds(names[name])} == MUSEUM[name]
+    assert all(holds(names["read_in_passes"]) for holds in names["checks"].values())
