@@ -13,7 +13,7 @@ PLACES = {
     "rotary": ("02 rotary\npositions", 4.85, 2.3, 1.45, 0.8),
     "attention": ("03 attention\nlooks back", 6.65, 2.3, 1.6, 0.8),
     "mlp": ("04 MLP\nworks alone", 6.65, 1.2, 1.6, 0.8),
-    "output": ("norm, output\na score a token", 9.45, 1.75, 1.75, 0.9),
+    "output": ("norm, output\ntoken scores", 9.45, 1.75, 1.75, 0.9),
     "generation": ("06 generation\nchoose, append", 11.6, 1.75, 1.85, 0.9),
     "checkpoint": ("05 checkpoint: the numbers in all of these boxes", 2.3, 0.1, 8.9, 0.55),
 }
