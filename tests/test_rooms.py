@@ -44,6 +44,7 @@ ROOMS = [
     "play.picture",
     "play.page",
     "playground",
+    "play.serve",
     "scale.contenders",
     "scale.bench_table",
     "scale.bench",

@@ -53,8 +53,7 @@ class Session:
             if waiting is not None:
                 self.running = waiting[0]
                 self.worker.start(waiting[1])
-                return
-            self.state.phase = "idle"
+            self.state.phase = "working" if self.worker.busy else "idle"
         self.show()
 
     def _failed(self, error: Exception) -> None:

@@ -41,15 +41,21 @@ function makeSvg(tag, attributes, text) {
 const heading = (id, text) => make("h3", { id, class: "np-heading" }, text);
 
 // What goes up to the kernel, and whether it has answered.
-function messenger(model, onSilence) {
+function messenger(model, root, onSilence) {
   let sent = 0;
   let timer = null;
   const answered = () => model.get("heard") >= sent;
-  model.on("change:heard", () => answered() && (clearTimeout(timer), onSilence(false)));
+  model.on("change:heard", () => {
+    if (!answered()) return;
+    root.dataset.answered = "true";
+    clearTimeout(timer);
+    onSilence(false);
+  });
   return {
     answered,
     send(action, more = {}) {
       sent = Math.max(sent + 1, Date.now());
+      root.dataset.answered = "false";
       model.send({ do: action, number: sent, ...more });
       clearTimeout(timer);
       timer = setTimeout(() => answered() || onSilence(true), BUSY_AFTER);
@@ -109,7 +115,7 @@ function promptPart(model, id, post, generate) {
   field.value = model.get("prompt");
   const top = make("div", { class: "np-row np-spread" }, make("label", { for: `${id}-prompt`, class: "np-heading" }, "Prompt"), count);
   const show = make("label", { class: "np-note np-check", for: `${id}-ids` }, ids, "show ids");
-  return { field, node: make("div", { role: "group", "aria-label": "Prompt" }, top, field, note, make("div", { class: "np-row np-top" }, spans, show), ready) };
+  return { field, node: make("div", { role: "group", "aria-label": "The prompt and its tokens" }, top, field, note, make("div", { class: "np-row np-top" }, spans, show), ready) };
 }
 
 // Every control of the settings; their values travel with each message that needs them.
@@ -457,7 +463,7 @@ function render({ model, el }) {
   // Keys belong to the playground, not to the notebook's shortcuts, while the focus is in it.
   const root = make("div", { class: "np", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "Prompt playground" });
   const silence = make("p", { class: "np-warning", hidden: true }, "The kernel has not answered yet: it is busy with another cell, or gone. If it was restarted, run this cell again.");
-  const post = messenger(model, (silent) => (silence.hidden = !silent));
+  const post = messenger(model, root, (silent) => (silence.hidden = !silent));
   const ask = (action, more) => post.send(action, more);
   let prompt = null;
   let settings = null;
