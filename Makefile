@@ -15,12 +15,13 @@ export NEOX_20B_TOKENIZER := $(CURDIR)/$(TOKENIZER)
 
 NBVAL ?= --nbval
 
-.PHONY: help story test notebooks outputs lab lab-refresh clean
+.PHONY: help story test notebooks outputs lab lab-refresh playground clean
 
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
+	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
 	@echo 'make test                 lint, type check, every test, every notebook (TEST_ARGS=... goes to pytest)'
 	@echo 'make notebooks            only run the notebooks and compare their outputs (part of make test)'
 	@echo 'make outputs              for authors: run the notebooks and store their outputs (NOTEBOOKS=...)'
@@ -54,6 +55,9 @@ lab: $(READY)
 
 lab-refresh: $(READY)
 	@$(BIN)/python -m neox_lib.lesson.learner_copy --refresh
+
+playground: $(READY)
+	$(BIN)/python -m neox_lib.play.serve $(PLAYGROUND_ARGS)
 
 clean:
 	rm -rf .venv

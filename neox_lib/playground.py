@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from IPython.display import display
+
 from neox_lib.model import NeoXModel
 from neox_lib.play import saved
 from neox_lib.play.actions import perform
@@ -87,8 +89,12 @@ class Playground:
     def __repr__(self) -> str:
         return f"Playground({self.state.name})"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        """The live page where a kernel runs, and a still picture for everywhere else."""
+    def _ipython_display_(self) -> None:
+        """A still picture for everywhere, and after it the live page, which hides the picture where a kernel runs.
+
+        As one output, the picture would be lost in a saved notebook: Jupyter prefers a widget, even a dead one.
+        """
+        display({"text/html": picture_html(self.state), "text/plain": picture_text(self.state)}, raw=True)
         found = self.page._repr_mimebundle_()
         data, metadata = found if isinstance(found, tuple) else (found or {}, {})
-        return data | {"text/html": picture_html(self.state), "text/plain": picture_text(self.state)}, metadata
+        display(data | {"text/plain": repr(self)}, metadata=metadata, raw=True)

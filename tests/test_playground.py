@@ -387,10 +387,14 @@ def test_a_file_that_is_no_json_is_refused(shipped, tmp_path):
 # What is shown
 
 
-def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play):
+def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play, monkeypatch):
     done(play, do="generate", prompt='<script>alert(1)</script> & "so"')
-    data, _ = play._repr_mimebundle_()
-    assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    shown = []
+    monkeypatch.setattr("neox_lib.playground.display", lambda data, **options: shown.append(data))
+    play._ipython_display_()
+    data, live = shown
+    assert set(data) == {"text/plain", "text/html"}
+    assert live["text/plain"] == "Playground(your model)" and "application/vnd.jupyter.widget-view+json" in live
     assert "<script" not in data["text/html"] and "&lt;" in data["text/html"]
     assert "likeliest tokens" in data["text/html"] and play.written in data["text/plain"]
 

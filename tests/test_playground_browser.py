@@ -333,6 +333,22 @@ def test_a_reloaded_page_finds_the_text_again_and_can_stop_it(visit):
     visit.generate("Tom and Anna")
 
 
+def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_picture(visit):
+    """What was made is not replaced by "model not found", and a dead button says why it is dead."""
+    assert visit.errors == [], "until here; a kernel that dies under a page may be logged"
+    visit.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
+    visit.page.evaluate(f"{kernel}.restart()")
+    visit.wait(IDLE)
+    visit.button("Generate").click()
+    visit.page.get_by_text("run this cell again").first.wait_for()
+    visit.page.reload()
+    visit.wait(IDLE)
+    visit.page.get_by_text("A still picture").first.wait_for()
+    visit.page.get_by_text("model not found").first.wait_for(state="hidden")
+    visit.errors.clear()
+
+
 def test_nothing_was_asked_of_another_machine_and_no_error_was_logged(visit):
     assert visit.outside == []
     assert visit.errors == []

@@ -15,6 +15,11 @@ LEVELS = (
     (0.01, "#f5bd45", "2px solid #111", "1 to 10 %"),
     (0.0, "#ef9a3d", "4px double #111", "below 1 %"),
 )
+# A page that is reopened without its kernel can't show the widget that follows; the picture stands in for its error.
+INSTEAD = (
+    "<style>.jp-OutputArea-child:has(.np-still) + .jp-OutputArea-child:has(.jupyter-widgets):not(:has(.np))"
+    "{display:none}</style>"
+)
 BOX = "border:1px solid #999;border-radius:6px;padding:8px 12px;margin:6px 0;background:#fff;color:#111"
 
 
@@ -90,7 +95,7 @@ def picture_html(state: State) -> str:
     text = f'<div style="white-space:pre-wrap;line-height:1.9;font-size:16px">{road_html(state)}</div>'
     note = "<p><i>A still picture: run this cell to play.</i></p>"
     parts = f"<p><b>Prompt playground</b></p>{text}{legend()}{candidates_html(state)}{roads}{note}"
-    return f'<div style="{BOX}">{parts}</div>'
+    return f'{INSTEAD}<div class="np-still" style="{BOX}">{parts}</div>'
 
 
 def text_in_hand(state: State) -> str:

@@ -14,7 +14,7 @@ let views = 0;
 const levelOf = (probability) => LEVELS.findIndex(([least]) => probability >= least);
 
 function percent(probability) {
-  if (probability < 0.001) return "below 0.1 %";
+  if (probability < 0.001) return "< 0.1 %";
   return `${(100 * probability).toFixed(probability >= 0.1 ? 0 : 1)} %`;
 }
 
@@ -23,6 +23,8 @@ const visible = (text) => text.replaceAll(" ", "·").replaceAll("\n", "↵").rep
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
+  // Keys belong to the playground, not to the notebook's shortcuts. Lab looks for this on the very node with the focus.
+  if (["button", "input", "select", "textarea"].includes(tag) || "tabindex" in attributes) node.dataset.lmSuppressShortcuts = "true";
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== false && value !== undefined && value !== null) node.setAttribute(name, value === true ? "" : value);
@@ -56,16 +58,20 @@ function messenger(model, root, onSilence) {
     send(action, more = {}) {
       sent = Math.max(sent + 1, Date.now());
       root.dataset.answered = "false";
-      model.send({ do: action, number: sent, ...more });
       clearTimeout(timer);
-      timer = setTimeout(() => answered() || onSilence(true), BUSY_AFTER);
+      try {
+        model.send({ do: action, number: sent, ...more });
+      } catch {
+        return onSilence(true); // the kernel was restarted: nobody is there to hear it
+      }
+      return (timer = setTimeout(() => answered() || onSilence(true), BUSY_AFTER));
     },
   };
 }
 
 // The prompt: a text field, its tokens as spans, ready prompts.
 function promptPart(model, id, post, generate) {
-  const field = make("textarea", { id: `${id}-prompt`, rows: 2, spellcheck: "false", "aria-describedby": `${id}-count` });
+  const field = make("textarea", { id: `${id}-prompt`, rows: 1, spellcheck: "false", "aria-describedby": `${id}-count` });
   const count = make("span", { id: `${id}-count`, class: "np-note" });
   const spans = make("div", { class: "np-spans", role: "img" });
   const ids = make("input", { type: "checkbox", id: `${id}-ids` });
@@ -261,7 +267,7 @@ function textPart(model, id, post, ask) {
   const update = () => {
     draw();
     if (timer === null && post.answered()) cursor = model.get("marks").chosen;
-    mark(model.get("marks").phase === "writing");
+    mark(model.get("marks").phase === "writing" || cursor === rows.length);
   };
   model.on("change:text change:tail change:marks", update);
   update();
@@ -355,7 +361,7 @@ function costPart(model) {
   const words = make("p", { class: "np-note" });
   const update = () => {
     const costs = model.get("costs");
-    const curves = [["with", "with cache", "np-with"], ["without", "without: each token reads all again", "np-without"]];
+    const curves = [["with", "with cache", "np-with"], ["without", "without: all is read again", "np-without"]];
     const all = curves.flatMap(([name]) => costs[name] ?? []);
     const right = Math.max(64, ...all.map(([position]) => position));
     const ordered = all.map(([, value]) => value).sort((a, b) => a - b);
@@ -367,7 +373,7 @@ function costPart(model) {
       makeSvg("path", { d: "M46 20V190H430", class: "np-axis" }),
       label({ x: 6, y: 14 }, "ms a token"),
       label({ x: 40, y: 194, "text-anchor": "end" }, "0"),
-      label({ x: 40, y: y(top / 1.15) + 4, "text-anchor": "end" }, (top / 1.15).toPrecision(2)),
+      label({ x: 40, y: y(top / 1.15) + 4, "text-anchor": "end" }, (top / 1.15).toFixed(top > 11 ? 0 : 1)),
       label({ x: 430, y: 206, "text-anchor": "end" }, String(right)),
       label({ x: 238, y: 222, "text-anchor": "middle" }, "position in the text"),
     ];
@@ -375,8 +381,8 @@ function costPart(model) {
       const points = costs[name] ?? [];
       if (!points.length) return;
       nodes.push(makeSvg("polyline", { points: points.map(([position, value]) => `${x(position)},${y(value)}`).join(" "), class: `np-line ${kind}` }));
-      nodes.push(makeSvg("path", { d: `M200 ${12 + 18 * index}H236`, class: `np-line ${kind}` }));
-      nodes.push(label({ x: 242, y: 16 + 18 * index }, title));
+      nodes.push(makeSvg("path", { d: `M228 ${12 + 18 * index}H264`, class: `np-line ${kind}` }));
+      nodes.push(label({ x: 270, y: 16 + 18 * index }, title));
     });
     const told = curves.filter(([name]) => (costs[name] ?? []).length).map(([name, title]) => {
       const [first, last] = [costs[name][0], costs[name].at(-1)];
@@ -460,8 +466,7 @@ async function copy(text, root) {
 function render({ model, el }) {
   views += 1;
   const id = `np${views}-${Math.random().toString(36).slice(2, 8)}`;
-  // Keys belong to the playground, not to the notebook's shortcuts, while the focus is in it.
-  const root = make("div", { class: "np", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "Prompt playground" });
+  const root = make("div", { class: "np", role: "region", "aria-label": "Prompt playground" });
   const silence = make("p", { class: "np-warning", hidden: true }, "The kernel has not answered yet: it is busy with another cell, or gone. If it was restarted, run this cell again.");
   const post = messenger(model, root, (silent) => (silence.hidden = !silent));
   const ask = (action, more) => post.send(action, more);
