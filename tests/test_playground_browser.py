@@ -39,7 +39,7 @@ HARD_PROMPT = (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        CHROMIUM is None and not os.environ.get("CI"),
+        CHROMIUM is None and os.environ.get("NEOX_BROWSER") != "required",
         reason="no chromium on this machine (Debian and Ubuntu: apt-get install chromium)",
     ),
 ]
