@@ -263,19 +263,19 @@ def test_without_answers_nothing_is_solved_and_the_table_is_the_same_each_time()
 
 
 def test_exercises_and_predictions_are_found_not_typed():
-    assert row("00_start_here").exercises == (0, 1) and row("00_start_here").predictions == (0, 1)
+    assert row("00_start_here").exercises == (0, 1) and row("00_start_here").predictions == (0, 2)
 
 
 def test_solved_and_right_are_counted():
     record("exercises", "start_here.next_token", "passed")
     record("predictions", "00_start_here.passes", "B")
-    assert row("00_start_here").exercises == (1, 1) and row("00_start_here").predictions == (1, 1)
+    assert row("00_start_here").exercises == (1, 1) and row("00_start_here").predictions[0] == 1
 
 
 def test_tried_and_wrong_are_not_counted():
     record("exercises", "start_here.next_token", "my_next_token(...) should be 1, but is 2")
     record("predictions", "00_start_here.passes", "A")
-    assert row("00_start_here").exercises == (0, 1) and row("00_start_here").predictions == (0, 1)
+    assert row("00_start_here").exercises == (0, 1) and row("00_start_here").predictions[0] == 0
 
 
 def test_a_promoted_piece_counts_while_the_library_holds_its_text(small_series):

@@ -17,7 +17,7 @@ README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")
 GLOSSARY = [
     *("token", "token-id", "vocabulary", "bpe"),
     *("parameter", "embedding", "hidden-size", "residual-stream", "block", "layernorm", "head", "head-dimension"),
-    *("query-key-value", "position", "sdpa", "broadcasting", "logits", "softmax"),
+    *("attention", "mlp", "query-key-value", "position", "sdpa", "broadcasting", "logits", "softmax"),
     *("checkpoint", "shard", "rank", "tensor-parallel", "fp32-fp16"),
     *("context", "kv-cache", "prefill", "decode", "greedy", "perplexity", "bits-per-byte"),
 ]
@@ -110,7 +110,7 @@ def test_the_glossary_is_short_and_every_entry_names_the_notebook_that_teaches_i
     glossary = text[text.index("## Glossary") : text.index("## Where next")]
     for entry in glossary.split('<a id="')[1:]:
         words = entry.split("**: ")[1].split("\n\n")[0]
-        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)", words), entry
+        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)|assets/tiny/README\.md", words), entry
         assert len(words) <= 330, entry
 
 
@@ -124,8 +124,14 @@ def test_glossary_stands_before_where_next(lesson):
 
 def test_the_figure_divides_each_bar_by_the_shares():
     models = {"a": {"x": 1, "y": 3}, "b": {"x": 1, "y": 1}}
-    widths = [bar.get_width() for bar in share_bars(models, "t", "x", "alt").figure.axes[0].patches]
+    widths = [bar.get_width() for bar in share_bars(models, "t", "x").figure.axes[0].patches]
     assert widths == [25.0, 50.0, 75.0, 50.0]
+
+
+def test_the_figure_says_its_shares_in_words():
+    assert (
+        "a: x 25%, y 75%; b: x 50%, y 50%" in share_bars({"a": {"x": 1, "y": 3}, "b": {"x": 1, "y": 1}}, "t", "x").alt
+    )
 
 
 def test_the_cells_count_what_the_config_counts(lesson):

@@ -89,6 +89,13 @@ def test_a_click_on_an_option_shows_what_is_said_about_it(question):
     assert read_progress()["predictions"]["made_up.less"] == "B"
 
 
+def test_the_label_of_a_button_shows_words_and_no_tags():
+    """A label is shown as it is: <code> in it would stand there in letters."""
+    question = Prediction("made_up.less", "?", (("only <code>a</code> &lt; b", "Yes."), ("b <i>c</i>", "No.")), 0)
+    _, radio, _ = question.widget().children
+    assert [label for label, _ in radio.options] == ["A. only a < b", "B. b c"]
+
+
 def test_an_earlier_choice_is_shown_again(question):
     question.choose(2)
     _, radio, shown = question.widget().children

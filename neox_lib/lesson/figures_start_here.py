@@ -8,7 +8,7 @@ from neox_lib.lesson.plots import BLUE, FONT_SIZE, GREEN, ORANGE, SKY, Picture, 
 LOOKS = [(ORANGE, "//", "black"), (BLUE, "", "white"), (SKY, "..", "black"), (GREEN, "xx", "black")]
 
 
-def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str, alt: str) -> Picture:
+def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str) -> Picture:
     """A bar a model, divided by what its parts hold: `{model: {part: count}}`, the same parts in each."""
     figure = new_figure(9, 3.4)
     axes = figure.add_subplot()
@@ -24,7 +24,7 @@ def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
                 axes.text(middle, row, words, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
             elif width >= 1:  # no room inside
-                axes.text(left, row - 0.33, words, ha="left", va="bottom", fontsize=FONT_SIZE)
+                axes.text(left + 0.6, row - 0.33, words, ha="left", va="bottom", fontsize=FONT_SIZE)
         start = {model: start[model] + shares[model] for model in models}
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
@@ -33,4 +33,8 @@ def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=FONT_SIZE, frameon=False
     )
-    return Picture(figure, alt)
+    told = [
+        f"{model}: " + ", ".join(f"{part} {count / totals[model]:.0%}" for part, count in parts.items())
+        for model, parts in models.items()
+    ]
+    return Picture(figure, f"Bars, each divided by shares. {title}: {'; '.join(told)}")

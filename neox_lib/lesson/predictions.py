@@ -1,6 +1,7 @@
 """Questions that come before a surprising result: the learner bets, then reads why each option is right or wrong."""
 
 import html
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -50,9 +51,7 @@ class Prediction:
         """Buttons that record the choice and then explain every option; an earlier choice is shown at once."""
         import ipywidgets
 
-        choices = [
-            (f"{letter(number)}. {html.unescape(text)}", number) for number, (text, _) in enumerate(self.options)
-        ]
+        choices = [(f"{letter(number)}. {plain(text)}", number) for number, (text, _) in enumerate(self.options)]
         radio = ipywidgets.RadioButtons(options=choices, index=None, layout={"width": "max-content"})
         shown = ipywidgets.HTML()
         radio.observe(lambda change: setattr(shown, "value", self.choose(change["new"])), "value")
@@ -60,6 +59,15 @@ class Prediction:
         if earlier in letters:
             radio.value = letters.index(earlier)
         return ipywidgets.VBox([ipywidgets.HTML(f"<p><b>Predict.</b> {self.question}</p>"), radio, shown])
+
+
+def plain(text: str) -> str:
+    """HTML as the words that it shows: the label of a button knows no tags.
+
+    >>> plain("<code>a</code> &lt; b")
+    'a < b'
+    """
+    return html.unescape(re.sub(r"</?[a-z]+>", "", text))
 
 
 def letter(number: int) -> str:
