@@ -11,7 +11,7 @@ from neox_lib.rotary import apply_rotary
 
 
 class KeyValueStore(Protocol):
-    """What attention asks of a cache, whose chapter comes later: keep the new rows, hand back all rows so far."""
+    """What attention asks of a cache (notebook 06 builds one): keep the new rows, hand back all rows so far."""
 
     def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store `[B, H, T, D]` keys and values of one layer; return all S of them, `[B, H, S, D]` each."""
@@ -44,7 +44,7 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     """How much each query takes from each key: `[B, H, T, D]`, `[B, H, S, D]` -> `[B, H, T, S]`, fp32, rows sum to 1.
 
     Scores are divided by sqrt(D) (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) and kept in fp32: in half
-    precision a long row of large scores overflows.
+    precision the product of a large query and a large key overflows.
     """
     scores = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
     allowed = causal_mask(query.shape[-2], key.shape[-2], query.device)
@@ -57,7 +57,7 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through torch's `scaled_dot_product_attention`, which never stores the `[T, S]` weights."""
+    """The same through torch's `scaled_dot_product_attention`, which need not store the `[T, S]` weights."""
     queries, keys = query.shape[-2], key.shape[-2]
     if queries == 1:  # one new token sees everything: no mask to build
         return F.scaled_dot_product_attention(query, key, value)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions: `[B, T, C]` -> `[B, T, C]`.
 
     cos and sin are the rotary table's rows for the T positions. Without a cache the T tokens are the whole sequence;
-    with one, they follow what it already holds (notebook 06 builds it; any KeyValueStore will do).
+    with one, any KeyValueStore, they follow what it already holds.
     """
 
     def __init__(self, config: NeoXConfig, layer_index: int):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from neox_lib.lesson.plots import BLUE, FONT_SIZE, ORANGE, SKY, Picture, new_figure
+from neox_lib.lesson.plots import BLUE, FONT_SIZE, ORANGE, SKY, Picture, lines, new_figure
 
 # Colour, hatching and colour of the words of query, key and value; the hatching tells them apart in grey print too.
 ROLES = {"query": (BLUE, "", "white"), "key": (ORANGE, "//", "black"), "value": (SKY, "..", "black")}
@@ -46,19 +46,45 @@ def draw_word(axes, word: str, x: float, y: float, ink: str, colour: str) -> Non
     axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
 
 
+def over_head_size(curves: Mapping[str, Sequence[float]], sizes: Sequence[int], alt: str) -> Picture:
+    """The largest of some weights against the head size, which stands on the axis as it was chosen; from 0 to 1."""
+    series = {label: (sizes, values) for label, values in curves.items()}
+    picture = lines(series, "One query, 16 keys, random", "head size D", "largest weight, mean", alt, log_x=True)
+    (axes,) = picture.figure.axes
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=FONT_SIZE, frameon=False, loc="center right")
+    return picture
+
+
 def attention_maps(maps: Mapping[str, Tensor], tokens: Sequence[str], alt: str) -> Picture:
-    """Maps of `[T, T]` attention weights side by side, on one scale from 0 to 1; rows look, columns are looked at."""
-    figure = new_figure(6 * len(maps), 6.4)
+    """Maps of `[T, T]` attention weights side by side, on one scale from 0 to 1; rows look, columns are looked at.
+
+    Up to five tokens give a small map with its numbers in it, more a large one without.
+    """
+    few = len(tokens) <= 5
+    figure = new_figure(4.2 * len(maps), 3.3) if few else new_figure(5.4 * len(maps), 5.2)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     words = [token.replace("Ġ", "") for token in tokens]  # the tokenizer's sign for a leading space
     for panel, (title, weights) in zip(panels, maps.items(), strict=True):
         image = panel.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         panel.set_title(title, fontsize=FONT_SIZE + 1)
-        panel.set_xticks(range(len(words)), words, rotation=90, fontsize=FONT_SIZE - 1)
-        panel.set_yticks(range(len(words)), words, fontsize=FONT_SIZE - 1)
+        panel.set_xticks(range(len(words)), words, rotation=0 if few else 90, fontsize=FONT_SIZE)
+        panel.set_yticks(range(len(words)), words, fontsize=FONT_SIZE)
         panel.set_xlabel("token looked at", fontsize=FONT_SIZE)
+        if few:
+            write_numbers(panel, weights)
     panels[0].set_ylabel("token that looks", fontsize=FONT_SIZE)
     scale = figure.colorbar(image, ax=list(panels), shrink=0.8)
     scale.set_label("weight", fontsize=FONT_SIZE)
     scale.ax.tick_params(labelsize=FONT_SIZE - 1)
     return Picture(figure, alt)
+
+
+def write_numbers(axes, weights: Tensor) -> None:
+    """Each weight in its own field, dark on bright fields and bright on dark ones."""
+    for row, numbers in enumerate(weights.tolist()):
+        for column, weight in enumerate(numbers):
+            ink = "black" if weight > 0.5 else "white"
+            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=ink, fontsize=FONT_SIZE)

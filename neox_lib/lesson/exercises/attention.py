@@ -57,7 +57,9 @@ def split_heads(yours: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -
     """Numbered columns land in the head and the role that the layout gives them; batch and tokens stay apart."""
     numbered = torch.arange(12.0).expand(1, 3, 12)
     found = yours(numbered, 2)
-    require(isinstance(found, tuple | list) and len(found) == 3, "my_split_heads should return query, key and value")
+    three = isinstance(found, tuple | list) and len(found) == 3
+    what = f"{len(found)} things" if isinstance(found, tuple | list) else describe(found)
+    require(three, f"my_split_heads should return a tuple of query, key and value, but it returned {what}")
     for part, name in zip(found, ("query", "key", "value"), strict=True):
         what = f"the {name} of my_split_heads on a [1, 3, 12] projection with 2 heads"
         require(isinstance(part, Tensor), f"{what} should be a tensor, but is {describe(part)}")
@@ -83,7 +85,11 @@ def attention(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
     """The heart: attention for every batch and head, any number of queries, in any precision; then a story."""
     found = yours(QUERY, KEY, VALUE)
     require(isinstance(found, Tensor), f"my_attention should return a tensor, but it returned {describe(found)}")
-    require_equal(found[..., :1, :], VALUE[..., :1, :], "the output of the first token, which sees only itself,")
+    require_equal(
+        found[..., :1, :],
+        VALUE[..., :1, :],
+        "the output of the first of the notebook's three tokens, which sees only itself,",
+    )
     expected = attention_by_rows(QUERY, KEY, VALUE)
     hint = "(scores divided by sqrt(D) = 2?)"
     require_equal(found[0, 0, 2], expected[0, 0, 2], f"the output of ran, the third token, {hint}", 1e-4)
