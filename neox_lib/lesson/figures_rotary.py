@@ -76,7 +76,7 @@ def comebacks(distances: Tensor, one: Tensor, together: Tensor) -> Picture:
     figure.legend(loc="outside lower center", ncols=2, fontsize=FONT_SIZE, frameon=False)
     alt = (
         f"Two curves over distances up to {int(distances[-1])} tokens. Pair 0 alone swings between {one.min():.0f} and "
-        f"1 and comes back to 1 every 6 tokens. All pairs together start at 1, fall, swing gently, and reach "
+        f"1 and comes close to 1 about every 6 tokens. All pairs together start at 1, fall, swing gently, and reach "
         f"{together[1:].max():.2f} at most after that."
     )
     return Picture(figure, alt)
