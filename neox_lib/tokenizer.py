@@ -146,7 +146,11 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
 
 
 def pattern_of_any(tokens: Iterable[str]) -> regex.Pattern:
-    """Splits a text at these tokens and keeps them; the longest that fits wins."""
+    """Splits a text at these tokens and keeps them; the longest that fits wins.
+
+    >>> pattern_of_any(["  ", "   "]).split("if    x")
+    ['if', '   ', ' x']
+    """
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")" if longest_first else r"(?!)")
 

@@ -190,7 +190,7 @@ def test_hard_text(ours, fast, name):
 
 
 def test_space_runs_are_tokens_of_their_own(ours):
-    """Why code got cheaper in 20B; and why a word after two spaces is another token than after one."""
+    """A depth of indentation is always the same token; a word after two spaces is another token than after one."""
     two_spaces, one_less = ours.token_to_id("  "), ours.token_to_id(" " * 24)
     assert (two_spaces, one_less) == (50276, 50254)
     assert ours.encode("  hello") == [two_spaces, ours.token_to_id("hello")]

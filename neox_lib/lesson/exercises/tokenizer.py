@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from neox_lib import tokenizer as library
 from neox_lib.files import SHIPPED_MODEL
-from neox_lib.generation import greedy_generate_text, prompt_ids
+from neox_lib.generation import greedy_generate_text
 from neox_lib.lesson.checks import describe, exercise, in_place_of, require, require_equal
 from neox_lib.scale.loading import create_model
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, create_tokenizer, read_tokenizer
@@ -56,16 +56,13 @@ def story_by_merges(yours: Callable) -> str:
     The shipped model normally reads through the fast tokenizer, which has merges of its own; so that the learner's are
     asked at all, `BPETokenizer` encodes here, with `yours` in place of the library's `apply_merges`.
     """
-    model = create_model(device="cpu", dtype="float32")
-
-    def write() -> str:
-        readable = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")  # a fresh one: it remembers words
-        return greedy_generate_text(model, readable, PROMPT, prompt_ids(readable, PROMPT).shape[1] + 40)
-
-    expected = write()
+    path, model = SHIPPED_MODEL / "tokenizer.json", create_model(device="cpu", dtype="float32")
+    expected = read_tokenizer(path).encode(PROMPT)
     with in_place_of(library.apply_merges, yours):
-        written = write()
-    require(written == expected, f"The shipped model wrote another story with your merges:\n{written}")
+        readable = read_tokenizer(path)  # a fresh one: it remembers words
+        found = readable.encode(PROMPT)
+        require(found == expected, f"{PROMPT!r} should be the ids {expected}, but with your merges it is {found}")
+        written = greedy_generate_text(model, readable, PROMPT, len(found) + 40)
     return f"Your merges made the prompt's token ids, in place of the library's; the shipped model went on:\n{written}"
 
 
