@@ -74,6 +74,15 @@ def file_bars(sizes: Mapping[int, float], title: str, alt: str) -> Picture:
     last = max(sizes)
     axes.set_xticks([index for index in (0, 2, last - 3, last) if index in sizes])
     axes.set_xlim(-1, last + 1)
+    norm = last - 1  # the final norm: its bar is too low to be seen
+    axes.annotate(
+        str(norm),
+        (norm, 0),
+        (norm, 0.3 * max(sizes.values())),
+        ha="center",
+        fontsize=FONT_SIZE,
+        arrowprops={"arrowstyle": "-|>", "color": "black"},
+    )
     finish_axes(axes, title, "NN in layer_NN-model_RR-model_states.pt", "MB in each rank's file")
     return Picture(figure, alt)
 
@@ -90,15 +99,14 @@ def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int],
         axes.barh(list(needs), widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=kind)
         starts = {name: start + width for (name, start), width in zip(starts.items(), widths, strict=True)}
     for row, end in enumerate(starts.values()):
-        axes.text(end + 0.8, row, f"{end:.2f} GiB", va="center", fontsize=FONT_SIZE, backgroundcolor="white")
+        axes.text(1, row, f"{end:.2f} GiB in all", va="center", fontsize=FONT_SIZE, color="white")
     for memory in memories:
         axes.axvline(memory, color="black", linestyle="--", linewidth=1.2, zorder=0)
         axes.text(memory, -0.56, str(memory), ha="center", va="bottom", fontsize=FONT_SIZE, backgroundcolor="white")
     axes.invert_yaxis()
-    axes.margins(x=0.14)
     axes.legend(fontsize=FONT_SIZE, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(kinds))
     finish_axes(axes, "", "GiB; a dashed line is a memory size", "")
-    axes.set_title(title, fontsize=FONT_SIZE + 1, pad=26)
+    axes.set_title(title, fontsize=FONT_SIZE + 1, pad=32)
     axes.grid(False)
     return Picture(figure, alt)
 
