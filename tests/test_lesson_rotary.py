@@ -1,11 +1,13 @@
 """Notebook 02: its exercises judge rightly, its museum is caught by the checks that it names, its slider turns."""
 
+import functools
 import math
 
 import pytest
 import torch
 
 import neox_lib.rotary
+from neox_lib.lesson import checks
 from neox_lib.lesson.exercises import rotary as exercises
 from neox_lib.lesson.figures_rotary import TurningPair, hands
 from tests.lessons import Lesson
@@ -16,7 +18,7 @@ def lesson() -> Lesson:
     """What the notebook's cells bind. Its stories are left out: they take most of the time, and no test needs them."""
     lesson = Lesson("02_rotary_embeddings")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neox_lib.lesson.checks.story", lambda prompt="", tokens=0: "(a story)")
+        patch.setattr(checks, "story", lambda prompt="", tokens=0: "(a story)")
         assert lesson.names
     return lesson
 
@@ -107,8 +109,9 @@ def test_a_stub_is_told_kindly(lesson, name):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_folded_solution_passes(lesson, name):
-    """A learner who unfolds it must not be told that it is wrong; the heart's ends with a story."""
+def test_the_folded_solution_passes(lesson, name, monkeypatch):
+    """A learner who unfolds it must not be told that it is wrong; the heart's ends with a story, here a short one."""
+    monkeypatch.setattr(checks, "story", functools.partial(checks.story, tokens=10))
     result = getattr(exercises, name)(lesson.solution(f"my_{name}"))
     assert result.passed, result.message
     assert ("Once upon a time" in result.message) == (name == "apply_rotary")
