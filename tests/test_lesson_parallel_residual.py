@@ -70,6 +70,11 @@ def over_all_tokens(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     return (x - x.mean()) / (x.var(correction=0) + eps).sqrt() * weight + bias
 
 
+def drops_the_dimension(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    mean = x.mean(-1)
+    return (x - mean) / (((x - mean) ** 2).mean(-1) + eps).sqrt() * weight + bias
+
+
 class Parts(nn.Module):
     """What every try at a block makes first."""
 
@@ -91,6 +96,13 @@ class TiesTheNorms(Parts):
     def forward(self, hidden, cos, sin, cache=None):
         normed = self.input_layernorm(hidden)
         return hidden + self.attention(normed, cos, sin, cache) + self.mlp(normed)
+
+
+class NormsInARow(Parts):
+    def forward(self, hidden, cos, sin, cache=None):
+        normed = self.input_layernorm(hidden)
+        attended = self.attention(normed, cos, sin, cache)
+        return hidden + attended + self.mlp(self.post_attention_layernorm(normed))
 
 
 class SwapsTheNorms(Parts):
@@ -154,11 +166,13 @@ WRONG = {
         sample_variance: "divided by C - 1",
         no_root: "not by its square root",
         eps_outside_the_root: "added to the variance before the root",
+        drops_the_dimension: "has to keep it",
         over_all_tokens: "normalised over its own 4 numbers",
     },
     "MyBlock": {
         WaitsForAttention: "sequential",
         TiesTheNorms: "one norm for both",
+        NormsInARow: "one norm behind the other",
         SwapsTheNorms: "the other's norm",
         ForgetsTheStream: "without x itself",
         ForgetsTheCache: "expected \\[1\\]",
