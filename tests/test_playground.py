@@ -10,7 +10,7 @@ import torch
 
 from neox_lib import create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
-from neox_lib.generation import prompt_ids
+from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.model import NeoXModel, model_attention_weights
 from neox_lib.play import jobs
 from neox_lib.play.looking import attention_of_last
@@ -410,6 +410,37 @@ def test_a_streamed_text_is_sent_in_small_pieces(play, monkeypatch):
     done(play, do="generate", prompt=PROMPT, settings={"tokens": 150})
     assert len(play.page.tail) < 64
     assert sum("text" in keys for keys in sent) <= 5
+
+
+@pytest.mark.slow
+def test_streaming_costs_little_of_the_loops_own_speed(play, shipped):
+    """At most 15 %: measured in the worker's processor time, the best of ten rounds: a busy machine passes too."""
+    ids = prompt_ids(shipped[1], PROMPT)
+
+    def alone(stopping):
+        for _ in stream_generate(shipped[0], ids, 100):
+            pass
+
+    def streamed(stopping):
+        jobs.write(play.state, ids[0].tolist(), stopping, play.session.say)
+
+    def seconds(job) -> float:
+        spent = []
+
+        def timed(stopping):
+            started = time.thread_time()
+            job(stopping)
+            spent.append(time.thread_time() - started)
+
+        play.session.worker.start(timed)
+        play.session.worker.join()
+        return spent[0]
+
+    play.session.set(tokens=100)
+    rounds = [(seconds(alone), seconds(streamed)) for _ in range(10)]
+    best_alone, best_streamed = map(min, zip(*rounds, strict=True))
+    print(f"streaming takes {1 - best_alone / best_streamed:.1%} of the loop's speed")
+    assert 1 - best_alone / best_streamed <= 0.15
 
 
 def test_any_model_with_its_tokenizer_plays(random_model):

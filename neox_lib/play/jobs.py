@@ -1,6 +1,7 @@
 """The jobs that need the model: to write on, and to look. Each runs in the worker and ends soon after `stopping`."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -56,32 +57,35 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
         cache=cache,
         on_progress=progress(stopping, say, "Reading the prompt"),
     )
-    seconds: list[float] = []
+    moments = [time.perf_counter()]
 
     def take(step: Step) -> None:
         at_end = state.chosen == len(road.ids)
-        if seconds:  # the first one reads the prompt as well
+        if len(moments) > 1:  # the first one reads the prompt as well
             state.costs.add(settings.use_cache, len(road.ids), step.seconds)
-        seconds.append(step.seconds)
+        moments.append(time.perf_counter())
         road.add(step.token_id, step.log_probability)
         state.chosen = len(road.ids) if at_end else state.chosen
 
     try:
-        follow(steps, stopping, take, lambda: say("writing", f"Writing: {len(seconds)} of {wanted} tokens."))
+        follow(steps, stopping, take, lambda: say("writing", f"Writing: {len(moments) - 1} of {wanted} tokens."))
     finally:
         state.recall.keep(road.ids)
-    finish(state, settings, seconds, wanted, stopping, say)
+    finish(state, settings, moments, wanted, stopping, say)
 
 
 def finish(
-    state: State, settings: Settings, seconds: list[float], wanted: int, stopping: threading.Event, say: Say
+    state: State, settings: Settings, moments: list[float], wanted: int, stopping: threading.Event, say: Say
 ) -> None:
-    """Say how a run ended, and look at what could come next where that costs one token's pass."""
-    written = len(seconds)
+    """Say how a run ended, and look at what could come next where that costs one token's pass.
+
+    `moments` are the start and then the time of each token: speed is what a person saw, the page's share included.
+    """
+    written = len(moments) - 1
     if written:
-        state.prefill_seconds = seconds[0]
+        state.prefill_seconds = moments[1] - moments[0]
     if written > 1:
-        state.tokens_per_second = (written - 1) / sum(seconds[1:])
+        state.tokens_per_second = (written - 1) / (moments[-1] - moments[1])
     if not written:
         return say("idle", "Stopped while the prompt was read; no token was written.")
     words = f"{written} token{'s' if written > 1 else ''}"
