@@ -22,6 +22,7 @@ PROMOTED_MODULES = {
     "checkpoint",
     "cache",
     "generation",
+    "streaming",
 }
 PROMPT = "Once upon a time, a fox"
 
