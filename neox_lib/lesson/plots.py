@@ -48,6 +48,7 @@ def finish_axes(axes, title: str, x_label: str, y_label: str) -> None:
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def as_list(values) -> list[float]:
