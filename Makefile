@@ -15,6 +15,10 @@ export NEOX_20B_TOKENIZER := $(CURDIR)/$(TOKENIZER)
 
 NBVAL ?= --nbval
 
+# Small models gain nothing from threads that wait for each other: one thread a process, and files side by side.
+SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
+test notebooks: export OMP_NUM_THREADS = 1
+
 .PHONY: help story test notebooks outputs lab lab-refresh playground clean
 
 help:
@@ -34,14 +38,14 @@ test: $(READY) $(TOKENIZER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TEST_ARGS)
 	@$(MAKE) --no-print-directory notebooks
 
 # Every notebook is run from top to bottom and its outputs are compared with the stored ones. NBVAL=--nbval-lax runs
 # them without comparing, for systems where the last digits differ. Nobody's earlier answers may show in the outputs.
 notebooks: $(READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
-		$(BIN)/python -m pytest -q $(NBVAL) --nbval-current-env --nbval-cell-timeout=120 \
+		$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(NBVAL) --nbval-current-env --nbval-cell-timeout=120 \
 		--nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks/[0-9]*.ipynb
 
 # For authors: run the notebooks and keep their outputs, after a piece of the library was pulled into them, say.
