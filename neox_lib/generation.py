@@ -114,10 +114,13 @@ class _Row:
         if self.ended_with is not None:
             return self.ended_with, "", 0.0
         if token_id in self.stop_token_ids:
-            self.ended_with, last = token_id, True
-        if self.decoder is None:
-            return token_id, "", log_probability
-        return token_id, self.decoder.push(token_id) + (self.decoder.flush() if last else ""), log_probability
+            self.ended_with = token_id
+        text = ""
+        if self.decoder is not None:
+            text = self.decoder.push(token_id)
+            if last or self.ended_with is not None:
+                text += self.decoder.flush()
+        return token_id, text, log_probability
 
 
 @torch.inference_mode()
@@ -133,24 +136,24 @@ def _steps(
 ) -> Iterator[Step]:
     """The loop: score, choose, append. `stream_generate` has checked what it is given."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    unseen = input_ids
+    unseen = input_ids  # [B, T]: what the model has yet to read
     if cache is not None:  # the last token goes through once more if need be: its scores were not kept
         cache.truncate(min(cache.length, input_ids.shape[1] - 1))
         unseen = input_ids[:, cache.length :]
     for number in range(max_new_tokens):
         started = time.perf_counter()
-        try:
+        try:  # score: [B, V]
             logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
         except PrefillStopped:
             return
-        chosen = sampling.choose(logits, generator)[:, None]
-        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen)
+        chosen = sampling.choose(logits, generator)  # choose: [B]
+        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]  # [B]
         last = number == max_new_tokens - 1
-        pairs = zip(rows, chosen.tolist(), log_probabilities.tolist(), strict=True)
-        taken = [row.take(token_id, value, last) for row, (token_id,), (value,) in pairs]
+        of_rows = zip(rows, chosen.tolist(), log_probabilities.tolist(), strict=True)
+        taken = [row.take(token_id, log_probability, last) for row, token_id, log_probability in of_rows]
         token_ids, texts, values = (list(column) for column in zip(*taken, strict=True))
-        new = torch.tensor(token_ids, device=input_ids.device)[:, None]
-        unseen = new if cache is not None else torch.cat([unseen, new], dim=1)
+        new = torch.tensor(token_ids, device=input_ids.device)[:, None]  # [B, 1]
+        unseen = new if cache is not None else torch.cat([unseen, new], dim=1)  # append
         yield Step(token_ids, texts, values, time.perf_counter() - started)
         if all(row.ended_with is not None for row in rows):
             return
