@@ -73,13 +73,18 @@ def road_html(state: State) -> str:
     return "".join(span(piece.text, piece.token_id, None) for piece in spell(state.tokenizer, ids[:SHOWN_OF_PROMPT]))
 
 
+def visible(text: str) -> str:
+    """A token on its own, as HTML: spaces and line ends can be seen."""
+    return html.escape(text).replace(" ", "&middot;").replace("\n", "&#8629;")
+
+
 def candidates_html(state: State) -> str:
     """The next-token view as a table with bars."""
     rows = []
     for _, text, score, _ in map(candidate_row, state.candidates):
         share = math.exp(score)
         bar = f'<div style="background:#0072B2;height:12px;width:{max(1, round(200 * share))}px"></div>'
-        rows.append(f"<tr><td><code>{html.escape(text)}</code></td><td>{bar}</td><td>{percent(share)}</td></tr>")
+        rows.append(f"<tr><td><code>{visible(text)}</code></td><td>{bar}</td><td>{percent(share)}</td></tr>")
     if not rows:
         return ""
     return f"<p>The likeliest tokens at position {state.chosen}:</p><table>{''.join(rows)}</table>"
