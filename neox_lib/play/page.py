@@ -41,6 +41,10 @@ class Page(anywidget.AnyWidget):
 
     def __init__(self, state: State):
         super().__init__()
+        # ipykernel 7 sends a page's message to the subshell in which the kernel last wrote to it. After a reload that
+        # one is gone and the message lost, Stop among them: it should go where the page has addressed it.
+        if self.comm is not None:
+            self.comm._reply_subshell_for = lambda data, default: default  # type: ignore[attr-defined]
         self.state = state
         self.words = views.Text(state.tokenizer)
         self.publishing = threading.RLock()  # callbacks and the worker's thread both publish
