@@ -41,7 +41,8 @@ def the_end_is_shown(follow: Callable) -> None:
         yield from counting_steps(5)
         raise MemoryError
 
-    taken.clear(), shown.clear()
+    taken.clear()
+    shown.clear()
     try:
         follow(breaks(), threading.Event(), lambda step: taken.append(1), lambda: shown.append(len(taken)))
     except MemoryError:
@@ -71,9 +72,7 @@ def updates_are_few(follow: Callable) -> None:
     started = time.monotonic()
     follow(counting_steps(3000), threading.Event(), lambda step: None, lambda: shown.append(1))
     allowed = 3 + 20 * (time.monotonic() - started)
-    require(
-        len(shown) <= allowed, f"3,000 quick steps should be shown 20 times a second; show came {len(shown)} times"
-    )
+    require(len(shown) <= allowed, f"3,000 quick steps should be shown 20 times a second; show came {len(shown)} times")
 
 
 FOLLOW_CHECKS = {
