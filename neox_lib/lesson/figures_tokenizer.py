@@ -5,7 +5,7 @@ from matplotlib.patches import Rectangle
 from neox_lib.lesson.plots import FONT_SIZE, YELLOW, Picture, new_figure
 from neox_lib.tokenizer import BYTE_TO_CHARACTER
 
-# Article 1, first sentence, of the Universal Declaration of Human Rights, in the United Nations' translations (ohchr.org)
+# First sentence of article 1 of the Universal Declaration of Human Rights, in the UN's own translations (ohchr.org)
 SENTENCES = {
     "English": "All human beings are born free and equal in dignity and rights.",
     "German": "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
