@@ -10,20 +10,9 @@ import nbformat
 import pytest
 
 from neox_lib.lesson import promote
+from tests.test_definitions import PROMOTED
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMOTED_MODULES = {
-    "tokenizer",
-    "rotary",
-    "attention",
-    "block",
-    "model",
-    "sharding",
-    "checkpoint",
-    "cache",
-    "generation",
-    "streaming",
-}
 PROMPT = "Once upon a time, a fox"
 
 
@@ -33,7 +22,7 @@ def test_the_notebooks_and_the_library_agree():
 
 
 def test_every_piece_is_built_in_a_notebook():
-    assert {each.module for each in promote.collect(promote.NOTEBOOKS)} == PROMOTED_MODULES
+    assert {each.module for each in promote.collect(promote.NOTEBOOKS)} == set(PROMOTED)
 
 
 @pytest.fixture(scope="module")
