@@ -27,6 +27,7 @@ ROOMS = [
     "generation",
     "scoring",
     "scale.linear",
+    "scale.weights",
     "scale.loading",
     "streaming",
     "play.pieces",
@@ -76,6 +77,12 @@ ROOMS = [
     "lesson.exercises.cached_generation",
     "lesson.exercises.prompt_playground",
     "training",
+    "commands.generate",
+    "commands.info",
+    "commands.train",
+    "commands.convert",
+    "commands.bench",
+    "commands.promote",
     "__main__",
 ]
 

@@ -1,0 +1,81 @@
+"""A checkpoint that has been opened, whatever its layout: its config, and its tensors one after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neox_lib.checkpoint import check_tied, read_tensors, stored_dtype
+from neox_lib.config import NeoXConfig
+from neox_lib.files import CheckpointError
+from neox_lib.layout import find_shards, is_slim
+from neox_lib.release import read_config
+
+
+class Weights(Protocol):
+    """A checkpoint whose weights are not read yet."""
+
+    @property
+    def config(self) -> NeoXConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices, as stored."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, as stored."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Our parameter names and whole tensors on the CPU, in file order (`layout.parameter_shapes`), one at a time.
+
+        A tied output matrix is not among them. Where the format allows, a tensor is memory-mapped: don't write into it.
+        Raises CheckpointError, naming the file, for weights that are not the config's.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SlimWeights:
+    """The weights of a slim folder."""
+
+    folder: Path
+    config: NeoXConfig
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.config.weight_bytes(self.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.config.tie_word_embeddings:
+            check_tied(find_shards(self.folder), self.config)
+        return read_tensors(self.folder, self.config)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open the checkpoint in a folder: a slim one, told by its layer files.
+
+    Raises CheckpointError saying what is there when it is no checkpoint, and for a config that can't be used.
+    """
+    folder = Path(path)
+    if is_slim(folder):
+        return SlimWeights(folder, read_config(folder), stored_dtype(folder))
+    raise CheckpointError(describe_what_is_there(folder))
+
+
+def describe_what_is_there(folder: Path) -> str:
+    """One line for a path that holds no slim checkpoint: what was expected, and what is there instead."""
+    expected = "expected a folder with slim checkpoint files such as layer_00-model_00-model_states.pt"
+    if not folder.exists():
+        return f"{folder}: no such folder; {expected}"
+    if folder.is_file():
+        return f"{folder}: a file; {expected}"
+    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return f"{folder}: a Hugging Face checkpoint, which this version does not read; {expected}"
+    return f"{folder}: no checkpoint in it; {expected}"
