@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import neox_lib
-from neox_lib.__main__ import format_bytes, give_tokenizer, main
+from neox_lib.__main__ import main
 from neox_lib.checkpoint import load_slim
+from neox_lib.commands.info import format_bytes
+from neox_lib.commands.train import give_tokenizer
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
 from neox_lib.slim_writer import write_slim
