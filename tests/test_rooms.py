@@ -27,6 +27,7 @@ ROOMS = [
     "generation",
     "scoring",
     "scale.linear",
+    "scale.safetensors_writer",
     "scale.weights",
     "scale.loading",
     "streaming",
