@@ -13,6 +13,10 @@ from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
 from neox_lib.layout import find_shards, is_slim
 from neox_lib.release import read_config
+from neox_lib.scale.huggingface import open_huggingface
+from neox_lib.scale.huggingface_layout import WEIGHT_FILES, is_huggingface
+
+INT8_ENDING = ".int8.safetensors"
 
 
 class Weights(Protocol):
@@ -59,23 +63,30 @@ class SlimWeights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open the checkpoint in a folder: a slim one, told by its layer files.
+    """Open the checkpoint in a folder, slim or Hugging Face's, told apart by the names of its files.
 
     Raises CheckpointError saying what is there when it is no checkpoint, and for a config that can't be used.
     """
     folder = Path(path)
     if is_slim(folder):
         return SlimWeights(folder, read_config(folder), stored_dtype(folder))
+    if is_huggingface(folder):
+        return open_huggingface(folder)
     raise CheckpointError(describe_what_is_there(folder))
 
 
 def describe_what_is_there(folder: Path) -> str:
-    """One line for a path that holds no slim checkpoint: what was expected, and what is there instead."""
-    expected = "expected a folder with slim checkpoint files such as layer_00-model_00-model_states.pt"
+    """One line for a path that holds no checkpoint: what was expected, and what is there instead."""
+    expected = "expected a folder with layer_00-model_00-model_states.pt and so on, or with config.json and " + (
+        " or ".join(WEIGHT_FILES[::2])
+    )
+    int8 = folder.name.endswith(INT8_ENDING) or any(folder.glob(f"*{INT8_ENDING}"))
+    if int8:
+        return f"{folder}: int8 weights, which can be run but not converted; give the checkpoint that they came from"
     if not folder.exists():
         return f"{folder}: no such folder; {expected}"
     if folder.is_file():
         return f"{folder}: a file; {expected}"
-    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-        return f"{folder}: a Hugging Face checkpoint, which this version does not read; {expected}"
+    if (folder / "config.json").is_file():
+        return f"{folder}: a config.json without weights; {expected}. Fetch the weights too"
     return f"{folder}: no checkpoint in it; {expected}"
