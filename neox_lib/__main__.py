@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 
-from neox_lib.commands import bench, convert, generate, info, promote, train
+from neox_lib.commands import bench, convert, download, generate, info, promote, train
 
-COMMANDS = (generate, info, train, convert, bench, promote)
+COMMANDS = (generate, info, train, convert, download, bench, promote)
 
 
 def build_parser() -> argparse.ArgumentParser:

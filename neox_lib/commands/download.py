@@ -1,0 +1,30 @@
+"""`download`: a model from the Hugging Face Hub."""
+
+import argparse
+import sys
+
+
+def add(commands) -> None:
+    description = (
+        "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. Interrupted, the same words go on "
+        "where it stopped. Prints the folder that `--model` takes."
+    )
+    parser = commands.add_parser("download", help="fetch a model from the Hub", description=description)
+    parser.add_argument("model", help="its name on the Hub, such as EleutherAI/pythia-70m")
+    parser.add_argument("--to", metavar="FOLDER", help="a folder of your own (default: the Hub's cache)")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit, such as step1000 (default: main)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from neox_lib.scale.download import download_to_cache, download_to_folder
+
+    try:
+        if arguments.to is None:
+            folder = download_to_cache(arguments.model, arguments.revision)
+        else:
+            folder = download_to_folder(arguments.model, arguments.to, arguments.revision)
+    except KeyboardInterrupt:
+        print("\nneox_lib: stopped; what has arrived is kept, and the same words go on from there", file=sys.stderr)
+        raise
+    print(folder)
