@@ -12,6 +12,7 @@ from neox_lib.generation import greedy_generate
 from neox_lib.model import NeoXModel
 from neox_lib.scale import loading
 from neox_lib.scale.loading import Precision, check_memory, choose_device, choose_precision, create_model
+from neox_lib.scale.weights import open_weights
 from neox_lib.slim_writer import write_slim
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -134,15 +135,24 @@ def test_use_cache_is_what_generation_does(folder, monkeypatch):
     assert made
 
 
-@pytest.mark.parametrize("name", ["missing", "file", "empty", "hf"])
-def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing", "no such folder"),
+        ("file", "a file"),
+        ("empty", "no checkpoint"),
+        ("config", "a config.json without weights"),
+        ("int8", "int8 weights, which can be run but not converted"),
+    ],
+)
+def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path, name, said):
     (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
-    said = {"missing": "no such folder", "file": "a file", "empty": "no checkpoint", "hf": "a Hugging Face checkpoint"}
-    with pytest.raises(CheckpointError, match=f"{name}.*{said[name]}.*expected a folder"):
-        create_model(tmp_path / name)
+    for folder in ("empty", "config", "int8"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")
+    (tmp_path / "int8" / "model.int8.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{name}: {said}"):
+        open_weights(tmp_path / name)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,10 @@ class HuggingFaceWeights:
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.stored.values())
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        matrices = self.dtype
+        return {name: matrices if len(found.shape) == 2 else found.dtype for name, found in self.stored.items()}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Weights.tensors`; shows a progress bar."""
         reader, dtype, total = TensorReader(), self.dtype, self.nbytes

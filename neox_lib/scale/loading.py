@@ -1,19 +1,21 @@
 """Any checkpoint to a model that is ready to run: what is in the folder, on which device, in which precision."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
-from neox_lib.checkpoint import load_slim, stored_dtype
+from neox_lib.checkpoint import load_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.files import SHIPPED_MODEL, CheckpointError
-from neox_lib.layout import is_slim
+from neox_lib.layout import empty_model
 from neox_lib.model import NeoXModel
-from neox_lib.release import read_config
 from neox_lib.scale.linear import use_fast_linear
+from neox_lib.scale.weights import SlimWeights, Weights, open_weights
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,13 +93,30 @@ def check_memory(config: NeoXConfig, precision: Precision, device: torch.device)
     )
 
 
+def load_weights(weights: Weights, device: str | torch.device, dtype_of: Callable[[str], torch.dtype]) -> NeoXModel:
+    """The model of an opened checkpoint, in eval mode and with gradients off, every parameter on `device`.
+
+    `dtype_of` gives a parameter's dtype by its name. The model starts on the meta device, without memory, and each
+    tensor is copied to its final place, so that the process never holds much more than the model itself, and no file
+    stays mapped. Raises CheckpointError as `Weights.tensors` does.
+    """
+    model = empty_model(weights.config)
+    for name, tensor in weights.tensors():
+        own = tensor.to(device, dtype_of(name), copy=True, memory_format=torch.contiguous_format)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(own, requires_grad=False))
+    if weights.config.tie_word_embeddings:
+        model.final_linear.weight = model.word_embeddings.weight
+    return model.eval()
+
+
 def create_model(
     path: str | Path | None = None,
     use_cache: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> NeoXModel:
-    """Load a model for inference from a slim checkpoint folder; without a path, the one that ships with this package.
+    """Load a model for inference from a folder, slim or Hugging Face's; without a path, the one that ships with us.
 
     `use_cache` is what generation with this model does unless told otherwise. `device` "auto" is CUDA, else the CPU.
     `dtype` "auto": see `choose_precision`; when a CPU keeps large matrices in half precision, a line on stderr says so.
@@ -105,28 +124,17 @@ def create_model(
     device or dtype that is not there.
     """
     folder = SHIPPED_MODEL if path is None else Path(path)
-    if not is_slim(folder):
-        raise CheckpointError(describe_what_is_there(folder))
+    weights = open_weights(folder)
     chosen_device = choose_device(device)
-    config = read_config(folder)
-    precision = choose_precision(config, stored_dtype(folder), chosen_device, dtype)
-    check_memory(config, precision, chosen_device)
+    precision = choose_precision(weights.config, weights.dtype, chosen_device, dtype)
+    check_memory(weights.config, precision, chosen_device)
     if precision.matrices != precision.others:
         print(f"neox_lib: {precision.reason}", file=sys.stderr)
-    model = load_slim(folder, chosen_device, precision.dtype_of)
+    if isinstance(weights, SlimWeights):
+        model = load_slim(folder, chosen_device, precision.dtype_of)
+    else:
+        model = load_weights(weights, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
     if chosen_device.type == "cpu":
         use_fast_linear(model)
     return model.eval()
-
-
-def describe_what_is_there(folder: Path) -> str:
-    """One line for a path that holds no slim checkpoint: what was expected, and what is there instead."""
-    expected = "expected a folder with slim checkpoint files such as layer_00-model_00-model_states.pt"
-    if not folder.exists():
-        return f"{folder}: no such folder; {expected}"
-    if folder.is_file():
-        return f"{folder}: a file; {expected}"
-    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-        return f"{folder}: a Hugging Face checkpoint, which this version does not read; {expected}"
-    return f"{folder}: no checkpoint in it; {expected}"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from neox_lib.checkpoint import check_tied, read_tensors, stored_dtype
 from neox_lib.config import NeoXConfig
-from neox_lib.files import CheckpointError
-from neox_lib.layout import find_shards, is_slim
+from neox_lib.files import CheckpointError, open_tensors
+from neox_lib.layout import find_shards, is_slim, layer_file_name, parameter_shapes, place_of
 from neox_lib.release import read_config
 from neox_lib.scale.huggingface import open_huggingface
 from neox_lib.scale.huggingface_layout import WEIGHT_FILES, is_huggingface
@@ -35,6 +35,10 @@ class Weights(Protocol):
         """Bytes of all weights, as stored."""
         ...
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each tensor that `tensors` will give, from the files' headers."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our parameter names and whole tensors on the CPU, in file order (`layout.parameter_shapes`), one at a time.
 
@@ -55,6 +59,16 @@ class SlimWeights:
     @property
     def nbytes(self) -> int:
         return self.config.weight_bytes(self.dtype)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        layers, found = self.config.num_hidden_layers, {}
+        places = {name: place_of(name, layers) for name in parameter_shapes(self.config)}
+        files = {index: open_tensors(paths[0]) for index, paths in find_shards(self.folder).items()}
+        for name, (index, key) in places.items():
+            if key not in files[index]:
+                raise CheckpointError(f"{self.folder / layer_file_name(index, 0)}: lacks {key}; fetch the file again")
+            found[name] = files[index][key].dtype
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.config.tie_word_embeddings:
