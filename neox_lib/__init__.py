@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from neox_lib.model import NeoXModel
     from neox_lib.sampling import Sampling
     from neox_lib.scale.loading import create_model
-    from neox_lib.tokenizer import create_tokenizer
+    from neox_lib.scale.named import create_tokenizer
 
 HOME = {
     "KVCache": "cache",
@@ -22,7 +22,7 @@ HOME = {
     "NeoXModel": "model",
     "Sampling": "sampling",
     "create_model": "scale.loading",
-    "create_tokenizer": "tokenizer",
+    "create_tokenizer": "scale.named",
     "greedy_generate": "generation",
     "greedy_generate_text": "generation",
     "stream_generate": "generation",

@@ -12,7 +12,7 @@ from neox_lib.play.picture import picture_html, picture_text, text_in_hand
 from neox_lib.play.session import Session
 from neox_lib.play.state import State
 from neox_lib.scale.loading import create_model
-from neox_lib.tokenizer import create_tokenizer
+from neox_lib.scale.named import create_tokenizer
 
 
 class Playground:

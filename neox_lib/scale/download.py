@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
@@ -86,7 +87,10 @@ def publish(listing: Listing, files: list[HubFile], revision: str) -> Path:
 
 def cached_folder(model: str, revision: str = "main") -> Path | None:
     """The snapshot of a model in the cache, when its config and all of its weights are there. Asks nobody."""
-    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
     if not isinstance(config, str):
         return None
     folder = Path(config).parent

@@ -1,5 +1,6 @@
 """One file from the Hub to the disk: goes on where it stopped, and gets its name only with the right checksum."""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -71,7 +72,6 @@ def fetch(listing: Listing, file: HubFile, place: Place, progress: Progress) -> 
                     "and was removed; run the same again. If it recurs, something on the way changes the data"
                 )
             os.replace(place.partial, place.target)
-        place.lock.unlink(missing_ok=True)
     except DownloadError:
         raise
     except OSError as error:
@@ -79,30 +79,36 @@ def fetch(listing: Listing, file: HubFile, place: Place, progress: Progress) -> 
             f"{place.target}: can't be written ({error.strerror or error}); what has arrived is kept: mend that and "
             "run the same again"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # on Windows one that another process waits for stays
+            place.lock.unlink()
 
 
 def receive(listing: Listing, file: HubFile, stored: BinaryIO, progress: Progress) -> None:
     """Append what is missing of a file, over as many connections as it takes.
 
-    One that breaks is followed by the next, from the byte where it broke. After five in a row that brought nothing the
-    error of the last is raised.
+    One that breaks is followed by the next, from the byte where it broke. Raises DownloadError after five in a row that
+    brought nothing.
     """
     if stored.tell() > file.size:
         stored.seek(0)
         stored.truncate()
     fruitless = 0
     while (have := stored.tell()) < file.size:
-        error: Exception = DownloadError(f"{listing.model}: {file.name} ends at {have:,} of {file.size:,} bytes")
+        reason = "it ended early"
         try:
             receive_once(listing, file, stored, progress)
-        except HTTPError as broken:
-            if isinstance(broken, HfHubHTTPError) and broken.response.status_code not in PASSING:
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in PASSING:
                 raise
-            error = broken
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
         if stored.tell() > have:
             fruitless = 0
         elif fruitless == len(PAUSES):
-            raise error
+            raise DownloadError(
+                f"{listing.model}: the connection breaks off at {have:,} of the {file.size:,} bytes of {file.name} "
+                f"({reason}); they are kept: run the same again to go on"
+            )
         else:
             time.sleep(PAUSES[fruitless])
             fruitless += 1

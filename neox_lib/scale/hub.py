@@ -84,10 +84,7 @@ def hub_errors(model: str, revision: str) -> Iterator[None]:
         raise DownloadError(f"{model}: {where} answers with HTTP status {status}; {advice}") from error
     except HTTPError as error:
         reason = str(error) or type(error).__name__
-        raise DownloadError(
-            f"{model}: {where} can't be reached ({reason}); what has arrived so far is kept: run the same again once "
-            "there is a network"
-        ) from error
+        raise DownloadError(f"{model}: {where} can't be reached ({reason}); check the network and try again") from error
     except HFValidationError as error:
         raise DownloadError(f"{model}: not a model's name on the Hub, such as EleutherAI/pythia-70m") from error
 

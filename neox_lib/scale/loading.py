@@ -15,6 +15,7 @@ from neox_lib.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.layout import empty_model
 from neox_lib.model import NeoXModel
 from neox_lib.scale.linear import use_fast_linear
+from neox_lib.scale.named import local_path
 from neox_lib.scale.weights import SlimWeights, Weights, open_weights
 
 SMALL_MODEL_PARAMETERS = 100_000_000
@@ -118,12 +119,13 @@ def create_model(
 ) -> NeoXModel:
     """Load a model for inference from a folder, slim or Hugging Face's; without a path, the one that ships with us.
 
+    A name on the Hub does too, such as "EleutherAI/pythia-70m": see `local_path`.
     `use_cache` is what generation with this model does unless told otherwise. `device` "auto" is CUDA, else the CPU.
     `dtype` "auto": see `choose_precision`; when a CPU keeps large matrices in half precision, a line on stderr says so.
     Raises CheckpointError for a folder that holds no whole checkpoint or does not fit into memory, ValueError for a
-    device or dtype that is not there.
+    device or dtype that is not there, DownloadError for a name on the Hub that can't be fetched.
     """
-    folder = SHIPPED_MODEL if path is None else Path(path)
+    folder = SHIPPED_MODEL if path is None else local_path(path)
     weights = open_weights(folder)
     chosen_device = choose_device(device)
     precision = choose_precision(weights.config, weights.dtype, chosen_device, dtype)
