@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,15 @@ def own_progress_file(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small cost more to share out between cores than to multiply, all the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_20b_path(request: pytest.FixtureRequest) -> Path:
     """Where the released model's tokenizer file lies. Absent and out of reach: a skip, in CI a failure."""
@@ -62,8 +71,8 @@ def tokenizer_20b_path(request: pytest.FixtureRequest) -> Path:
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, seed: int) -> None:
-    """Random weights whose mistakes show: every bias and norm takes part, and the logits are several units wide."""
+def randomize(model: nn.Module, seed: int, gain: float = 1.5) -> None:
+    """Random weights whose mistakes show: every bias and norm takes part, and logits spread by about `gain`."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -73,16 +82,16 @@ def randomize(model: nn.Module, seed: int) -> None:
         elif name.endswith(("embed_in.weight", "word_embeddings.weight")):
             parameter.normal_(0, 1, generator=generator)
         else:
-            parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
+            parameter.normal_(0, gain / parameter.shape[1] ** 0.5, generator=generator)
 
 
 @pytest.fixture
 def random_model() -> Callable[..., NeoXModel]:
-    """random_model(config, seed=0) -> a NeoXModel with weights from `randomize`, in evaluation mode."""
+    """random_model(config, seed=0, gain=1.5) -> a NeoXModel with weights from `randomize`, in evaluation mode."""
 
-    def build(config: NeoXConfig, seed: int = 0) -> NeoXModel:
+    def build(config: NeoXConfig, seed: int = 0, gain: float = 1.5) -> NeoXModel:
         model = NeoXModel(config).eval()
-        randomize(model, seed)
+        randomize(model, seed, gain)
         return model
 
     return build

@@ -29,14 +29,7 @@ SMALL = NeoXConfig(
 )
 WARM = Sampling(temperature=1.3, top_k=20, seed=11)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small cost more to share out between cores than to multiply."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -17,14 +17,7 @@ CHECKS = {
 BLIND = ["shape", "weights_sum_to_one", "no_future", "equal_to_sdpa"]
 OTHERS = ["writes_the_story", "numbered_rows", "chunks", "large_in_fp16"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings, all the more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -45,14 +45,7 @@ def my_top_p(probabilities, p):
 """,
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small costs more to share out between cores than to multiply."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

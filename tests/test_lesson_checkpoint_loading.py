@@ -14,14 +14,7 @@ from neox_lib.lesson.peak_memory import peak_of
 from neox_lib.sharding import merge_shards as library_merge
 from tests.lessons import Lesson
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings, all the more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -22,14 +22,7 @@ SMALL = NeoXConfig(
     max_position_embeddings=256,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small cost more to share out between cores than to multiply."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
