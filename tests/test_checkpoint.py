@@ -23,8 +23,9 @@ from neox_lib.files import CheckpointError
 from neox_lib.layout import find_shards, is_slim, layer_file_name
 from neox_lib.model import NeoXModel
 from neox_lib.release import read_config
+from neox_lib.scale.convert import convert_to_slim
 from neox_lib.sharding import merge_shards
-from neox_lib.slim_writer import convert_slim, write_slim
+from neox_lib.slim_writer import write_slim
 from neox_lib.splitting import split_tensor
 
 CONFIG = NeoXConfig(
@@ -142,7 +143,7 @@ def test_converting_back_and_forth(tmp_path, random_model):
     model = random_model(CONFIG).half()
     write_slim(model, tmp_path / "0", ranks=2, spread_seed=3)
     for step, ranks in enumerate([4, 1, 2]):
-        convert_slim(tmp_path / str(step), tmp_path / str(step + 1), ranks)
+        convert_to_slim(tmp_path / str(step), tmp_path / str(step + 1), ranks)
         assert len(find_shards(tmp_path / str(step + 1))[2]) == ranks
         assert_same_model(load_slim(tmp_path / str(step + 1)), model)
 
@@ -164,7 +165,7 @@ def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "merge_shards", watched)
     monkeypatch.setattr(slim_writer, "save_tensors", save)
-    convert_slim(tmp_path / "c", tmp_path / "d", ranks=4)
+    convert_to_slim(tmp_path / "c", tmp_path / "d", ranks=4)
     assert len(alive) == 6 * 12 + 4 and max(counts) <= 13  # a block, and the tensor read ahead that ends its group
 
 
@@ -672,7 +673,7 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_change_it(tmp_path, rando
     with pytest.raises(CheckpointError, match=r"layer_07-model_01.*tied"):
         load_slim(folder)
     with pytest.raises(CheckpointError, match=r"layer_07-model_01.*tied"):
-        convert_slim(folder, tmp_path / "d", ranks=1)
+        convert_to_slim(folder, tmp_path / "d", ranks=1)
 
 
 # Saving
@@ -699,7 +700,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, random_mod
     with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB|need .* GB"):
         write_slim(model, tmp_path / "d", ranks=2)
     with pytest.raises(CheckpointError, match=r"need .* GB and the disk has 0\.00 GB free"):
-        convert_slim(tmp_path / "c", tmp_path / "d", ranks=1)
+        convert_to_slim(tmp_path / "c", tmp_path / "d", ranks=1)
     assert not (tmp_path / "d").exists()
 
 
@@ -710,7 +711,7 @@ def test_a_model_is_not_written_over_another(tmp_path, random_model):
     with pytest.raises(CheckpointError, match="already holds a model"):
         write_slim(random_model(CONFIG, seed=1), tmp_path / "c", ranks=4)
     with pytest.raises(CheckpointError, match="folder to read from"):
-        convert_slim(tmp_path / "c", tmp_path / "c" / ".." / "c", ranks=1)
+        convert_to_slim(tmp_path / "c", tmp_path / "c" / ".." / "c", ranks=1)
     assert_same_model(load_slim(tmp_path / "c"), model)
 
 

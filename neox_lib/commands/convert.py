@@ -1,26 +1,34 @@
 """`convert`: the same model in other files."""
 
 import argparse
-import contextlib
 from pathlib import Path
 
 
 def add(commands) -> None:
-    description = "Rewrite a slim checkpoint with another number of tensor-parallel ranks; the model stays the same."
+    description = (
+        "Write a checkpoint, slim or Hugging Face's, in another layout; the model stays the same. slim: a file a layer "
+        "and rank, as GPT-NeoX-20B was released. huggingface: safetensors, as transformers and others read it. int8: "
+        "one file of half the bytes, rounded, for a small machine."
+    )
     parser = commands.add_parser("convert", help="rewrite a checkpoint", description=description)
     parser.add_argument("source", type=Path, help="checkpoint folder to read")
-    parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--ranks", type=int, required=True, help="must divide heads, MLP width and padded vocabulary")
+    parser.add_argument("target", type=Path, help="folder to write; for int8 a folder or a NAME.int8.safetensors")
+    parser.add_argument("--to", choices=("slim", "huggingface", "int8"), default="slim", help="layout (default: slim)")
+    parser.add_argument(
+        "--ranks", type=int, help="slim: tensor-parallel ranks; must divide heads, MLP width, vocabulary (default: 1)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import shutil
+    from neox_lib.scale import convert
 
-    from neox_lib.slim_writer import convert_slim
-    from neox_lib.tokenizer import find_tokenizer
-
-    convert_slim(arguments.source, arguments.target, arguments.ranks)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copy(find_tokenizer(arguments.source), arguments.target)
-    print(f"wrote {arguments.target} with {arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}")
+    if arguments.ranks is not None and arguments.to != "slim":
+        raise ValueError(f"--ranks belongs to --to slim; {arguments.to} has no ranks")
+    if arguments.to == "huggingface":
+        convert.convert_to_huggingface(arguments.source, arguments.target)
+        print(f"wrote {arguments.target}, for AutoModelForCausalLM.from_pretrained and what reads such folders")
+    else:
+        ranks = 1 if arguments.ranks is None else arguments.ranks
+        convert.convert_to_slim(arguments.source, arguments.target, ranks)
+        print(f"wrote {arguments.target} with {ranks} rank{'s' if ranks > 1 else ''}")

@@ -10,12 +10,8 @@ from neox_lib.layout import UNFINISHED, parameter_shapes
 from neox_lib.scale.tensor_files import Stored, describe_file
 
 # In the order in which `transformers` looks for them: a whole model in one file, or an index of its shards.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = (WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREFIX = "gpt_neox."  # a causal model's; a bare base model's file lacks it
 THEIR_NAME = {"word_embeddings": "embed_in", "norm": "final_layer_norm"}
 OUTPUT_NAMES = ("embed_out.weight", "lm_head.weight")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from neox_lib.checkpoint import check_tied, read_tensors, stored_dtype
 from neox_lib.config import NeoXConfig
-from neox_lib.files import CheckpointError, open_tensors
+from neox_lib.files import WEIGHT_DTYPES, CheckpointError, open_tensors
 from neox_lib.layout import find_shards, is_slim, layer_file_name, parameter_shapes, place_of
+from neox_lib.model import NeoXModel
 from neox_lib.release import read_config
 from neox_lib.scale.huggingface import open_huggingface
 from neox_lib.scale.huggingface_layout import WEIGHT_FILES, is_huggingface
@@ -74,6 +75,37 @@ class SlimWeights:
         if self.config.tie_word_embeddings:
             check_tied(find_shards(self.folder), self.config)
         return read_tensors(self.folder, self.config)
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model in memory, packed ones too. Raises CheckpointError, at `dtypes`, for int8 layers."""
+
+    model: NeoXModel
+
+    @property
+    def config(self) -> NeoXConfig:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.word_embeddings.weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        found = {name: tensor.dtype for name, tensor in self.tensors()}
+        for name, dtype in found.items():
+            if dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(f"{name} is {dtype}; a quantized model can't be saved, load its source instead")
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in parameter_shapes(self.config):
+            module, _, leaf = name.rpartition(".")
+            yield name, getattr(self.model.get_submodule(module), leaf).detach()
 
 
 def open_weights(path: str | Path) -> Weights:
