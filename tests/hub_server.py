@@ -17,11 +17,12 @@ LARGE = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for: `start` is where its Range begins, 0 without one."""
+    """What a client asked for: `start` is where its Range begins, 0 without one; `token` whether it showed one."""
 
     method: str
     path: str
     start: int
+    token: bool
 
 
 @dataclass
@@ -75,11 +76,14 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def add(self, name: str, folder: Path, revision: str = "main") -> dict[str, bytes]:
-        """Put the files of a folder up as a revision of the model `name`, and return them."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    def put(self, name: str, files: dict[str, bytes], revision: str = "main") -> dict[str, bytes]:
+        """Make `files` a revision of the model `name`, and return them."""
         self.repos.setdefault(name, Repo({})).revisions[revision] = files
         return files
+
+    def add(self, name: str, folder: Path, revision: str = "main") -> dict[str, bytes]:
+        """`put` the files of a folder."""
+        return self.put(name, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}, revision)
 
     def fetches(self, name: str) -> list[int]:
         """Where each GET of a file's bytes began, in order."""
@@ -121,12 +125,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         given = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]
-        self.server.requests.append(Request(self.command, path, int(given)))
+        self.server.requests.append(Request(self.command, path, int(given), "Authorization" in self.headers))
         parts = path.strip("/").split("/")
         if self.server.troubles.all_answers:
-            self.answer(self.server.troubles.all_answers)
+            self.answer(self.server.troubles.all_answers, b"<html>Log in to the network</html>")
         elif parts[0] == "large":
             self.send_large(parts[1], int(given))
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
+            self.send_tree("/".join(parts[2:4]), parts[5])
         elif parts[:2] == ["api", "models"]:
             self.send_listing("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else "main")
         else:
@@ -165,6 +171,19 @@ class Handler(BaseHTTPRequestHandler):
             siblings.append(entry)
         listing = {"_id": "1", "id": name, "modelId": name, "sha": commit_of(files), "siblings": siblings}
         self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
+
+    def send_tree(self, name: str, revision: str):
+        """What `snapshot_download` asks, where we ask for a listing."""
+        files = self.files_of(name, revision)
+        if files is None:
+            return
+        entries = []
+        for file, content in files.items():
+            entry = {"type": "file", "path": file, "size": len(content), "oid": git_id(content)}
+            if file.endswith(LARGE):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
     def send_resolved(self, name: str, revision: str, file: str):
         files = self.files_of(name, revision)
