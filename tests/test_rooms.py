@@ -93,6 +93,7 @@ ROOMS = [
     "commands.info",
     "commands.train",
     "commands.convert",
+    "commands.download",
     "commands.bench",
     "commands.promote",
     "__main__",
