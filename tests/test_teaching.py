@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 STEMS = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 PLAN = (NOTEBOOKS / "TEACHING.md").read_text("utf-8")
+WORDS = " ".join(PLAN.split())  # however its lines are broken
 FRAME = {
     "Where we are",
     "Before you start",
@@ -226,9 +227,9 @@ def test_a_prediction_to_ask_stands_in_a_section_of_that_lesson(each):
 def test_what_students_say_is_answered_by_a_wrong_option_or_a_section(each):
     for line in re.split(r"^- ", each.part("Said in the room"), flags=re.MULTILINE)[1:]:
         line = " ".join(line.split())
-        options = re.findall(r"`(\w+)`, option ([A-Z])", line)
+        options = re.findall(r"option ([A-Z]) of `(\w+)`", line)
         assert options or LINK.search(line), f"nothing answers: {line}"
-        for name, option in options:
+        for option, name in options:
             question = questions(each.stem)[name]
             assert option in map(letter, range(len(question.options))), line
             assert option != letter(question.answer), f"{line}: that option is right"
@@ -263,7 +264,7 @@ def test_links_lead_somewhere():
         assert not anchor or anchor in heading_anchors(place), target
 
 
-@pytest.mark.parametrize("words", sorted(set(re.findall(r"`((?:python -m neox_lib|make) [\w-]+)", PLAN))))
+@pytest.mark.parametrize("words", sorted(set(re.findall(r"`((?:python -m neox_lib|make) [\w-]+)", WORDS))))
 def test_a_command_is_there(words):
     """A teacher types it on Sunday evening."""
     tool, name = words.rsplit(" ", 1)
@@ -279,3 +280,57 @@ def test_what_is_pressed_in_the_playground_has_that_name_there(each):
     page = (ROOT / "neox_lib" / "assets" / "playground" / "playground.js").read_text("utf-8")
     for words in re.findall(r"\*\*([^*]+)\*\*", each.part("Playground")):
         assert f'"{" ".join(words.split())}"' in page, f"the page has no {words}"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from neox_lib import create_model, create_tokenizer
+
+    return create_model(device="cpu", dtype="float32"), create_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shares"),
+    {
+        "Once upon a time, a fox": {" named": 28, " and": 13},
+        "The fox ate the bear. The": {" fox": 51, " bear": 39},
+        "The bear ate the fox. The": {" bear": 61, " fox": 27},
+        "Once upon a time there was a": {" little": 31, " girl": 7, " boy": 5},
+        "Once upon a time there was a ": {"Z": 33, "Q": 15, "ir": 9},
+    }.items(),
+)
+def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
+    """Nothing is as long as the minute in which a demonstration shows something else."""
+    from neox_lib.generation import next_token_logits, prompt_ids
+
+    model, tokenizer = shipped
+    found = next_token_logits(model, prompt_ids(tokenizer, prompt), None)[0].softmax(dim=-1).topk(len(shares))
+    percents = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    assert {tokenizer.decode([token_id]): round(100 * share) for token_id, share in percents} == shares
+    assert f"`{prompt.strip()}`" in WORDS and all(f"*{token.strip()}*" in WORDS for token in shares)
+
+
+def test_the_heads_look_where_the_plan_says(shipped):
+    from neox_lib.generation import prompt_ids
+    from neox_lib.model import model_attention_weights
+
+    model, tokenizer = shipped
+    (text,) = re.findall(r"`(Tom and his sister Lily [^`]+)`", WORDS)
+    ids = prompt_ids(tokenizer, text)
+    tokens = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
+    looks = model_attention_weights(model, ids)[:, 0]  # [L, H, T, T]
+    she, he = tokens.index(" She"), tokens.index(" He")
+    for layer, head, query, name, least in [(0, 5, she, " Lily", 0.9), (0, 5, he, " Lily", 0.8)]:
+        weight = sum(looks[layer, head, query, place].item() for place, token in enumerate(tokens) if token == name)
+        assert weight > least
+    assert [tokens[looks[5, 4, query].argmax()] for query in (she, he)] == [" Lily", " Tom"]
+    before = [looks[1, 1, query].argmax().item() == query - 1 for query in range(1, len(tokens))]
+    assert sum(before) > len(before) / 2
+
+
+def test_greedy_text_goes_round_where_the_plan_says(shipped):
+    from neox_lib import greedy_generate_text
+
+    model, tokenizer = shipped
+    assert greedy_generate_text(model, tokenizer, "The king said", 90).count(" a son of") > 5
+    assert WORDS.count("`The king said`") == 3
