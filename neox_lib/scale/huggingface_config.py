@@ -128,7 +128,7 @@ def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]
         **{name: getattr(config, name) for name in names},
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": config.rotary_emb_base,
+            "rope_theta": float(config.rotary_emb_base),
             "partial_rotary_factor": config.rotary_pct,
         },
         "attention_bias": True,

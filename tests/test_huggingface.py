@@ -1,0 +1,474 @@
+"""Hugging Face folders, read: the same model comes out, whoever wrote it and in which files."""
+
+import json
+import os
+import shutil
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import hugging_face_config, randomize
+from safetensors.torch import load_file, save_file
+
+from neox_lib.config import NeoXConfig
+from neox_lib.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.generation import greedy_generate
+from neox_lib.scale.loading import create_model
+from neox_lib.scale.weights import open_weights
+from neox_lib.tokenizer import create_tokenizer, read_tokenizer
+
+BASE = NeoXConfig(
+    vocab_size=128,
+    tokenizer_vocab_size=128,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=64,
+)
+CONFIGS = {
+    "20b rules": BASE,
+    "exact gelu": replace(BASE, hidden_act="gelu"),
+    "sequential residual": replace(BASE, use_parallel_residual=False),
+    "tied": replace(BASE, tie_word_embeddings=True),
+    "tied, sequential, exact": replace(
+        BASE, tie_word_embeddings=True, use_parallel_residual=False, hidden_act="gelu", rotary_pct=0.5
+    ),
+    "rotary everywhere, another base and epsilon": replace(
+        BASE, rotary_pct=1.0, rotary_emb_base=500.0, layer_norm_eps=1e-3
+    ),
+}
+IDS = torch.arange(40)[None] * 3 % 128
+
+
+def hugging_face_model(config: NeoXConfig, seed: int = 0):
+    from transformers import GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(hugging_face_config(config)).eval()
+    randomize(model, seed)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """An untied model as transformers saves it: one safetensors file."""
+    folder = tmp_path_factory.mktemp("plain")
+    hugging_face_model(BASE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(plain, tmp_path) -> Path:
+    """A copy of `plain` to do damage to."""
+    return Path(shutil.copytree(plain, tmp_path / "m"))
+
+
+def logits(path: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return create_model(path, device="cpu", dtype="float32")(IDS)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change keys of config.json; None removes one."""
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def shard(folder: Path, ending: str, sizes: tuple[int, int] = (10, 99)) -> None:
+    """Cut model.safetensors into two shards of that ending and an index, as the Hub has large models."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    keys, weight_map = list(tensors), {}
+    for number, part in enumerate((keys[: sizes[0]], keys[sizes[0] :]), 1):
+        name = f"{stem}-{number:05d}-of-00002.{ending}"
+        save = save_file if ending == "safetensors" else torch.save
+        save({key: tensors[key] for key in part}, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+
+
+def whole_bin(folder: Path, zip_format: bool = True) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zip_format)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@torch.inference_mode()
+def test_a_folder_of_transformers_gives_its_logits_and_its_text(tmp_path, case):
+    """Every kind of model in this family. Bound: 1e-5 of the widest logit, in fp32."""
+    theirs = hugging_face_model(CONFIGS[case], seed=len(case))
+    theirs.save_pretrained(tmp_path)
+    ours = create_model(tmp_path, device="cpu", dtype="float32")
+    assert ours.config == CONFIGS[case]
+    expected = theirs(IDS).logits
+    width = expected.abs().max().item()
+    assert width > 2, "with tiny logits the bound would mean nothing"
+    assert (ours(IDS) - expected).abs().max().item() <= 1e-5 * width
+    prompt = IDS[:, 1:7]
+    written = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
+    assert greedy_generate(ours, prompt, 30) == written.tolist()
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda folder: shard(folder, "safetensors"),
+        whole_bin,
+        lambda folder: whole_bin(folder, zip_format=False),
+        lambda folder: shard(folder, "bin"),
+        lambda folder: shard(folder, "safetensors", sizes=(1, 99)),
+    ],
+    ids=["sharded safetensors", "bin", "bin of an old torch", "sharded bin", "uneven shards"],
+)
+def test_however_the_weights_are_filed_the_model_is_the_same(plain, folder, rewrite):
+    rewrite(folder)
+    assert not (folder / "model.safetensors").exists()
+    assert torch.equal(logits(folder), logits(plain))
+
+
+def test_safetensors_are_taken_before_bin_files(plain, folder):
+    """Many models on the Hub have both; the first is the one that can do no harm and is mapped."""
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert torch.equal(logits(folder), logits(plain))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "embed_out.weight"])
+def test_both_names_of_the_output_matrix_are_read(plain, folder, name):
+    """transformers 5 calls it lm_head in memory, and embed_out on the disk."""
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors.pop("embed_out.weight")}))
+    assert torch.equal(logits(folder), logits(plain))
+
+
+def test_a_tied_base_model_is_enough(tmp_path):
+    """A bare GPTNeoXModel is saved without its prefix; tied, it lacks nothing."""
+    theirs = hugging_face_model(CONFIGS["tied"])
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.gpt_neox.save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(tmp_path / "base"), logits(tmp_path / "whole"))
+
+
+def test_old_buffers_are_passed_over(plain, folder):
+    """Pythia's files carry the causal mask, its fill value and the rotary frequencies of every layer."""
+
+    def add(tensors):
+        tensors["gpt_neox.layers.1.attention.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+        tensors["gpt_neox.layers.1.attention.masked_bias"] = torch.tensor(-1e9)
+        tensors["gpt_neox.layers.1.attention.rotary_emb.inv_freq"] = torch.ones(1, dtype=torch.float64)
+
+    edit_weights(folder, add)
+    assert torch.equal(logits(folder), logits(plain))
+
+
+def test_the_older_dialect_of_the_config(plain, folder):
+    edit_config(folder, rope_parameters=None, rotary_pct=0.25, rotary_emb_base=10000)
+    assert torch.equal(logits(folder), logits(plain))
+    edit_config(folder, rotary_pct=0.5, rotary_emb_base=500)
+    config = open_weights(folder).config
+    assert (config.rotary_pct, config.rotary_emb_base) == (0.5, 500)
+
+
+def test_absent_keys_have_the_defaults_of_transformers(folder):
+    """Their default activation is the exact GELU, where ours is 20B's: a model must not change by what is not said."""
+    from transformers import GPTNeoXConfig
+
+    sizes = {name: getattr(BASE, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes |= {name: getattr(BASE, name) for name in ("num_attention_heads", "intermediate_size")}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox", **sizes}))
+    ours, theirs = open_weights(folder).config, GPTNeoXConfig(**sizes)
+    assert ours.hidden_act == theirs.hidden_act == "gelu"
+    for name in ("max_position_embeddings", "layer_norm_eps", "use_parallel_residual", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    rope = theirs.rope_parameters
+    assert (ours.rotary_pct, ours.rotary_emb_base) == (rope["partial_rotary_factor"], rope["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "gelu_python", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"]
+)
+def test_each_name_of_gelu_is_the_formula_that_transformers_means(folder, name):
+    """The two formulas differ by up to 5e-4, rounding of one by 1e-6: enough to tell them apart."""
+    from transformers.activations import ACT2FN
+
+    edit_config(folder, hidden_act=name)
+    ours = open_weights(folder).config.hidden_act
+    x = torch.linspace(-4, 4, 1001)
+    found = torch.nn.functional.gelu(x, approximate="tanh" if ours == "gelu_fast" else "none")
+    assert (found - ACT2FN[name](x)).abs().max() < 1e-6
+
+
+def test_mixed_precisions_round_nothing(plain, folder):
+    """Matrices come in the widest precision that any of them has; norms and biases as they are."""
+    norm, matrix = "gpt_neox.final_layer_norm.weight", "gpt_neox.embed_in.weight"
+
+    def mix(tensors):
+        for key in tensors:
+            if key not in (norm, matrix):
+                tensors[key] = tensors[key].half()
+
+    edit_weights(folder, mix)
+    weights, exact = open_weights(folder), load_file(folder / "model.safetensors")
+    found = dict(weights.tensors())
+    assert weights.dtype == torch.float32
+    assert {tensor.dtype for tensor in found.values() if tensor.dim() == 2} == {torch.float32}
+    assert found["norm.bias"].dtype == torch.float16
+    assert {name: tensor.dtype for name, tensor in found.items()} == weights.dtypes()
+    assert torch.equal(found["word_embeddings.weight"], exact[matrix])
+    assert torch.equal(found["norm.weight"], exact[norm])
+    assert torch.equal(
+        found["layers.0.mlp.dense_h_to_4h.weight"], exact["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"].float()
+    )
+
+
+def test_a_model_stored_in_half_precision_says_so(folder):
+    edit_weights(folder, lambda tensors: tensors.update({key: tensor.bfloat16() for key, tensor in tensors.items()}))
+    weights = open_weights(folder)
+    assert weights.dtype == torch.bfloat16
+    assert weights.nbytes == 2 * BASE.parameter_count() == sum(tensor.nbytes for _, tensor in weights.tensors())
+
+
+def test_loading_needs_no_transformers_and_keeps_no_file_open(folder, monkeypatch):
+    """The library runs where only safetensors is installed; and a file that stays mapped can't be replaced on Windows,
+    and here would change the model under our hands."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = create_model(folder, device="cpu", dtype="float32")
+    before = model(IDS)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+    assert torch.equal(model(IDS), before)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(folder) not in maps.read_text()
+
+
+def test_the_tokenizer_beside_the_weights_says_which_rows_stand_for_tokens(folder, tmp_path):
+    """Padding rows hold noise: generation must never choose one."""
+    assert open_weights(folder).config.tokenizer_vocab_size == 128
+    small = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())
+    small["model"]["vocab"] = dict(list(small["model"]["vocab"].items())[:100])
+    small["model"]["merges"] = []
+    small["added_tokens"] = [token for token in small["added_tokens"] if token["id"] < 100]
+    (folder / "tokenizer.json").write_text(json.dumps(small))
+    assert open_weights(folder).config.tokenizer_vocab_size == 100
+
+
+def test_20b_padding_is_known_without_a_tokenizer(folder):
+    edit_config(folder, vocab_size=50304)
+    padded = torch.zeros(50304, 32)
+    edit_weights(folder, lambda tensors: tensors.update({"gpt_neox.embed_in.weight": padded.clone()}))
+    edit_weights(folder, lambda tensors: tensors.update({"embed_out.weight": padded}))
+    assert open_weights(folder).config.tokenizer_vocab_size == 50277
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPTNeoXTokenizerFast"])
+def test_a_tokenizer_that_transformers_saved_is_read_by_both_of_ours(tokenizer_20b_path, tmp_path, kind):
+    """Its file differs from the release's in details; the ids must not."""
+    from transformers import AutoTokenizer
+
+    shutil.copy(tokenizer_20b_path, tmp_path / "tokenizer.json")
+    words = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    fast, slow = create_tokenizer(tmp_path / "saved"), read_tokenizer(tmp_path / "saved" / "tokenizer.json")
+    real = create_tokenizer(tokenizer_20b_path)
+    for text in (
+        "  def f(x):\n        return x",
+        "na\u00efve e\u0301<|endoftext|> 1234",
+        "x" + 25 * " " + "y",
+        "\U0001f98a \u00a0z",
+    ):
+        assert fast.encode(text).ids == slow.encode(text) == real.encode(text).ids
+
+
+# What is refused
+
+
+def write_header(folder: Path, header: bytes, length: int | None = None) -> None:
+    """Put another header before the tensors of model.safetensors, or lie about its length."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + content[end:])
+
+
+def truncate(folder: Path, keep: float) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+def quantize(folder: Path, dtype: torch.dtype) -> None:
+    key = "gpt_neox.layers.0.attention.dense.weight"
+    edit_weights(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+
+
+class Hostile:
+    """A pickle that would make a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def hostile(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"gpt_neox.embed_in.weight": Hostile()}, folder / "pytorch_model.bin")
+
+
+def lose_shard(folder: Path) -> None:
+    shard(folder, "safetensors")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def lose_key_of_shard(folder: Path) -> None:
+    shard(folder, "safetensors")
+    path = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors.pop("gpt_neox.embed_in.weight")
+    save_file(tensors, path)
+
+
+def index_that_says(text: str):
+    def write(folder: Path) -> None:
+        shard(folder, "safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
+
+
+def tie_what_differs(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def base_model(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop("embed_out.weight"))
+
+
+def other_architecture(folder: Path) -> None:
+    edit_config(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+
+
+def config_is(text: str):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def config_says(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def extra_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
+
+
+REFUSED = {
+    "another architecture": (other_architecture, r"config\.json: model_type is 'llama'; only .*gpt_neox"),
+    "no model type": (config_says(model_type=None), "config.json: model_type is None"),
+    "no config": (without("config.json"), r"config\.json: missing"),
+    "damaged config": (config_is("{"), r"config\.json: not a config that can be read"),
+    "config is a list": (config_is("[]"), r"config\.json: not a config.*expected an object, found list"),
+    "config of a wrong type": (config_says(hidden_size="32"), r"config\.json: not a GPT-NeoX config: hidden_size"),
+    "config of an impossible shape": (config_says(num_attention_heads=5), r"hidden_size 32 does not divide"),
+    "relu": (config_says(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; it must be one of gelu, "),
+    "no attention bias": (config_says(attention_bias=False), r"config\.json: attention_bias is False"),
+    "another head size": (config_says(head_dim=16), r"head_dim is 16; 4 heads of it"),
+    "long rotary": (
+        config_says(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        r"config\.json: rope_parameters is of type 'yarn'",
+    ),
+    "scaled rotary of old": (config_says(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling .* 'linear'"),
+    "rotary said twice": (
+        config_says(rotary_pct=0.5),
+        r"rotary_pct 0.5 and rope_parameters.partial_rotary_factor 0.25 contradict",
+    ),
+    "quantized config": (config_says(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    "config lies about a width": (
+        config_says(intermediate_size=128),
+        r"model\.safetensors: gpt_neox\.layers\.0\.mlp.* has shape \[96, 32\], expected \[128, 32\] from config\.json",
+    ),
+    "config lies about layers": (
+        config_says(num_hidden_layers=3),
+        r"model\.safetensors: lacks gpt_neox\.layers\.2\.input_layernorm\.weight",
+    ),
+    "config hides a layer": (config_says(num_hidden_layers=1), r"unexpected gpt_neox\.layers\.1\."),
+    "a classifier": (extra_tensor, r"model\.safetensors: unexpected score\.weight"),
+    "a base model": (base_model, r"lacks embed_out\.weight.*a model without its output matrix writes no text"),
+    "tied, yet different": (tie_what_differs, r"embed_out\.weight differs from gpt_neox\.embed_in\.weight.*tied"),
+    "missing shard": (lose_shard, r"model-00002-of-00002\.safetensors: missing; model\.safetensors\.index\.json names"),
+    "a shard lacks a key": (lose_key_of_shard, r"model-00001-of-00002.*lacks gpt_neox\.embed_in\.weight, which the"),
+    "index damaged": (index_that_says("{"), r"index\.json: not an index of shards"),
+    "index without a map": (index_that_says("{}"), r"index\.json: not an index of shards.*weight_map"),
+    "index is empty": (index_that_says('{"weight_map": {}}'), r"index\.json: not an index.*names no tensor"),
+    "index leads elsewhere": (
+        index_that_says('{"weight_map": {"x": "../../secret.bin"}}'),
+        r"index\.json: names '\.\./\.\./secret\.bin'",
+    ),
+    "truncated": (lambda folder: truncate(folder, 0.7), r"model\.safetensors: truncated, damaged"),
+    "truncated in the header": (lambda folder: truncate(folder, 0.001), r"model\.safetensors: truncated, damaged"),
+    "empty": (lambda folder: truncate(folder, 0), r"model\.safetensors: truncated, damaged"),
+    "header of junk": (lambda folder: write_header(folder, b"\x00" * 64), r"model\.safetensors: truncated, damaged"),
+    "header of another shape": (
+        lambda folder: write_header(folder, b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,9]}}'),
+        r"model\.safetensors: truncated, damaged",
+    ),
+    "header of huge length": (
+        lambda folder: write_header(folder, b"{}", length=2**62),
+        r"model\.safetensors: truncated, damaged",
+    ),
+    "fp8 weights": (
+        lambda folder: quantize(folder, torch.float8_e4m3fn),
+        r"dense\.weight is F8_E4M3, expected float16",
+    ),
+    "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is I8, expected float16"),
+    "a pickle that runs code": (hostile, r"pytorch_model\.bin: refused, and nothing in it was run"),
+    "tokenizer of another model": (
+        lambda folder: shutil.copy(SHIPPED_MODEL / "tokenizer.json", folder),
+        r"tokenizer\.json: its ids end at 2047 and config\.json says vocab_size 128",
+    ),
+    "tokenizer damaged": (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer\.json: not a token"),
+}
+
+
+@pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_one_line_that_names_it(folder, tmp_path, monkeypatch, damage, words):
+    """File, what was expected and what was found; and whatever is in a file, nothing of it is run."""
+    monkeypatch.chdir(tmp_path)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=words) as error:
+        create_model(folder, device="cpu")
+    assert len(str(error.value).splitlines()) == 1
+    assert str(folder) in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_of_something_else_than_tensors(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save([1, 2, 3], folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: holds something else than tensors"):
+        open_weights(folder)
+
+
+def test_an_adapter_is_no_checkpoint(folder):
+    """A folder with LoRA weights alone has a safetensors file too."""
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json without weights; expected .*model\.safetensors"):
+        open_weights(folder)
