@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 
-from neox_lib.commands import bench, convert, download, generate, info, promote, train
+from neox_lib.commands import bench, class_report, convert, doctor, download, generate, info, promote, student, train
 
-COMMANDS = (generate, info, train, convert, download, bench, promote)
+COMMANDS = (generate, info, train, convert, download, bench, promote, student, class_report, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

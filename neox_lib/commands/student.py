@@ -1,0 +1,21 @@
+"""`student`: the series for students, without solutions and answers."""
+
+import argparse
+from pathlib import Path
+
+
+def add(commands) -> None:
+    description = (
+        "Write the notebooks for students: solutions, the museum's answers and the teacher's notes out, exercises as "
+        "stubs. The folder must be new or empty."
+    )
+    parser = commands.add_parser("student", help="the notebooks without their answers", description=description)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from neox_lib.classroom.student import write_student_edition
+
+    print("\n".join(write_student_edition(arguments.out)))
+    print(f"Wrote {arguments.out}. Students open it with: python -m jupyterlab {arguments.out}")
