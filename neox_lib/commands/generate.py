@@ -1,7 +1,13 @@
 """`generate`: continue a text, token by token."""
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from neox_lib.model import NeoXModel
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +31,29 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int | None:
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:  # torchrun started several of us
+        from neox_lib.scale import parallel, ranks
+
+        def work() -> None:
+            write(arguments, parallel.create_rank_model, ranks.read_once)
+
+        return ranks.run_as_rank(work, arguments.device)
+    from neox_lib.scale.loading import create_model
+
+    return write(arguments, create_model, lambda stream: stream.read())
+
+
+def write(
+    arguments: argparse.Namespace, create_model: Callable[..., "NeoXModel"], read: Callable[[TextIO], str]
+) -> None:
     """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far."""
     from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
     from neox_lib.sampling import Sampling
-    from neox_lib.scale.loading import create_model
-    from neox_lib.tokenizer import create_tokenizer
+    from neox_lib.scale.named import create_tokenizer
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt or ""
+    text = read(sys.stdin) if arguments.prompt == "-" else arguments.prompt or ""
     tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
     input_ids = prompt_ids(tokenizer, text)
     model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
@@ -57,6 +77,8 @@ def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
     weight = model.word_embeddings.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
+    ranks = getattr(model.config, "ranks", 1)  # of a model that several devices share
+    line += f", {ranks} ranks" if ranks > 1 else ""
     if seconds:
         line += f"; prefill of {prompt_tokens} tokens {seconds[0] * 1e3:.0f} ms"
     if len(seconds) > 1:

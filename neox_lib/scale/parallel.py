@@ -1,0 +1,211 @@
+"""Tensor parallelism: one model on several devices, each with some of the heads, of the MLP and of the vocabulary.
+
+Every rank runs the same program on the same tokens, with its own part of each matrix, cut as the release's files are
+(`sharding.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
+embeddings, once in each block (twice where the residual is sequential) and once for the scores. Each has the same
+hidden states, and the very same scores, so all of them choose the same next token.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox_lib.attention import KeyValueStore
+from neox_lib.block import Block
+from neox_lib.checkpoint import check_tied, open_layer
+from neox_lib.config import NeoXConfig
+from neox_lib.files import SHIPPED_MODEL
+from neox_lib.layout import WithoutInitialValues, find_shards, is_slim, parameter_shapes, place_of
+from neox_lib.model import NeoXModel
+from neox_lib.scale.linear import FastLinear, use_fast_linear
+from neox_lib.scale.loading import check_memory, choose_precision
+from neox_lib.scale.named import local_path
+from neox_lib.scale.ranks import rank_device
+from neox_lib.scale.weights import open_weights
+from neox_lib.sharding import merge_rule, merge_shards
+from neox_lib.slim_writer import check_ranks
+
+
+def sum_over_ranks(partial: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, on every rank, in place of each one's own: an all-reduce."""
+    dist.all_reduce(partial)
+    return partial
+
+
+def gather_scores(own: Tensor) -> Tensor:
+    """All ranks' scores side by side, the very same on every rank: `[..., V / ranks]` -> `[..., V]`: an all-gather."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+class SplitEmbedding(nn.Module):
+    """The word embeddings' rows from `first` on: ids `[B, T]` -> `[B, T, C]`.
+
+    Each token's vector lies on one rank. The others give zeros for it, and the sum is the vector.
+    """
+
+    def __init__(self, embedding: nn.Embedding, first: int):
+        super().__init__()
+        self.weight = embedding.weight
+        self.first = first
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        row = input_ids - self.first
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        vectors = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
+        return sum_over_ranks(vectors.masked_fill(elsewhere[..., None], 0))
+
+
+class SplitOutput(FastLinear):
+    """The output matrix's rows of one rank: `[..., C]` -> `[..., V]`; it scores its own tokens and asks the others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gather_scores(super().forward(input))
+
+
+class SplitBlock(Block):
+    """One rank's part of a transformer layer: `[B, T, C]` -> `[B, T, C]`, the same on every rank.
+
+    Attention and MLP are Block's own, on fewer heads and fewer inner numbers; what they give is this rank's part of a
+    sum. Both branches of a parallel residual read the same input, so their parts are added first and exchanged once. A
+    sequential MLP reads the finished sum of attention, and so needs an exchange before it.
+    """
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None) -> Tensor:
+        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache)
+        if self.use_parallel_residual:
+            return hidden + sum_over_ranks(attended + self.mlp(self.post_attention_layernorm(hidden)))
+        hidden = hidden + sum_over_ranks(attended)
+        return hidden + sum_over_ranks(self.mlp(self.post_attention_layernorm(hidden)))
+
+
+@dataclass(frozen=True)
+class RankConfig(NeoXConfig):
+    """The config of one of `ranks` equal shares: its own heads, of the size that they have in the whole model.
+
+    Layers, hidden size, vocabulary and context are the whole model's.
+    """
+
+    ranks: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // (self.num_attention_heads * self.ranks)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        return -(-super().weight_bytes(dtype) // self.ranks)
+
+    def kv_cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        return super().kv_cache_bytes(tokens, dtype) // self.ranks
+
+
+def share_of(config: NeoXConfig, ranks: int) -> RankConfig:
+    """What each of `ranks` devices has. Raises CheckpointError unless they divide heads, MLP and padded vocabulary."""
+    check_ranks(config, ranks)
+    fields = dataclasses.asdict(config)
+    fields["num_attention_heads"] //= ranks
+    return RankConfig(**fields, ranks=ranks)
+
+
+def own_part(key: str, parts: list[Tensor], rank: int, ranks: int) -> Tensor | None:
+    """What one of `ranks` devices keeps of a tensor; `parts` are those that the files hold, a single one if whole.
+
+    Of a matrix its own rows or columns, however the files cut it: no other number is read. All of a norm. A
+    row-parallel bias belongs to the sum of all ranks and is added once: rank 0 has it, the others None.
+    """
+    rule = merge_rule(key)
+    if rule == "sum" and rank > 0:
+        return None
+    if rule not in ("rows", "columns"):
+        return merge_shards(key, parts)
+    dim = 0 if rule == "rows" else 1
+    size = sum(part.shape[dim] for part in parts) // ranks
+    pieces, start = [], -rank * size  # where a part starts, counted from the first number that is kept
+    for part in parts:
+        first, last = max(0, -start), min(part.shape[dim], size - start)
+        if first < last:
+            pieces.append(part.narrow(dim, first, last - first))
+        start += part.shape[dim]
+    return torch.cat(pieces, dim)
+
+
+def stored_parts(path: Path, config: NeoXConfig) -> Iterator[tuple[str, list[Tensor]]]:
+    """Parameter names and their parts as the files hold them, memory-mapped where the format allows, a layer at a time.
+
+    Raises CheckpointError, naming the file, for weights that are not the config's.
+    """
+    if not is_slim(path):
+        yield from ((name, [tensor]) for name, tensor in open_weights(path).tensors())
+        return
+    shards, layers, shapes = find_shards(path), config.num_hidden_layers, parameter_shapes(config)
+    if config.tie_word_embeddings:
+        check_tied(shards, config)
+    for index, group in groupby(shapes, key=lambda name: place_of(name, layers)[0]):
+        names = {place_of(name, layers)[1]: name for name in group}
+        for key, parts in open_layer(shards[index], {key: shapes[name] for key, name in names.items()}).items():
+            yield names[key], parts
+
+
+def load_rank(
+    path: Path, config: NeoXConfig, rank: int, ranks: int, device: torch.device, dtype: Callable[[str], torch.dtype]
+) -> NeoXModel:
+    """One rank's model, its parameters on `device` in `dtype(name)`; the others' matrices are never read.
+
+    Raises CheckpointError as `share_of` and `stored_parts` do.
+    """
+    share = share_of(config, ranks)
+    with torch.device("meta"), WithoutInitialValues():
+        model = NeoXModel(share)
+        model.layers = nn.ModuleList(SplitBlock(share, index) for index in range(share.num_hidden_layers))
+    for name, parts in stored_parts(path, config):
+        part = own_part(name, parts, rank, ranks)
+        path_of_module, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path_of_module)
+        if part is not None:
+            part = nn.Parameter(part.to(device, dtype(name)), requires_grad=False)
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                module.out_features, module.in_features = part.shape
+        setattr(module, leaf, part)
+    if config.tie_word_embeddings:
+        model.final_linear.weight = model.word_embeddings.weight
+    first = rank * len(model.word_embeddings.weight)
+    model.word_embeddings = SplitEmbedding(model.word_embeddings, first)  # type: ignore[assignment]
+    model.final_linear = SplitOutput(model.final_linear)
+    return model.eval()
+
+
+def create_rank_model(
+    path: str | Path | None = None,
+    use_cache: bool = True,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> NeoXModel:
+    """`create_model` for ranks that have met: every rank calls it, and gets its own part of the model.
+
+    On GPUs each rank takes the one of its number. What has to be downloaded, one rank of each machine downloads. Raises
+    what `create_model` raises, and CheckpointError for int8 weights, which run in one process.
+    """
+    if path is not None and os.environ["LOCAL_RANK"] == "0":
+        local_path(path)
+    dist.barrier()
+    folder = SHIPPED_MODEL if path is None else local_path(path)
+    rank, ranks, chosen_device = dist.get_rank(), dist.get_world_size(), rank_device(device)
+    weights = open_weights(folder)
+    precision = choose_precision(weights.config, weights.dtype, chosen_device, dtype)
+    together = 1 if chosen_device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])  # ranks that share a memory
+    check_memory(share_of(weights.config, ranks // together), precision, chosen_device)
+    if precision.matrices != precision.others:
+        print(f"neox_lib: {precision.reason}", file=sys.stderr)
+    model = load_rank(folder, weights.config, rank, ranks, chosen_device, precision.dtype_of)
+    model.use_cache = use_cache
+    return use_fast_linear(model) if chosen_device.type == "cpu" else model
