@@ -59,7 +59,7 @@ def test_precision_rule(config, stored, device, dtype, matrices, others):
     assert (precision.matrices, precision.others) == (matrices, others)
 
 
-@pytest.mark.parametrize("dtype", ["float8", torch.int8, None])
+@pytest.mark.parametrize("dtype", ["float8", torch.int16, None])
 def test_unknown_dtype_is_named(dtype):
     with pytest.raises(ValueError, match="dtype must be auto"):
         choose_precision(tiny(), torch.float16, CPU, dtype)
@@ -84,6 +84,9 @@ def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monk
         check_memory(neox_20b(), fp32, CPU)
     check_memory(neox_20b(), Precision(torch.float16, torch.float32, ""), CPU)
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=24 * 2**30))
+    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.4 GiB\) fits"):
+        check_memory(neox_20b(), Precision(torch.float16, torch.float32, ""), CPU)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16 * 2**30))
     with pytest.raises(CheckpointError, match="no dtype of ours fits"):
         check_memory(neox_20b(), fp32, CPU)
 

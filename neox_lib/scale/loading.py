@@ -12,14 +12,17 @@ from torch import nn
 from neox_lib.checkpoint import load_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.files import SHIPPED_MODEL, CheckpointError
-from neox_lib.layout import empty_model
+from neox_lib.layout import empty_model, is_slim
 from neox_lib.model import NeoXModel
+from neox_lib.scale.huggingface_layout import is_huggingface
+from neox_lib.scale.int8_file import find_int8, int8_bytes, load_int8, open_int8, quantize_while_loading
 from neox_lib.scale.linear import use_fast_linear
 from neox_lib.scale.named import local_path
 from neox_lib.scale.weights import SlimWeights, Weights, open_weights
 
 SMALL_MODEL_PARAMETERS = 100_000_000
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of stored weights
+PRECISIONS = DTYPES | {"int8": torch.int8}  # that a model can be held in
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Precision:
         return self.others if name.endswith((".bias", "norm.weight")) else self.matrices
 
     def weight_bytes(self, config: NeoXConfig) -> int:
-        """Bytes of the matrices; biases and norms are left out."""
-        return config.weight_bytes(self.matrices)
+        """Bytes of the weights; biases and norms count as if they were in the matrices' dtype, except beside int8."""
+        return int8_bytes(config) if self.matrices == torch.int8 else config.weight_bytes(self.matrices)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -70,23 +73,37 @@ def choose_precision(
         if config.parameter_count() <= SMALL_MODEL_PARAMETERS or stored == torch.float32:
             return Precision(torch.float32, torch.float32, "fp32 arithmetic, as the model is small or stored so")
         return Precision(stored, torch.float32, f"matrices in {stored} for speed and memory, the rest in float32")
-    matrices = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if matrices is None or matrices not in DTYPES.values():
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or one of these torch dtypes, got {dtype!r}")
-    return Precision(matrices, torch.float32 if device.type == "cpu" else matrices, "as asked for")
+    matrices = PRECISIONS.get(dtype) if isinstance(dtype, str) else dtype
+    if matrices is None or matrices not in PRECISIONS.values():
+        raise ValueError(f"dtype must be auto, {', '.join(PRECISIONS)} or one of these torch dtypes, got {dtype!r}")
+    if device.type == "cpu":
+        return Precision(matrices, torch.float32, "as asked for")
+    return Precision(matrices, stored if matrices == torch.int8 else matrices, "as asked for")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device) -> Precision:
+    """The same precision where the weights fit into a CPU's free memory, or where even int8 does not; else int8."""
+    free = free_memory(device)
+    if device.type != "cpu" or precision.weight_bytes(config) <= free or int8_bytes(config) > free:
+        return precision
+    gib, small = precision.weight_bytes(config) / 2**30, int8_bytes(config) / 2**30
+    reason = f"{gib:.1f} GiB in {precision.matrices} do not fit into {free / 2**30:.1f} GiB: int8, {small:.1f} GiB"
+    return Precision(torch.int8, precision.others, reason)
 
 
 def check_memory(config: NeoXConfig, precision: Precision, device: torch.device) -> None:
     """Raise CheckpointError, before anything is read, when the weights cannot fit: with the numbers and what would."""
     needed = precision.weight_bytes(config)
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = free_memory(device)
     if needed <= available:
         return
-    smaller = [
-        f"{name} ({config.weight_bytes(option) / 2**30:.1f} GiB)"
-        for name, option in DTYPES.items()
-        if config.weight_bytes(option) < min(needed, available)
-    ]
+    sizes = {name: Precision(option, precision.others, "").weight_bytes(config) for name, option in PRECISIONS.items()}
+    smaller = [f"{name} ({size / 2**30:.1f} GiB)" for name, size in sizes.items() if size < min(needed, available)]
     advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype of ours fits; use a smaller model"
     raise CheckpointError(
         f"the weights need {needed / 2**30:.1f} GiB in {precision.matrices} and {device} has "
@@ -111,28 +128,49 @@ def load_weights(weights: Weights, device: str | torch.device, dtype_of: Callabl
     return model.eval()
 
 
+def open_quantized(file: Path, use_cache: bool, device: torch.device, dtype: str | torch.dtype) -> NeoXModel:
+    """The model of an int8 file. Raises ValueError when another dtype than int8 is asked for, CheckpointError when it
+    does not fit into memory and as `load_int8` does.
+    """
+    if dtype not in ("auto", "int8", torch.int8):
+        raise ValueError(f"{file} holds int8 weights; dtype must be auto or int8, got {dtype!r}: load their source")
+    _, config, source, _ = open_int8(file)
+    others = torch.float32 if device.type == "cpu" else source
+    check_memory(config, Precision(torch.int8, others, "int8 weights, as stored"), device)
+    model = load_int8(file, device)
+    model.use_cache = use_cache
+    return model
+
+
 def create_model(
     path: str | Path | None = None,
     use_cache: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> NeoXModel:
-    """Load a model for inference from a folder, slim or Hugging Face's; without a path, the one that ships with us.
+    """Load a model for inference: from a slim, Hugging Face or int8 folder, or an int8 file; without a path, ours.
 
     A name on the Hub does too, such as "EleutherAI/pythia-70m": see `local_path`.
     `use_cache` is what generation with this model does unless told otherwise. `device` "auto" is CUDA, else the CPU.
-    `dtype` "auto": see `choose_precision`; when a CPU keeps large matrices in half precision, a line on stderr says so.
+    `dtype` "auto": see `choose_precision` and `shrink_to_fit`; when a CPU keeps large matrices in half precision or in
+    int8, a line on stderr says so. "int8" quantizes while it loads, unless the weights are in int8 already.
     Raises CheckpointError for a folder that holds no whole checkpoint or does not fit into memory, ValueError for a
     device or dtype that is not there, DownloadError for a name on the Hub that can't be fetched.
     """
     folder = SHIPPED_MODEL if path is None else local_path(path)
-    weights = open_weights(folder)
     chosen_device = choose_device(device)
+    if find_int8(folder) is not None and not (is_slim(folder) or is_huggingface(folder)):
+        return open_quantized(folder, use_cache, chosen_device, dtype)
+    weights = open_weights(folder)
     precision = choose_precision(weights.config, weights.dtype, chosen_device, dtype)
+    if dtype == "auto":
+        precision = shrink_to_fit(weights.config, precision, chosen_device)
     check_memory(weights.config, precision, chosen_device)
     if precision.matrices != precision.others:
         print(f"neox_lib: {precision.reason}", file=sys.stderr)
-    if isinstance(weights, SlimWeights):
+    if precision.matrices == torch.int8:
+        model = quantize_while_loading(weights, chosen_device)
+    elif isinstance(weights, SlimWeights):
         model = load_slim(folder, chosen_device, precision.dtype_of)
     else:
         model = load_weights(weights, chosen_device, precision.dtype_of)
