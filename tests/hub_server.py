@@ -17,12 +17,16 @@ LARGE = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for: `start` is where its Range begins, 0 without one; `token` whether it showed one."""
+    """What a client asked for: `start` is where its Range begins, 0 without one.
+
+    `token`: whether it showed one. `bounded`: whether the Range has an end, as of a client that looks at a header.
+    """
 
     method: str
     path: str
     start: int
     token: bool
+    bounded: bool
 
 
 @dataclass
@@ -96,6 +100,7 @@ class HubServer(ThreadingHTTPServer):
             request.start
             for request in self.requests
             if request.method == "GET"
+            and not request.bounded
             and (request.path in paths or any(request.path.endswith(f"/{name}") for name in small))
         ]
 
@@ -124,13 +129,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        given = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]
-        self.server.requests.append(Request(self.command, path, int(given), "Authorization" in self.headers))
+        given, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        if path.startswith("/api/") and not path.startswith("/api/models/"):  # asked beside, now and then
+            self.answer(404)
+            return
+        self.server.requests.append(
+            Request(self.command, path, int(given), "Authorization" in self.headers, bool(last))
+        )
         parts = path.strip("/").split("/")
         if self.server.troubles.all_answers:
             self.answer(self.server.troubles.all_answers, b"<html>Log in to the network</html>")
         elif parts[0] == "large":
-            self.send_large(parts[1], int(given))
+            self.send_large(parts[1], int(given), int(last or 1 << 60) + 1)
         elif parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
             self.send_tree("/".join(parts[2:4]), parts[5])
         elif parts[:2] == ["api", "models"]:
@@ -210,28 +220,28 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_content(file, content, 0, {"X-Repo-Commit": commit, "ETag": f'"{git_id(content)}"'})
 
-    def send_large(self, digest: str, start: int):
+    def send_large(self, digest: str, start: int, end: int):
         for repo in self.server.repos.values():
             for files in repo.revisions.values():
                 for name, content in files.items():
                     if name.endswith(LARGE) and sha256(content) == digest:
-                        self.send_content(name, content, start, {"ETag": f'"{digest}"'})
+                        self.send_content(name, content, start, {"ETag": f'"{digest}"'}, end)
                         return
         self.answer(404)
 
-    def send_content(self, name: str, content: bytes, start: int, headers: dict[str, str]):
-        """The bytes of a file from `start` on, with whatever trouble is meant for it."""
-        troubles = self.server.troubles
+    def send_content(self, name: str, content: bytes, start: int, headers: dict[str, str], end: int = 1 << 60):
+        """The bytes of a file from `start` to `end`, with whatever trouble is meant for it."""
+        troubles = self.server.troubles if end > len(content) else Troubles()
         if name in troubles.damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        whole = troubles.no_ranges or not start
-        part = content if whole else content[start:]
+        whole = troubles.no_ranges or (not start and end >= len(content))
+        part = content if whole else content[start:end]
         self.send_response(200 if whole else 206)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(part)))
         if not whole:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
         self.end_headers()
         if troubles.broken.get(name):
             self.wfile.write(part[: troubles.broken[name].pop(0)])

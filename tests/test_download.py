@@ -9,23 +9,28 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
 from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
-from neox_lib.scale import fetch
+from neox_lib.scale import fetch, unfinished
 from neox_lib.scale.download import cached_folder, download_to_cache, download_to_folder
+from neox_lib.scale.download_int8 import WORK, download_int8
 from neox_lib.scale.hub import DownloadError
 from neox_lib.scale.huggingface_writer import write_huggingface
+from neox_lib.scale.int8_file import INT8_FILE, write_int8
 from neox_lib.scale.named import is_hub_name
+from neox_lib.scale.weights import open_weights
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
 NAME = "someone/small-model"
@@ -166,9 +171,9 @@ def test_the_bytes_and_the_free_disk_are_said_before_anything_large_is_fetched(h
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub, stored, tmp_path):
-    hub.troubles.broken["model.safetensors"] = [100_000, 50_000]
+    hub.troubles.broken["model.safetensors"] = [30_000] * 8
     folder = download_to_folder(NAME, tmp_path / "mine")
-    assert hub.fetches("model.safetensors") == [0, 100_000, 150_000]
+    assert hub.fetches("model.safetensors") == [30_000 * number for number in range(9)]
     assert (folder / "model.safetensors").read_bytes() == stored["model.safetensors"]
 
 
@@ -389,3 +394,155 @@ def test_a_folder_of_that_name_wins(hub, real, tmp_path, monkeypatch):
 def test_what_is_clearly_a_path_is_never_looked_up(path):
     """A typing error in a path must not become a question to a stranger's server."""
     assert not is_hub_name(path)
+
+
+SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
+
+
+def same_int8(folder: Path, source: Path, tmp_path: Path) -> bool:
+    """Whether an int8 model is, byte for byte, what a conversion of the `source` folder gives."""
+    by_conversion = write_int8(open_weights(source), tmp_path / "by_conversion")
+    return (folder / INT8_FILE).read_bytes() == by_conversion.read_bytes()
+
+
+def test_the_int8_stream_gives_what_a_conversion_gives(hub, real, tmp_path, capsys):
+    hub.add(NAME, real)
+    assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "small") and "the int8 file takes" in err and "GB free" in err
+    assert same_int8(tmp_path / "small", real, tmp_path)
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names == {INT8_FILE, "config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_in_one_file_streams_too(hub, real, tmp_path, single):
+    model = create_model(real, dtype="float16")
+    write_huggingface(model, tmp_path / "one", real / "tokenizer.json")
+    if single.endswith(".bin"):
+        torch.save(load_file(tmp_path / "one" / "model.safetensors"), tmp_path / "one" / single)
+        (tmp_path / "one" / "model.safetensors").unlink()
+    hub.add(NAME, tmp_path / "one")
+    assert same_int8(download_int8(NAME, tmp_path / "small"), real, tmp_path)
+
+
+def test_the_stream_holds_one_shard_at_a_time(hub, real, tmp_path, monkeypatch):
+    """That is the whole point: 22 GB of disk instead of 62."""
+    hub.add(NAME, real)
+    there = []
+    write_part = unfinished.UnfinishedFile.write_part
+
+    def looked_at(self, *arguments):
+        there.append([path.name for path in (tmp_path / "small" / WORK).iterdir() if path.suffix == ".safetensors"])
+        write_part(self, *arguments)
+
+    monkeypatch.setattr(unfinished.UnfinishedFile, "write_part", looked_at)
+    download_int8(NAME, tmp_path / "small")
+    assert [len(names) for names in there] == [1, 1, 1, 1]
+
+
+def test_a_killed_int8_stream_goes_on_where_it_stopped(hub, real, tmp_path):
+    """A day of download is not lost with the power: finished shards are not fetched again, nor the half of the next."""
+    hub.add(NAME, real)
+    hub.troubles.held[SHARDS[2]] = 10_001
+    words = ["download", NAME, "--to", "int8", str(tmp_path / "small")]
+    stop_when_holding(hub, words, tmp_path, signal.SIGKILL, 10_001)
+    assert not (tmp_path / "small" / INT8_FILE).exists()
+    folder = download_int8(NAME, tmp_path / "small")
+    assert [hub.fetches(name) for name in SHARDS] == [[0], [0], [0, 10_001], [0]]
+    assert same_int8(folder, real, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["write_each", "write_text_atomically"])
+def test_an_end_while_a_shard_is_quantized_costs_no_new_fetch(hub, real, tmp_path, monkeypatch, where):
+    hub.add(NAME, real)
+    calls, function = [], getattr(unfinished, where)
+
+    def stop_at_the_third(*given):
+        calls.append(function(*given))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, where, stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            download_int8(NAME, tmp_path / "small")
+    folder = download_int8(NAME, tmp_path / "small")
+    assert [hub.fetches(name) for name in SHARDS] == [[0]] * 4
+    assert same_int8(folder, real, tmp_path)
+
+
+def test_a_shard_counts_as_done_only_once_it_is_on_the_disk(hub, real, tmp_path, monkeypatch):
+    """The other way round a loss of power leaves a hole full of zeros that nothing would ever notice."""
+    hub.add(NAME, real)
+    events = []
+
+    def logged(event, function):
+        return lambda *given: (function(*given), events.append(event))
+
+    system = SimpleNamespace(fsync=logged("flushed", os.fsync), replace=logged("named", os.replace))
+    monkeypatch.setattr(unfinished, "os", system)
+    monkeypatch.setattr(unfinished, "write_each", logged("written", unfinished.write_each))
+    monkeypatch.setattr(unfinished, "write_text_atomically", logged("noted", unfinished.write_text_atomically))
+    download_int8(NAME, tmp_path / "small")
+    assert events == ["noted", *["written", "flushed", "noted"] * len(SHARDS), "named"]
+
+
+def test_what_another_revision_left_is_not_taken_for_this_one(hub, real, random_model, tmp_path):
+    """All revisions of a Pythia have files of the same names and sizes."""
+    write_huggingface(random_model(CONFIG, 1).half(), tmp_path / "later", real / "tokenizer.json", shard_bytes=30_000)
+    hub.add(NAME, real)
+    hub.add(NAME, tmp_path / "later", "later")
+    for revision in ("main", "later"):
+        hub.troubles.broken[SHARDS[2]] = [5_000] + [0] * 6
+        with pytest.raises(DownloadError, match="they are kept"):
+            download_int8(NAME, tmp_path / "small", revision)
+    assert same_int8(download_int8(NAME, tmp_path / "small"), real, tmp_path)
+
+
+def test_without_room_for_the_int8_file_no_shard_is_fetched(hub, real, tmp_path, monkeypatch, capsys):
+    hub.add(NAME, real)
+    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 40_000)
+    assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 2
+    assert "make room" in one_line(capsys)
+    assert not any(hub.fetches(name) for name in SHARDS)
+
+
+def test_a_disk_that_fills_up_while_quantizing_keeps_what_is_done(hub, real, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    hub.add(NAME, real)
+    words = ["download", NAME, "--to", "int8", str(tmp_path / "small")]
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "write_each", full)
+        assert main(words) == 2
+        assert "No space left on device" in one_line(capsys)
+    assert main(words) == 0
+    assert hub.fetches(SHARDS[0]) == [0]
+
+
+def test_an_index_that_lacks_a_tensor_is_found_out_before_any_shard_is_fetched(hub, real, tmp_path):
+    files = {path.name: path.read_bytes() for path in real.iterdir()}
+    index = json.loads(files["model.safetensors.index.json"])
+    del index["weight_map"]["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    hub.put(NAME, files | {"model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(CheckpointError, match=r"lacks gpt_neox\.layers\.1\.mlp\.dense_h_to_4h\.weight"):
+        download_int8(NAME, tmp_path / "small")
+    assert not any(hub.fetches(name) for name in SHARDS)
+
+
+def test_a_shard_of_another_model_is_named(hub, real, tmp_path):
+    config = json.loads((real / "config.json").read_text())
+    files = {path.name: path.read_bytes() for path in real.iterdir()}
+    hub.put(NAME, files | {"config.json": json.dumps(config | {"intermediate_size": 64}).encode()})
+    with pytest.raises(CheckpointError, match=r"-of-00004\.safetensors: gpt_neox\..* has shape .* expected"):
+        download_int8(NAME, tmp_path / "small")
+
+
+def test_a_folder_that_holds_a_model_is_not_written_into(hub, real, tmp_path):
+    hub.add(NAME, real)
+    folder = download_int8(NAME, tmp_path / "small")
+    for taken in (folder, download_to_folder(NAME, tmp_path / "whole")):
+        with pytest.raises(CheckpointError, match="already holds a model"):
+            download_int8(NAME, taken)
