@@ -15,8 +15,8 @@ from neox_lib.generation import stream_generate
 from neox_lib.lesson.peak_memory import hand_back_free_memory, own_bytes
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import GREEDY, Sampling
-from neox_lib.scale import parallel
-from neox_lib.scale.parallel import create_rank_model
+from neox_lib.scale import rank_loading
+from neox_lib.scale.rank_loading import create_rank_model
 
 PROMPT = [[5, 9, 2, 11, 7, 30, 4]]
 WARM = Sampling(temperature=1.3, top_p=0.95, seed=3)
@@ -91,8 +91,8 @@ def grow(folder: Path) -> int:
 def pages_touched(folder: Path) -> dict[str, float]:
     """The share of each layer file's pages that this process has read while it loaded its part (Linux)."""
     opened = []
-    real = parallel.open_layer
-    parallel.open_layer = lambda paths, shapes: opened.append(real(paths, shapes)) or opened[-1]
+    real = rank_loading.open_layer
+    rank_loading.open_layer = lambda paths, shapes: opened.append(real(paths, shapes)) or opened[-1]
     create_rank_model(folder, dtype="float32")
     text, shares = Path("/proc/self/smaps").read_text(), {}
     for name, size, resident in re.findall(r"(layer_\S+\.pt)\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", text):

@@ -1,11 +1,10 @@
 """A lesson's cells hold the very text of these modules: each definition must fit into one, and the cells must run."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-import neox_lib
+from neox_lib.lesson.promote import module_path
 
 PROMOTED = [
     "tokenizer",
@@ -24,7 +23,7 @@ LONGEST = 50  # lines, docstring and decorators included
 
 def definitions(module: str) -> list[tuple[set[str], ast.stmt, str]]:
     """The names, the tree and the text of each top-level statement that defines something, in the file's order."""
-    source = (Path(neox_lib.__file__).parent / f"{module}.py").read_text("utf-8")
+    source = module_path(module).read_text("utf-8")
     found = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

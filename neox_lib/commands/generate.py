@@ -33,10 +33,10 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:  # torchrun started several of us
-        from neox_lib.scale import parallel, ranks
+        from neox_lib.scale import rank_loading, ranks
 
         def work() -> None:
-            write(arguments, parallel.create_rank_model, ranks.read_once)
+            write(arguments, rank_loading.create_rank_model, ranks.read_once)
 
         return ranks.run_as_rank(work, arguments.device)
     from neox_lib.scale.loading import create_model

@@ -9,7 +9,7 @@ import ast
 import difflib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,13 @@ def collect(folder: Path) -> list[Promoted]:
     return list(found.values())
 
 
+def file_name(module: str) -> str:
+    return f"neox_lib/{module.replace('.', '/')}.py"
+
+
 def module_path(module: str, library: Path | None = None) -> Path:
-    return (library or LIBRARY) / f"{module}.py"
+    """The file of a module by its name in the package: "rotary", "scale.parallel"."""
+    return (library or LIBRARY) / f"{module.replace('.', '/')}.py"
 
 
 def replaced(source: str, wanted: list[Definition]) -> str:
@@ -163,7 +168,7 @@ def differences(folder: Path) -> list[str]:
             found += unified_diff(each, library_text)
         names = {each.definition.name for each in ours}
         found += [
-            f"neox_lib/{module}.py: {name} is public, but no notebook promotes it"
+            f"{file_name(module)}: {name} is public, but no notebook promotes it"
             for name, place in places.items()
             if place.public and name not in names
         ]
@@ -181,7 +186,7 @@ def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -
         for name, (library_has, notebook_has) in differing_names(ours[0].module, source, texts, here, used).items():
             found.append(
                 f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
-                f"neox_lib/{ours[0].module}.py; import it the same way in both, or inside the definition"
+                f"{file_name(ours[0].module)}; import it the same way in both, or inside the definition"
             )
     return found
 
@@ -192,7 +197,7 @@ def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
     lines = difflib.unified_diff(
         library_text.splitlines(),
         promoted.definition.text.splitlines(),
-        f"neox_lib/{promoted.module}.py {promoted.definition.name}",
+        f"{file_name(promoted.module)} {promoted.definition.name}",
         f"{promoted.where} {promoted.definition.name}",
         lineterm="",
     )
@@ -218,7 +223,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
     try:
         for path, content in after.items():
             write_new(path, content)
-        why = import_failure() if after else None
+        why = import_failure({each.module for each in promoted}) if after else None
     except BaseException as error:
         restore(before, after)
         if isinstance(error, OSError):
@@ -227,7 +232,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
     if why is not None:
         restore(before, after)
         raise PromotionError(f"the promoted code can't be imported ({why}); the library is as it was before")
-    return [path.stem for path in after]
+    return [module for module in dict.fromkeys(each.module for each in promoted) if module_path(module) in after]
 
 
 def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
@@ -236,9 +241,9 @@ def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
             write_new(path, before[path])
 
 
-def import_failure() -> str | None:
-    """Import every module at the library's top in a fresh process; None, or what went wrong in one line."""
-    names = sorted(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))
+def import_failure(modules: Iterable[str] = ()) -> str | None:
+    """Import these and every module at the library's top in a fresh process; None, or what went wrong in one line."""
+    names = sorted({*modules, *(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))})
     code = "import importlib\n" + "\n".join(f"importlib.import_module('neox_lib.{name}')" for name in names)
     done = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True)
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -261,7 +266,7 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
             wanted = cell_definitions(cell.source, where)
             for each in wanted:
                 if each.name not in places:
-                    raise PromotionError(f"{where}: neox_lib/{cell.metadata.module}.py has no {each.name} to pull")
+                    raise PromotionError(f"{where}: {file_name(cell.metadata.module)} has no {each.name} to pull")
             text = replaced(cell.source, [places[each.name] for each in wanted]).rstrip("\n")
             if text != cell.source:
                 cell.source = text
