@@ -25,7 +25,7 @@ from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
 from neox_lib.scale import fetch, unfinished
 from neox_lib.scale.download import cached_folder, download_to_cache, download_to_folder
-from neox_lib.scale.download_int8 import WORK, download_int8
+from neox_lib.scale.download_int8 import download_int8
 from neox_lib.scale.hub import DownloadError
 from neox_lib.scale.huggingface_writer import write_huggingface
 from neox_lib.scale.int8_file import INT8_FILE, write_int8
@@ -156,7 +156,7 @@ def test_a_model_that_has_only_bin_files_is_fetched_as_that(hub):
 def test_a_hostile_index_reaches_no_file_outside(hub):
     index = json.dumps({"weight_map": {"a": "../../../../outside.safetensors"}}).encode()
     hub.put(NAME, model_files(**{"model.safetensors.index.json": index, "../../../../outside.safetensors": b"x"}))
-    with pytest.raises(DownloadError, match="outside"):
+    with pytest.raises(DownloadError, match="not among the model's files"):
         download_to_cache(NAME)
 
 
@@ -357,7 +357,8 @@ def test_once_cached_a_model_needs_no_network(hub, real, capsys, monkeypatch):
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(words) == 0
-    assert capsys.readouterr().out == first and first.startswith("the fox")
+    out, err = capsys.readouterr()
+    assert out == first and first.startswith("the fox") and "HF_HUB_OFFLINE" not in err
     assert not hub.requests
 
 
@@ -426,19 +427,24 @@ def test_a_model_in_one_file_streams_too(hub, real, tmp_path, single):
     assert same_int8(download_int8(NAME, tmp_path / "small"), real, tmp_path)
 
 
-def test_the_stream_holds_one_shard_at_a_time(hub, real, tmp_path, monkeypatch):
-    """That is the whole point: 22 GB of disk instead of 62."""
-    hub.add(NAME, real)
-    there = []
-    write_part = unfinished.UnfinishedFile.write_part
+@pytest.fixture
+def shards_held(monkeypatch) -> list[int]:
+    """How many shards lie on the disk each time that one is quantized."""
+    held, write_part = [], unfinished.UnfinishedFile.write_part
 
-    def looked_at(self, *arguments):
-        there.append([path.name for path in (tmp_path / "small" / WORK).iterdir() if path.suffix == ".safetensors"])
+    def counted(self, *arguments):
+        held.append(sum(path.suffix == ".safetensors" for path in self.path.parent.iterdir()))
         write_part(self, *arguments)
 
-    monkeypatch.setattr(unfinished.UnfinishedFile, "write_part", looked_at)
+    monkeypatch.setattr(unfinished.UnfinishedFile, "write_part", counted)
+    return held
+
+
+def test_the_stream_holds_one_shard_at_a_time(hub, real, tmp_path, shards_held):
+    """That is the whole point: 22 GB of disk instead of 62."""
+    hub.add(NAME, real)
     download_int8(NAME, tmp_path / "small")
-    assert [len(names) for names in there] == [1, 1, 1, 1]
+    assert shards_held == [1, 1, 1, 1]
 
 
 def test_a_killed_int8_stream_goes_on_where_it_stopped(hub, real, tmp_path):
@@ -454,7 +460,7 @@ def test_a_killed_int8_stream_goes_on_where_it_stopped(hub, real, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["write_each", "write_text_atomically"])
-def test_an_end_while_a_shard_is_quantized_costs_no_new_fetch(hub, real, tmp_path, monkeypatch, where):
+def test_an_end_while_a_shard_is_quantized_costs_no_new_fetch(hub, real, tmp_path, monkeypatch, shards_held, where):
     hub.add(NAME, real)
     calls, function = [], getattr(unfinished, where)
 
@@ -469,6 +475,7 @@ def test_an_end_while_a_shard_is_quantized_costs_no_new_fetch(hub, real, tmp_pat
             download_int8(NAME, tmp_path / "small")
     folder = download_int8(NAME, tmp_path / "small")
     assert [hub.fetches(name) for name in SHARDS] == [[0]] * 4
+    assert set(shards_held) == {1}
     assert same_int8(folder, real, tmp_path)
 
 
@@ -498,6 +505,18 @@ def test_what_another_revision_left_is_not_taken_for_this_one(hub, real, random_
         with pytest.raises(DownloadError, match="they are kept"):
             download_int8(NAME, tmp_path / "small", revision)
     assert same_int8(download_int8(NAME, tmp_path / "small"), real, tmp_path)
+
+
+def test_another_revision_brings_its_own_config(hub, real, tmp_path):
+    """With another's activation the weights would load, and write nonsense."""
+    files = {path.name: path.read_bytes() for path in real.iterdir()}
+    config = json.loads(files["config.json"]) | {"hidden_act": "gelu"}
+    hub.put(NAME, files)
+    hub.put(NAME, files | {"config.json": json.dumps(config).encode()}, "exact")
+    hub.troubles.broken[SHARDS[2]] = [0] * 6
+    with pytest.raises(DownloadError, match="they are kept"):
+        download_int8(NAME, tmp_path / "small")
+    assert create_model(download_int8(NAME, tmp_path / "small", "exact")).config.hidden_act == "gelu"
 
 
 def test_without_room_for_the_int8_file_no_shard_is_fetched(hub, real, tmp_path, monkeypatch, capsys):
