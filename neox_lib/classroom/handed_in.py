@@ -46,7 +46,7 @@ class Student:
 
     def by_content(self, name: str, series: dict[str, set[str]]) -> str | None:
         text = self.files[name].decode("utf-8", "replace")
-        counts = {stem: sum(f" {each}(" in text for each in names) for stem, names in series.items()}
+        counts = {stem: sum(each in text for each in names) for stem, names in series.items()}
         best = max(counts, key=counts.__getitem__, default=None)
         return best if best is not None and counts[best] else None
 

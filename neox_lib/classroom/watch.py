@@ -83,7 +83,7 @@ def watched(
 ) -> tuple[dict[tuple[str, str], Outcome], Outcome]:
     """Run a process to its end or to a limit: what it said, and what to say of the exercise that it was at."""
     results, token, folder = scratch / "results", secrets.token_hex(16), str(scratch / "work")
-    own = {"NEOX_PROGRESS": str(scratch / "progress.json"), "MPLBACKEND": "Agg", "HOME": folder}
+    own = {"NEOX_PROGRESS": str(scratch / "progress.json"), "MPLBACKEND": "Agg", "HOME": str(scratch)}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     job = {"folder": folder, "tasks": tasks, "originals": str(originals.resolve()), "results": str(results)}
     job |= {"token": token, "memory": limits.memory}
