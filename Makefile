@@ -19,13 +19,14 @@ NBVAL ?= --nbval
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
 test notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: help story test notebooks outputs lab lab-refresh playground clean
+.PHONY: help story test notebooks outputs lab lab-refresh playground site clean
 
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
 	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
+	@echo 'make site                 the notebooks as a web site to read anywhere: build/site/index.html'
 	@echo 'make test                 lint, type check, every test, every notebook (TEST_ARGS=... goes to pytest)'
 	@echo 'make notebooks            only run the notebooks and compare their outputs (part of make test)'
 	@echo 'make outputs              for authors: run the notebooks and store their outputs (NOTEBOOKS=...)'
@@ -62,6 +63,10 @@ lab-refresh: $(READY)
 
 playground: $(READY)
 	$(BIN)/python -m neox_lib.play.serve $(PLAYGROUND_ARGS)
+
+site: $(READY)
+	@$(BIN)/python -m sphinx -q -W --keep-going -d build/site-parts notebooks build/site
+	@echo 'Open $(CURDIR)/build/site/index.html'
 
 clean:
 	rm -rf .venv

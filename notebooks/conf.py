@@ -1,0 +1,19 @@
+"""How `make site` makes a web site of the notebooks: Sphinx with MyST, from the stored outputs, without a network."""
+
+project = html_title = "Build GPT-NeoX"
+root_doc = "index"
+extensions = ["myst_nb", "neox_lib.lesson.site"]
+exclude_patterns = ["mine", "README.md", "TEACHING.md", "**.ipynb_checkpoints"]
+
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+html_math_renderer = "mathml"
+
+html_theme = "furo"
+html_copy_source = False
+html_show_search_summary = False  # the summaries are fetched, which pages opened as files may not do
+html_show_copyright = False
+html_css_files = ["site.css"]
+html_static_path = ["_site"]

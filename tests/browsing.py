@@ -1,0 +1,104 @@
+"""What the tests in a real browser share: chromium, servers on 127.0.0.1, and what a page must not do."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 60_000  # milliseconds: a busy machine is slow, not wrong
+
+needs_chromium = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None and os.environ.get("NEOX_BROWSER") != "required",
+        reason="no chromium on this machine (Debian and Ubuntu: apt-get install chromium)",
+    ),
+]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until_served(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"no answer from {url}:\n{log.read_text('utf-8')[-2000:]}")
+
+
+def serve(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
+    """A server in a process of its own, whose settings and whose kernels' files lie in `folder`."""
+    here = {
+        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")
+    }
+    environment = os.environ | here | {"JUPYTER_PLATFORM_DIRS": "1", "no_proxy": "127.0.0.1"}
+    log = (folder / "log").open("w")
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+@contextmanager
+def open_browser() -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page, and what it must not do: write errors to the console, ask another machine for anything."""
+
+    def __init__(self, browser, address: str, width: int = 1280, height: int = 720, **context):
+        self.context = browser.new_context(viewport={"width": width, "height": height}, **context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.note(request.url))
+        self.page.goto(address)
+
+    def note(self, url: str) -> None:
+        if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "data:", "blob:")):
+            self.outside.append(url)
+
+    def serious_findings(self, part: str | None = None) -> list[str]:
+        """What axe finds that shuts people out, in the part that a selector names or in the whole page."""
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = Axe().run(self.page, context=part).response["violations"]
+        return [
+            f"{each['id']}: {each['nodes'][0]['html'][:200]}"
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
