@@ -38,6 +38,7 @@ class Playground:
         self.session.set_prompt(prompt)
         self.page = Page(self.state)
         self.page.on_msg(lambda page, message, buffers: self.act(message))
+        self.page.on_closed = self.session.stop
         self.session.show = self.page.publish
 
     @classmethod
@@ -83,7 +84,6 @@ class Playground:
 
     def close(self) -> None:
         """Take the playground off the page; what streams ends."""
-        self.session.stop()
         self.page.close()
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,16 @@ PATIENCE = 60_000  # milliseconds: a busy machine is slow, not wrong
 CELLS = [
     "from neox_lib.playground import Playground\n\none = Playground(tokens=40)\none",
     "two = Playground(tokens=9, prompt='Tom')\ntwo",
+    """
+import time
+from neox_lib import NeoXConfig, NeoXModel, create_tokenizer
+
+slow_reader = NeoXModel(NeoXConfig(2048, 2048, 64, 40, 2, 128)).eval()
+for layer in slow_reader.layers:
+    layer.register_forward_hook(lambda *_: time.sleep(0.25))
+three = Playground(slow_reader, create_tokenizer(), tokens=5)
+three
+""",
 ]
 HARD_PROMPT = (
     "<script>window.hacked = 1</script></pre><img src=x onerror='window.hacked=1'> 🦊👩‍👩‍👧 e\u0301 <|endoftext|>"
@@ -86,7 +97,7 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Iterator[str]:
-    """The address of a JupyterLab with one notebook of two cells."""
+    """The address of a JupyterLab with one notebook, a playground in each cell; the third one's model reads slowly."""
     folder = tmp_path_factory.mktemp("lab")
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
@@ -119,8 +130,9 @@ def app(tmp_path_factory) -> Iterator[str]:
 class Visit:
     """A page, and what it must not do: write errors to the console, ask another machine for anything."""
 
-    def __init__(self, browser, address: str, width: int = 1280, height: int = 720):
-        self.context = browser.new_context(viewport={"width": width, "height": height})
+    def __init__(self, browser, address: str, width: int = 1280, height: int = 720, scale: int = 1):
+        viewport = {"width": width, "height": height}
+        self.context = browser.new_context(viewport=viewport, device_scale_factor=scale)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
         self.errors: list[str] = []
@@ -136,8 +148,8 @@ class Visit:
 
     def run_cells(self) -> None:
         self.page.wait_for_function(IDLE)
-        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        self.page.wait_for_selector(".np")
+        self.command("notebook:run-all-cells")
+        self.wait(f"document.querySelectorAll('.np').length === {len(CELLS)}")
 
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)
@@ -150,10 +162,15 @@ class Visit:
         state = "document.querySelector('.np').dataset"
         self.wait(f"{state}.answered === 'true' && {state}.phase === 'idle'")
 
+    def command(self, name: str, **arguments) -> None:
+        """Do one of JupyterLab's own commands, and wait for it."""
+        self.page.evaluate("([name, more]) => window.jupyterapp.commands.execute(name, more)", [name, arguments])
+
     def execute(self, code: str) -> None:
-        """Run code in the notebook's kernel, past all cells."""
+        """Run code in the notebook's kernel, past all cells; what it raises fails the test."""
         kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-        self.page.evaluate(f"code => {kernel}.requestExecute({{code}}).done", code)
+        content = self.page.evaluate(f"code => {kernel}.requestExecute({{code}}).done.then(r => r.content)", code)
+        assert content["status"] == "ok", content
 
     def tokens(self) -> int:
         return self.page.locator(".np").first.locator(".np-text .np-token").count()
@@ -172,6 +189,14 @@ class Visit:
             self.page.locator(".np textarea").first.fill(prompt)
         self.button("Generate").click()
         self.settled()
+
+    def views(self) -> Iterator[str]:
+        """Open each of the first playground's three views in turn; its name. At the end the first is open again."""
+        tabs = self.page.locator(".np").first.locator(".np-tabs button")
+        for number in range(3):
+            tabs.nth(number).click()
+            yield tabs.nth(number).inner_text()
+        tabs.nth(0).click()
 
     def close(self) -> None:
         self.context.close()
@@ -210,7 +235,7 @@ def visit(browser, lab) -> Iterator[Visit]:
 def test_generate_and_stop_and_generate_and_stop_again(visit):
     """Lab handles the first messages on another thread than later ones: once proves nothing."""
     visit.set_tokens(1500)
-    for _ in range(3):
+    for _ in range(10):
         visit.button("Generate").click()
         visit.phase("writing")
         visit.button("Stop").click()
@@ -239,6 +264,45 @@ def test_the_cell_and_the_kernel_stay_free_while_it_streams(visit):
     visit.button("Stop").click()
     visit.phase("idle")
     assert done == ["ok", "writing"]
+
+
+@pytest.mark.usefixtures("slow_model")
+def test_a_token_can_be_looked_at_and_left_while_the_text_grows(visit):
+    """20B writes for minutes: whoever wonders about a token should not have to wait for the last one."""
+    visit.set_tokens(1500)
+    visit.button("Generate").click()
+    visit.wait("document.querySelectorAll('.np-text .np-token').length > 9")
+    visit.page.locator(".np-text .np-token").nth(8).click()
+    visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 8,')")
+    assert visit.page.locator(".np").first.get_attribute("data-phase") == "writing"
+    visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
+    visit.wait("document.querySelectorAll('.np-roads li').length === 2")
+    visit.button("Stop").click()
+    visit.settled()
+
+
+@pytest.mark.usefixtures("slow_model")
+def test_what_is_set_while_it_streams_is_for_the_next_run(visit):
+    visit.set_tokens(40)
+    visit.button("Generate").click()
+    visit.phase("writing")
+    visit.set_tokens(4)
+    visit.page.get_by_text("Wrote 40 tokens.", exact=True).first.wait_for()
+    visit.button("Continue").click()
+    visit.page.get_by_text("Wrote 4 tokens.", exact=True).first.wait_for()
+    visit.settled()
+
+
+def test_a_slow_model_tells_how_far_it_reads_and_can_be_stopped_meanwhile(visit):
+    """The first token of a model of 20B's size may take a minute. This one would read for ten seconds."""
+    slow = visit.page.locator(".np").nth(2)
+    slow.get_by_role("button", name="Generate").click()
+    for layers in (r"\d+", r"[12]\d"):
+        slow.locator(".np-status", has_text=re.compile(f"Reading the prompt: {layers} of 40 layers")).wait_for()
+    started = time.monotonic()
+    slow.get_by_role("button", name="Stop").click()
+    slow.locator(".np-status", has_text="Stopped while the prompt was read").wait_for()
+    assert time.monotonic() - started < 3
 
 
 def test_another_road_is_taken_from_a_bar(visit):
@@ -294,6 +358,7 @@ def test_two_playgrounds_in_one_notebook_keep_apart(visit):
     before = first.locator(".np-text").inner_text()
     second.get_by_role("button", name="Generate").dblclick()
     second.get_by_text("Wrote 9 tokens.", exact=True).wait_for()
+    assert second.locator(".np-text .np-token:not(.np-given)").count() == 9, "a double click writes once"
     assert second.locator(".np-text").inner_text().startswith("Tom")
     assert first.locator(".np-text").inner_text() == before
 
@@ -320,16 +385,62 @@ def test_an_error_in_the_worker_is_seen_and_survived(visit):
     assert visit.page.locator(".np-error").first.is_hidden()
 
 
-def test_nothing_serious_is_found_by_axe(visit):
+def serious_findings(visit: Visit) -> list[dict]:
+    """What axe finds serious in the playground's own part of the page, contrast included, in each of its views."""
     from axe_playwright_python.sync_playwright import Axe
 
+    found = [each for _ in visit.views() for each in Axe().run(visit.page, context=".np").response["violations"]]
+    return [each for each in found if each["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_nothing_serious_is_found_by_axe(visit, theme):
+    visit.command("apputils:change-theme", theme=theme)
+    visit.wait(f"document.body.dataset.jpThemeName === '{theme}'")
     visit.generate("Once upon a time, a fox")
-    for number in range(3):
-        visit.page.locator(".np").first.locator(".np-tabs button").nth(number).click()
-        found = Axe().run(visit.page, context=".np").response["violations"]
-        serious = [each for each in found if each["impact"] in ("serious", "critical")]
-        assert not serious, json.dumps(serious, indent=1)[:3000]
-    visit.page.locator(".np").first.locator(".np-tabs button").nth(0).click()
+    serious = serious_findings(visit)
+    assert not serious, json.dumps(serious, indent=1)[:3000]
+
+
+LAYOUT = """() => {
+    const root = document.querySelector(".np"), box = root.getBoundingClientRect(), faults = [];
+    const name = node => node.getAttribute("aria-label") || node.textContent.slice(0, 20) || node.id;
+    const seen = [...root.querySelectorAll("button, input, select, textarea, label, [role=listbox]")]
+        .filter(node => node.getClientRects().length).map(node => [node, node.getBoundingClientRect()]);
+    for (const [node, place] of seen) {
+        if (place.left < box.left || place.right > box.right + 0.5) faults.push(`${name(node)} sticks out`);
+        if (node.matches("button") && node.scrollWidth > node.clientWidth + 1) faults.push(`${name(node)} is cut off`);
+        for (const [other, there] of seen) {
+            if (other === node || other.contains(node) || node.contains(other)) continue;
+            const wide = Math.min(place.right, there.right) - Math.max(place.left, there.left);
+            const high = Math.min(place.bottom, there.bottom) - Math.max(place.top, there.top);
+            if (wide > 1 && high > 1) faults.push(`${name(node)} lies over ${name(other)}`);
+        }
+    }
+    if (root.scrollWidth > root.clientWidth) faults.push("the playground scrolls sideways");
+    const page = document.scrollingElement;
+    if (page.scrollWidth > page.clientWidth) faults.push("the page scrolls sideways");
+    return faults;
+}"""
+
+
+def layout_faults(visit: Visit) -> list[str]:
+    """Controls that stick out, are cut off or lie over each other, in each view, all settings shown."""
+    choice = visit.page.locator("select[id$=-sampled]").first
+    choice.select_option("1")
+    faults = [f"{view}: {fault}" for view in visit.views() for fault in visit.page.evaluate(LAYOUT)]
+    choice.select_option("")
+    return faults
+
+
+def test_at_200_percent_nothing_is_cut_off_in_lab(visit):
+    """A projector of 1280 x 720 at 200 % is a window of 640 x 360; the side bar is shut, as one would."""
+    visit.command("application:toggle-left-area")
+    visit.page.set_viewport_size({"width": 640, "height": 360})
+    faults = layout_faults(visit)
+    visit.page.set_viewport_size({"width": 1280, "height": 720})
+    visit.command("application:toggle-left-area")
+    assert faults == []
 
 
 @pytest.mark.usefixtures("slow_model")
@@ -338,7 +449,7 @@ def test_a_reloaded_page_finds_the_text_again_and_can_stop_it(visit):
     visit.set_tokens(1500)
     visit.button("Generate").click()
     visit.phase("writing")
-    visit.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    visit.command("docmanager:save")
     visit.page.wait_for_timeout(500)
     visit.page.reload()
     visit.wait(IDLE)
@@ -350,10 +461,20 @@ def test_a_reloaded_page_finds_the_text_again_and_can_stop_it(visit):
     visit.generate("Tom and Anna")
 
 
+@pytest.mark.usefixtures("slow_model")
+def test_a_playground_that_is_closed_while_it_streams_writes_no_further(visit):
+    """Else a thread would write for nobody, and take the processor from the next one."""
+    visit.set_tokens(1500)
+    visit.button("Generate").click()
+    visit.phase("writing")
+    visit.execute("one.page.close()\nassert one.session.worker.join(5) and len(one.state.roads.road.ids) < 1500")
+    visit.wait(f"document.querySelectorAll('.np').length === {len(CELLS) - 1}")
+
+
 def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_picture(visit):
     """What was made is not replaced by "model not found", and a dead button says why it is dead."""
     assert visit.errors == [], "until here; a kernel that dies under a page may be logged"
-    visit.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    visit.command("docmanager:save")
     kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
     visit.page.evaluate(f"{kernel}.restart()")
     visit.wait(IDLE)
@@ -364,6 +485,14 @@ def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_pict
     visit.page.get_by_text("A still picture").first.wait_for()
     visit.page.get_by_text("model not found").first.wait_for(state="hidden")
     visit.errors.clear()
+
+
+def test_after_a_restart_the_cells_make_it_play_again(visit):
+    visit.run_cells()
+    visit.errors.clear()  # ipywidgets logs that the reopened notebook's widgets had no kernel
+    visit.set_tokens(5)
+    visit.generate("Tom and Anna")
+    assert visit.page.locator(".np-status").first.inner_text() == "Wrote 5 tokens."
 
 
 def test_nothing_was_asked_of_another_machine_and_no_error_was_logged(visit):
@@ -391,3 +520,33 @@ def test_the_app_gives_each_visitor_a_text_of_their_own(browser, app):
         visit.settled()
         assert visit.outside == [] and visit.errors == []
         visit.close()
+
+
+@pytest.fixture(scope="module")
+def zoomed(browser, app) -> Iterator[Visit]:
+    """The app at 200 % on a projector of 1280 x 720, with a text."""
+    visit = Visit(browser, app, 640, 360, scale=2)
+    visit.page.wait_for_selector(".np")
+    visit.set_tokens(30)
+    visit.generate("Tom went to the sea")
+    yield visit
+    visit.close()
+
+
+def test_at_200_percent_nothing_is_cut_off_in_the_app(zoomed):
+    assert layout_faults(zoomed) == []
+
+
+def test_the_app_is_dark_where_the_system_is_and_can_be_read(zoomed):
+    """A dark page in a dark room, without a setting; light again when the system is."""
+    ground = "getComputedStyle(document.querySelector('.np')).backgroundColor"
+    light = zoomed.page.evaluate(ground)
+    zoomed.page.emulate_media(color_scheme="dark")
+    zoomed.wait("document.body.dataset.jpThemeLight === 'false'")
+    assert zoomed.page.evaluate(ground) != light
+    serious = serious_findings(zoomed)
+    assert not serious, json.dumps(serious, indent=1)[:3000]
+    zoomed.page.emulate_media(color_scheme="light")
+    zoomed.wait("document.body.dataset.jpThemeLight === 'true'")
+    assert zoomed.page.evaluate(ground) == light
+    assert serious_findings(zoomed) == [] and zoomed.errors == []

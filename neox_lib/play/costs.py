@@ -47,10 +47,19 @@ def model_in_words(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
 
 
 def needs_of_20b(tokens: int) -> str:
-    """What GPT-NeoX-20B would need for a text of so many tokens, in fp16 as released."""
+    """What GPT-NeoX-20B would need for a text of so many tokens, in fp16 as released: arithmetic, nothing measured.
+
+    To read it takes two operations for each weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361;
+    attention adds 3 % at 2048 tokens). A new token reads every weight once, of the input embedding one row, and the
+    cache.
+    """
     config, half = neox_20b(), torch.float16
     weights, cache = config.weight_bytes(half), config.kv_cache_bytes(tokens, half)
+    operations = 2 * config.parameter_count() * tokens
+    moved = weights - config.vocab_size * config.hidden_size * half.itemsize + cache
     return (
-        f"For this text of {tokens} tokens, 20B in fp16 needs {bytes_in_words(weights)} of weights, all read once for "
-        f"each new token, and {bytes_in_words(cache)} of KV cache"
+        f"20B in fp16, by arithmetic: {bytes_in_words(weights)} of weights; this text of {tokens:,} "
+        f"token{'s' if tokens > 1 else ''}: {bytes_in_words(cache)} of KV cache, {operations / 1e12:.3g} trillion "
+        f"operations to read it, then {bytes_in_words(moved)} to move for each new token, {moved / 1e11:.2f} s at "
+        "100 GB a second"
     )

@@ -66,6 +66,8 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
         moments.append(time.perf_counter())
         road.add(step.token_id, step.log_probability)
         state.chosen = len(road.ids) if at_end else state.chosen
+        if settings.use_cache:
+            glance(state, stopping)
 
     try:
         follow(steps, stopping, take, lambda: say("writing", f"Writing: {len(moments) - 1} of {wanted} tokens."))
@@ -102,6 +104,31 @@ def finish(
     say("idle", status)
 
 
+def glance(state: State, stopping: threading.Event) -> None:
+    """Between two tokens: score what could stand at the chosen position, if nobody has; one token's pass.
+
+    Needs a cache that holds the text, and leaves it as it was: the run goes on as if nobody had looked.
+    """
+    road, position = state.roads.road, state.chosen
+    if state.candidates or not 0 < position < len(road.ids):
+        return
+    state.recall.keep(road.ids)
+    try:
+        logits = state.recall.logits_after(road.ids[:position], lambda *_: not stopping.is_set())
+    except PrefillStopped:
+        return
+    keep_scores(state, position, logits)
+
+
+def keep_scores(state: State, position: int, logits: torch.Tensor) -> None:
+    """Keep the likeliest tokens at a position, unless another one has been chosen meanwhile."""
+    ids = state.roads.road.ids
+    found = likeliest(logits, state.tokenizer)
+    taken = candidate(logits, state.tokenizer, ids[position]) if position < len(ids) else None
+    if state.chosen == position:
+        state.taken, state.candidates = taken, found
+
+
 def look(state: State, stopping: threading.Event, say: Say, status: str = "") -> None:
     """Score what could stand at the chosen position and, when watched, what its token looks at."""
     road, position = state.roads.road, state.chosen
@@ -110,10 +137,7 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
     report = progress(stopping, say, "Looking")
     try:
         if position > 0:
-            logits = state.recall.logits_after(road.ids[:position], report)
-            state.candidates = likeliest(logits, state.tokenizer)
-            if position < len(road.ids):
-                state.taken = candidate(logits, state.tokenizer, road.ids[position])
+            keep_scores(state, position, state.recall.logits_after(road.ids[:position], report))
         if state.watching:
             state.attention = attention_of_last(state.model, road.ids[: position + 1], report)
     except (PrefillStopped, LookStopped):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import anywidget
@@ -39,12 +40,15 @@ class Page(anywidget.AnyWidget):
     speed = synced(traitlets.List, [])
     heard = synced(traitlets.Int, 0)  # the number of the page's last message that has arrived
 
+    on_closed: Callable[[], None] = staticmethod(lambda: None)  # called when the page is taken away, by either side
+
     def __init__(self, state: State):
         super().__init__()
         # ipykernel 7 sends a page's message to the subshell in which the kernel last wrote to it. After a reload that
         # one is gone and the message lost, Stop among them: it should go where the page has addressed it.
         if self.comm is not None:
             self.comm._reply_subshell_for = lambda data, default: default  # type: ignore[attr-defined]
+            self.comm.on_close(lambda message: self.on_closed())
         self.state = state
         self.words = views.Text(state.tokenizer)
         self.publishing = threading.RLock()  # callbacks and the worker's thread both publish
@@ -56,6 +60,11 @@ class Page(anywidget.AnyWidget):
         """Tell the page that its message has arrived, so that it can say when the kernel is busy or gone."""
         with self.publishing:
             self.heard = max(self.heard, number if type(number) is int else 0)
+
+    def close(self) -> None:
+        """Take the page away. Whoever works for it is told first: nobody would see what they make."""
+        self.on_closed()
+        super().close()
 
     def publish(self) -> None:
         """Bring the page up to date: what grows while it streams, else everything; what is the same is not sent."""
@@ -69,11 +78,11 @@ class Page(anywidget.AnyWidget):
             self.tail = now["tail"]
             names = ("phase", "status", "error", "chosen")
             self.marks = {name: getattr(state, name) for name in names}
+            self.bars = views.bars_view(state, self.words)
             if state.phase != "writing" or time.monotonic() - self.costs_shown > COSTS_PAUSE:
                 self.costs_shown = time.monotonic()
                 self.costs = views.costs_view(state)
             if state.phase != "writing":
-                self.bars = views.bars_view(state, self.words)
                 self.attention = views.attention_view(state)
                 self.roads = views.roads_view(state)
                 self.settings = vars(state.settings) | {}

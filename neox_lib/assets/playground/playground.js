@@ -281,14 +281,20 @@ function nextPart(model, ask) {
   const title = make("p", { class: "np-note" });
   const list = make("ol", { class: "np-bars" });
   const rest = make("p", { class: "np-note" });
+  let drawn = null; // while text streams past, bars that stay keep the keyboard's focus
   const update = () => {
     const { position, before = "", rows = [], rest: left = 0, taken } = model.get("bars");
     const looked = rows.length > 0;
-    title.textContent = looked
-      ? `Position ${position}, after “…${visible(before)}”. Take another token, and a road forks off:`
-      : model.get("tail").length || (model.get("text").rows ?? []).length
-        ? position === 0 ? "Nothing stands before the first token." : "Choose a token of the text, to see what could have stood there."
-        : "Generate a text, then choose a token in it.";
+    const hint = () => {
+      if (!model.get("tail").length && !(model.get("text").rows ?? []).length) return "Generate a text, then choose a token in it.";
+      if (position === 0) return "Nothing stands before the first token.";
+      if (model.get("marks").phase !== "writing") return "Choose a token of the text, to see what could have stood there.";
+      if (model.get("settings").use_cache) return "Choose a token of the text, even while it grows: the model looks between two tokens.";
+      return "Without the cache a look would read the whole text again: the bars come when the writing stops.";
+    };
+    title.textContent = looked ? `Position ${position}, after “…${visible(before)}”. Take another token, and a road forks off:` : hint();
+    if (drawn === model.get("bars")) return;
+    drawn = model.get("bars");
     const most = Math.max(...rows.map(([, , score]) => Math.exp(score)), 0.01);
     list.replaceChildren(...rows.map(([token, text, score, rank]) => {
       const share = Math.exp(score);
@@ -306,7 +312,7 @@ function nextPart(model, ask) {
     rest.textContent = looked ? `The other ${others.toLocaleString("en")} tokens together: ${percent(left)}.` : "";
     if (looked && taken && taken[3] > rows.length) rest.textContent += ` The text has ${visible(taken[1])} here: rank ${taken[3]}, ${percent(Math.exp(taken[2]))}.`;
   };
-  model.on("change:bars change:text change:tail", update);
+  model.on("change:bars change:text", update);
   update();
   return [title, list, rest];
 }
@@ -334,7 +340,9 @@ function attentionPart(model, id, post, text) {
     const place = new Map(order.map(([, index], rank) => [index, rank + 1]));
     title.textContent = weights.length
       ? `From ${named(weights.length - 1)} (position ${weights.length - 1}), head ${ofHead} of layer ${ofLayer} looks at:`
-      : "Choose a token of the text: this shows at which tokens before it a head looks.";
+      : model.get("marks").phase === "writing"
+        ? "A look at the attention reads the text once more: it comes when the writing stops."
+        : "Choose a token of the text: this shows at which tokens before it a head looks.";
     heat.replaceChildren(...weights.map((weight, index) => {
       const node = make("span", { class: `np-glow${index === weights.length - 1 ? " np-from" : ""}`, style: `--glow: ${Math.round(100 * Math.sqrt(weight))}%`, title: `position ${index}: ${percent(weight)}` });
       node.textContent = rows[index] ? rows[index][1] : "";
@@ -349,7 +357,7 @@ function attentionPart(model, id, post, text) {
     }));
     heat.setAttribute("aria-label", `${title.textContent} ${order.map(([weight, index]) => `${named(index)} ${percent(weight)}`).join(", ")}`);
   };
-  model.on("change:attention change:text change:tail", update);
+  model.on("change:attention change:text change:marks", update);
   update();
   const field = (words, node) => make("label", { for: node.id, class: "np-field" }, words, node);
   return [make("div", { class: "np-row" }, field("layer", layer), field("head", head), step(-1), step(1)), title, heat, list];
