@@ -28,6 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to == "huggingface":
         convert.convert_to_huggingface(arguments.source, arguments.target)
         print(f"wrote {arguments.target}, for AutoModelForCausalLM.from_pretrained and what reads such folders")
+    elif arguments.to == "int8":
+        file = convert.convert_to_int8(arguments.source, arguments.target)
+        print(f"wrote {file}, {file.stat().st_size / 1e9:.2f} GB; generate --model {arguments.target} runs it")
     else:
         ranks = 1 if arguments.ranks is None else arguments.ranks
         convert.convert_to_slim(arguments.source, arguments.target, ranks)

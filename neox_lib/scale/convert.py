@@ -1,4 +1,4 @@
-"""The same model in other files: slim to Hugging Face, Hugging Face to slim, one number of ranks to another."""
+"""The same model in other files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
 
 import contextlib
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from neox_lib.files import CheckpointError
 from neox_lib.saving import whole_or_gone
 from neox_lib.scale.huggingface_writer import write_huggingface
+from neox_lib.scale.int8_file import write_int8
 from neox_lib.scale.weights import Weights, open_weights
 from neox_lib.slim_writer import check_ranks, write_tensors
 from neox_lib.tokenizer import find_tokenizer
@@ -47,3 +48,13 @@ def convert_to_huggingface(source: str | Path, target: str | Path) -> None:
     """
     weights, tokenizer = open_source(source, target)
     write_huggingface(weights, target, tokenizer)
+
+
+def convert_to_int8(source: str | Path, target: str | Path) -> Path:
+    """Quantize any checkpoint into `target`, a folder or a NAME.int8.safetensors, and return the file (`write_int8`).
+
+    The tokenizer goes beside it, where the source has one. Holds one tensor at a time. Raises CheckpointError as that
+    does.
+    """
+    weights, tokenizer = open_source(source, target)
+    return write_int8(weights, target, tokenizer)

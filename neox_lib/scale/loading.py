@@ -166,7 +166,7 @@ def create_model(
     if dtype == "auto":
         precision = shrink_to_fit(weights.config, precision, chosen_device)
     check_memory(weights.config, precision, chosen_device)
-    if precision.matrices != precision.others:
+    if dtype == "auto" and precision.matrices != precision.others:
         print(f"neox_lib: {precision.reason}", file=sys.stderr)
     if precision.matrices == torch.int8:
         model = quantize_while_loading(weights, chosen_device)

@@ -47,7 +47,8 @@ def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
     Raises FileNotFoundError when there is none, ValueError when the file is no tokenizer, DownloadError.
     """
     if not is_hub_name(path):
-        return tokenizer.create_tokenizer(path)
+        beside = path is not None and Path(path).suffix == ".safetensors"  # a file of weights: its folder has it
+        return tokenizer.create_tokenizer(Path(str(path)).parent if beside else path)
     from huggingface_hub import try_to_load_from_cache
 
     from neox_lib.scale.download import download_tokenizer
