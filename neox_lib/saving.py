@@ -15,22 +15,24 @@ MODEL_FILE = re.compile(
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def begin_save(folder: Path, needed: int) -> None:
+def begin_save(folder: Path, needed: int, beside: tuple[str, ...] = ()) -> None:
     """Mark `folder` as unfinished and clear what an earlier interrupted save left there.
 
-    Raises CheckpointError when it already holds a model, when the disk lacks the `needed` bytes, and when nothing can
-    be written there.
+    Raises CheckpointError when it already holds a model or one of the files `beside` it, when the disk lacks the
+    `needed` bytes, and when nothing can be written there.
     """
     check_free_disk(folder, needed + needed // 100 + 1_000_000)
     there = [path for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name)] if folder.is_dir() else []
-    if there and not (folder / UNFINISHED).exists():
-        raise CheckpointError(f"{folder}: already holds a model; give another folder, or remove the old files first")
+    if not (folder / UNFINISHED).exists():
+        taken = ["a model"] if there else [name for name in beside if (folder / name).exists()]
+        if taken:
+            raise CheckpointError(f"{folder}: already holds {taken[0]}; give another folder, or remove old files first")
     try:
         write_text_atomically(folder / UNFINISHED, "A save into this folder was interrupted or still runs.\n")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}); give another folder") from error
-    for path in [*there, *folder.glob("*.partial"), *folder.glob(".*.partial")]:
-        path.unlink(missing_ok=True)
+    for path in [*there, *(path for path in folder.iterdir() if path.suffix == ".partial")]:
+        path.unlink()
 
 
 def finish_save(folder: Path) -> None:
@@ -42,19 +44,20 @@ def finish_save(folder: Path) -> None:
 def whole_or_gone(folder: Path, needed: int) -> Iterator[None]:
     """A save into `folder` that ends whole, or, whatever interrupts it, with the folder as it was found.
 
-    Raises CheckpointError as `begin_save` does. A process that is killed leaves the mark, and the folder is refused.
+    Raises CheckpointError as `begin_save` does, for a tokenizer in the way too. A process that is killed leaves the
+    mark, and the folder is refused.
     """
-    new = not folder.exists()
-    kept = {name for name in BESIDE if (folder / name).exists()}
-    begin_save(folder, needed)
+    new, begun = not folder.exists(), False
     try:
+        begin_save(folder, needed, BESIDE)
+        begun = True
         yield
         finish_save(folder)
     except BaseException:
-        for path in list(folder.iterdir()):
-            if MODEL_FILE.fullmatch(path.name) or (path.name in (*BESIDE, UNFINISHED) and path.name not in kept):
+        for path in list(folder.iterdir()) if begun else []:
+            if MODEL_FILE.fullmatch(path.name) or path.name in (*BESIDE, UNFINISHED):
                 path.unlink()
         if new:
-            with contextlib.suppress(OSError):  # somebody put a file of their own there meanwhile
+            with contextlib.suppress(OSError):  # it was never made, or somebody put a file of their own there
                 folder.rmdir()
         raise

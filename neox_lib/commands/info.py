@@ -14,23 +14,27 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from neox_lib.checkpoint import describe_slim, stored_dtype
+    from neox_lib.checkpoint import describe_slim
     from neox_lib.files import SHIPPED_MODEL
-    from neox_lib.release import read_config
+    from neox_lib.scale.huggingface import HuggingFaceWeights, describe_huggingface
     from neox_lib.scale.loading import DTYPES
+    from neox_lib.scale.weights import open_weights
 
     folder = Path(arguments.model) if arguments.model else SHIPPED_MODEL
-    config = read_config(folder)
+    weights = open_weights(folder)
+    config = weights.config
     for field in dataclasses.fields(config):
         print(f"{field.name:26} {getattr(config, field.name)}")
     print(f"{'parameters':26} {config.parameter_count():,}")
-    print(f"{'stored as':26} {str(stored_dtype(folder)).removeprefix('torch.')}")
+    print(f"{'stored as':26} {str(weights.dtype).removeprefix('torch.')}")
     for name, dtype in DTYPES.items():
-        weights, cache = config.weight_bytes(dtype), config.kv_cache_bytes(1, dtype)
-        print(f"{'in ' + name:26} {format_bytes(weights)} of weights, {format_bytes(cache)} of KV cache a token")
+        needed, cache = config.weight_bytes(dtype), config.kv_cache_bytes(1, dtype)
+        print(f"{'in ' + name:26} {format_bytes(needed)} of weights, {format_bytes(cache)} of KV cache a token")
     print()
-    for row in describe_slim(folder):
-        print(f"{row.file:42} {row.part:24} {format_bytes(row.nbytes):>10}")
+    rows = describe_huggingface(weights) if isinstance(weights, HuggingFaceWeights) else describe_slim(folder)
+    width = max(24, *(len(row.part) for row in rows))
+    for row in rows:
+        print(f"{row.file:42} {row.part:{width}} {format_bytes(row.nbytes):>10}")
 
 
 def format_bytes(count: int) -> str:

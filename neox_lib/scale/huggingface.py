@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from neox_lib.checkpoint import LayerFile
 from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
+from neox_lib.layout import part_of_file, place_of
 from neox_lib.scale.huggingface_config import read_huggingface_config
 from neox_lib.scale.huggingface_layout import OUTPUT_NAMES, find_stored, match_names
 from neox_lib.scale.tensor_files import Stored, TensorReader
@@ -76,3 +78,18 @@ def open_huggingface(folder: str | Path) -> HuggingFaceWeights:
     matched = match_names(folder, config, found)
     output = next((found[key] for key in OUTPUT_NAMES if key in found), None) if config.tie_word_embeddings else None
     return HuggingFaceWeights(folder, config, matched, output)
+
+
+def describe_huggingface(weights: HuggingFaceWeights) -> list[LayerFile]:
+    """Which file holds what, and its size; reads no weights. A row's rank is 0: these files are whole."""
+    layers = weights.config.num_hidden_layers
+    indices: dict[Path, list[int]] = {}
+    for name, stored in weights.stored.items():
+        indices.setdefault(stored.path, []).append(place_of(name, layers)[0])
+    rows = []
+    for path, found in sorted(indices.items()):
+        blocks = sorted({index - 2 for index in found if 2 <= index < layers + 2})
+        ends = {part_of_file(index, layers): None for index in found if not 2 <= index < layers + 2}
+        said = [f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"] if blocks else []
+        rows.append(LayerFile(path.name, 0, ", ".join([*said, *ends]), path.stat().st_size))
+    return rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
-from neox_lib.layout import UNFINISHED, parameter_shapes
+from neox_lib.layout import parameter_shapes
 from neox_lib.scale.tensor_files import Stored, describe_file
 
 # In the order in which `transformers` looks for them: a whole model in one file, or an index of its shards.
@@ -43,8 +43,6 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
     Raises CheckpointError, naming the file, for an index that can't be read or that names a file which is not there.
     """
-    if (folder / UNFINISHED).exists():
-        raise CheckpointError(f"{folder}: a save into this folder was interrupted; save again to complete it")
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from neox_lib.checkpoint import check_tied, read_tensors, stored_dtype
 from neox_lib.config import NeoXConfig
 from neox_lib.files import WEIGHT_DTYPES, CheckpointError, open_tensors
-from neox_lib.layout import find_shards, is_slim, layer_file_name, parameter_shapes, place_of
+from neox_lib.layout import UNFINISHED, find_shards, is_slim, layer_file_name, parameter_shapes, place_of
 from neox_lib.model import NeoXModel
 from neox_lib.release import read_config
 from neox_lib.scale.huggingface import open_huggingface
@@ -114,6 +114,8 @@ def open_weights(path: str | Path) -> Weights:
     Raises CheckpointError saying what is there when it is no checkpoint, and for a config that can't be used.
     """
     folder = Path(path)
+    if (folder / UNFINISHED).exists():
+        raise CheckpointError(f"{folder}: a save into this folder was interrupted; save again to complete it")
     if is_slim(folder):
         return SlimWeights(folder, read_config(folder), stored_dtype(folder))
     if is_huggingface(folder):
