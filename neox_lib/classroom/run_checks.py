@@ -164,5 +164,6 @@ def state_of_judges() -> dict[str, object]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read a job from standard input and run it."""
     run(Job(**json.loads(sys.stdin.read())))
