@@ -19,12 +19,13 @@ NBVAL ?= --nbval
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
 test notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: help story test notebooks outputs lab lab-refresh playground site clean
+.PHONY: help story test notebooks outputs lab lab-refresh playground slides site clean
 
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
+	@echo 'make slides NOTEBOOK=02   a notebook of your copy as live slides, for a class (SLIDES_ARGS=...)'
 	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
 	@echo 'make site                 the notebooks as a web site to read anywhere: build/site/index.html'
 	@echo 'make test                 lint, type check, every test, every notebook (TEST_ARGS=... goes to pytest)'
@@ -57,6 +58,13 @@ outputs: $(READY) $(TOKENIZER)
 lab: $(READY)
 	@$(BIN)/python -m neox_lib.lesson.learner_copy
 	$(BIN)/python -m jupyterlab $(LAB_ARGS) notebooks/mine
+
+# What slides lack for widgets, also behind the RISE button of a notebook in JupyterLab.
+lab: export JUPYTER_PATH := $(CURDIR)/neox_lib/assets/slides$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
+
+slides: $(READY)
+	@$(BIN)/python -m neox_lib.lesson.learner_copy
+	$(BIN)/python -m neox_lib.lesson.present $(or $(NOTEBOOK),"") $(SLIDES_ARGS)
 
 lab-refresh: $(READY)
 	@$(BIN)/python -m neox_lib.lesson.learner_copy --refresh

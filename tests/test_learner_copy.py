@@ -28,6 +28,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def test_the_copy_has_what_makes_slides_of_it(folders):
+    (folders[0] / "rise.css").write_text("a page of 1280 x 720", "utf-8")
+    assert "rise.css" in update_copy(*folders).copied
+
+
 def test_the_first_run_copies_notebooks_and_images_only(folders):
     report = update_copy(*folders)
     assert report.copied == ["00_start.ipynb", "01_next.ipynb", "images/map.png"]

@@ -60,9 +60,10 @@ def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
 
 
 def lesson_files(originals: Path) -> list[str]:
-    """The notebooks at the top of the folder and everything under images/, as sorted relative paths with `/`."""
+    """The notebooks, what makes slides of them, and everything under images/, as sorted relative paths with `/`."""
     images = (path for path in originals.glob("images/**/*") if path.is_file())
-    found = [path.relative_to(originals) for path in (*originals.glob("*.ipynb"), *images)]
+    found = [path.relative_to(originals) for pattern in ("*.ipynb", "rise.css") for path in originals.glob(pattern)]
+    found += [path.relative_to(originals) for path in images]
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 

@@ -14,6 +14,7 @@ import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from neox_lib.lesson.learner_copy import write_new
+from neox_lib.lesson.slides import mark_slides
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -41,6 +42,7 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
     without_live_widgets(notebook)
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata.language_info = {"name": "python"}
+    mark_slides(notebook)  # whose height depends on the outputs
     write_new(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))
 
 
