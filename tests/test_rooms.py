@@ -72,6 +72,8 @@ ROOMS = [
     "scale.rivals",
     "scale.bench_table",
     "scale.bench",
+    "scale.random_checkpoint",
+    "scale.full_size",
     "lesson.plots",
     "lesson.diagrams",
     "lesson.figures_attention",

@@ -82,21 +82,23 @@ def quantized(
             yield name, tensor.to(embedding) if tensor.dim() == 2 else tensor.float()
 
 
-def write_int8(weights: Weights, path: str | Path, tokenizer: str | Path | None = None) -> Path:
+def write_int8(
+    weights: Weights, path: str | Path, tokenizer: str | Path | None = None, freed_meanwhile: int = 0
+) -> Path:
     """Quantize a checkpoint into one file, holding one tensor at a time, and return the file's path.
 
     `path` is NAME.int8.safetensors, or a folder, which then holds model.int8.safetensors and a copy of the `tokenizer`
     file. What was there under that name is replaced when the new file is whole; on Windows not while a model has it
-    mapped. Raises CheckpointError when the disk has no room and for weights that can't be used.
+    mapped. `freed_meanwhile` as in `write_safetensors`. Raises CheckpointError when the disk has no room and for
+    weights that can't be used.
     """
     path = Path(path)
     file = path if path.name.endswith(INT8_ENDING) else path / INT8_FILE
     if path.is_file() and file != path:
         raise CheckpointError(f"{path}: a file; give a folder or a name that ends in {INT8_ENDING}")
     config, dtype = weights.config, weights.dtype
-    write_safetensors(
-        file, int8_specs(config, dtype), quantized(weights.tensors(), dtype), int8_metadata(config, dtype)
-    )
+    specs, tensors = int8_specs(config, dtype), quantized(weights.tensors(), dtype)
+    write_safetensors(file, specs, tensors, int8_metadata(config, dtype), freed_meanwhile)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, file.parent / "tokenizer.json")
     return file

@@ -85,8 +85,11 @@ def write_safetensors(
     specs: Mapping[str, Spec],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
+    freed_meanwhile: int = 0,
 ) -> None:
     """Write a safetensors file from `tensors` as they come, in any order; `specs` give dtype and shape of each before.
+
+    `freed_meanwhile` are the bytes of disk that reading `tensors` will give back.
 
     Holds one tensor at a time. The file appears under its name when it is whole; an error, a full disk or Ctrl-C leaves
     what was there before and no partial file. Raises CheckpointError when the disk has no room, before anything is
@@ -94,11 +97,12 @@ def write_safetensors(
     """
     path = Path(path)
     start, begins, nbytes = lay_out(specs, metadata or {})
-    check_free_disk(path.parent, nbytes)
+    check_free_disk(path.parent, nbytes - freed_meanwhile)
 
     def write(temporary: Path) -> None:
         with temporary.open("r+b") as file:
-            reserve(file, nbytes)
+            if not freed_meanwhile:
+                reserve(file, nbytes)
             file.write(start)
             write_each(file, specs, begins, tensors)
             file.truncate(nbytes)
