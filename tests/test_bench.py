@@ -11,9 +11,16 @@ from neox_lib.__main__ import build_parser
 from neox_lib.config import NeoXConfig
 from neox_lib.scale import bench
 from neox_lib.scale.bench import bytes_per_token, run, run_bench, time_answer, time_load
-from neox_lib.scale.bench_table import LoadRow, Row, Timing, format_load, format_table, ratio
-from neox_lib.scale.contenders import hugging_face_twin, in_precision, our_generate, random_model, their_generate
+from neox_lib.scale.bench_table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
+from neox_lib.scale.contenders import in_precision, our_generate, our_model, random_model
 from neox_lib.scale.linear import FastLinear
+from neox_lib.scale.rivals import (
+    ctranslate2_generate,
+    ctranslate2_logits,
+    ctranslate2_twin,
+    hugging_face_generate,
+    hugging_face_twin,
+)
 
 SMALL = NeoXConfig(
     vocab_size=128,
@@ -32,8 +39,9 @@ def small_shapes(monkeypatch):
     monkeypatch.setattr(bench, "shape_config", lambda shape: SMALL)
 
 
-def without_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
+def without_rivals(monkeypatch):
+    for library in ("transformers", "ctranslate2"):
+        monkeypatch.setitem(sys.modules, library, None)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -60,7 +68,7 @@ def test_both_sides_write_the_same_tokens_from_the_same_weights(tied):
     model = random_model(config)
     ids = torch.arange(10)[None]
     ours = our_generate(in_precision(model, torch.float32))(ids, 20)
-    assert their_generate(hugging_face_twin(model, torch.float32))(ids, 20) == ours
+    assert hugging_face_generate(hugging_face_twin(model, torch.float32))(ids, 20) == ours
 
 
 def test_hugging_face_is_not_held_back():
@@ -77,7 +85,29 @@ def test_hugging_face_writes_on_past_its_end_token():
     pytest.importorskip("transformers")
     model = random_model(SMALL)
     model.final_linear.weight.zero_()
-    assert their_generate(hugging_face_twin(model, torch.float32))(torch.arange(5)[None], 12) == [0] * 12
+    assert hugging_face_generate(hugging_face_twin(model, torch.float32))(torch.arange(5)[None], 12) == [0] * 12
+
+
+def test_ctranslate2_computes_the_same_from_the_same_weights():
+    """Interleaved heads cut wrongly, or the other GELU, would make its work and its error meaningless."""
+    pytest.importorskip("ctranslate2")
+    for activation in ("gelu", "gelu_fast"):
+        model = random_model(NeoXConfig(**{**SMALL.__dict__, "hidden_act": activation}))
+        for parameter in model.parameters():
+            parameter.mul_(5)  # of standard deviation 0.1: the two forms of GELU differ in the result
+        ids = torch.arange(10)[None]
+        twin = ctranslate2_twin(model, "float32")
+        assert (ctranslate2_logits(twin, ids) - model(ids)[0]).abs().max() < 1e-4 * model(ids).std()
+        assert len(ctranslate2_generate(twin)(ids, 20)) == 20
+
+
+def test_int8_moves_our_logits_less_than_ctranslate2s():
+    """It rounds the activations too, which is where its speed at prefill comes from."""
+    pytest.importorskip("ctranslate2")
+    model, ids = random_model(SMALL), torch.arange(40)[None]
+    exact = model(ids)[0]
+    ours, theirs = our_model(model, "int8")(ids)[0], ctranslate2_logits(ctranslate2_twin(model, "int8"), ids)
+    assert 0 < (ours - exact).abs().mean() < (theirs - exact).abs().mean()
 
 
 def test_a_short_answer_is_refused():
@@ -105,10 +135,12 @@ def test_bytes_of_a_decode_step_count_what_is_read():
 def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     """A combination left out or measured twice would shift the table."""
     pytest.importorskip("transformers")
-    rows = list(run_bench(["a", "b"], ["float32", "float16", "packed"], [4, 9], new_tokens=3, rounds=2))
-    dtypes = ("float32", "float16", "packed")
-    expected = [(shape, prompt, dtype) for shape in "ab" for prompt in (4, 9) for dtype in dtypes]
-    assert [(row.shape, row.prompt, row.dtype) for row in rows] == expected
+    pytest.importorskip("ctranslate2")
+    rows = list(run_bench(["a", "b"], ["float32", "packed", "int8"], [4, 9], new_tokens=3, rounds=2))
+    pairs = [(dtype, rival) for dtype in ("float32", "packed") for rival in ("transformers", "ctranslate2")]
+    pairs.append(("int8", "ctranslate2"))
+    expected = [(shape, prompt, *pair) for shape in "ab" for prompt in (4, 9) for pair in pairs]
+    assert [(row.shape, row.prompt, row.dtype, row.rival) for row in rows] == expected
     for row in rows:
         assert len(row.ours) == len(row.theirs) == 2
         assert all(timing.first > 0 and timing.whole > 0 for timing in row.ours + row.theirs)
@@ -117,27 +149,42 @@ def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
 def test_table_shows_speeds_ratios_and_the_share_of_memory():
     """The numbers of a hand-made run, checked by hand: 0.1 s and 65 tokens in 0.1 + 64 x 0.01 s against twice that."""
     ours, theirs = [Timing(0.1, 0.74, 65)] * 3, [Timing(0.2, 1.48, 65)] * 3
-    rows = [Row("160m", 64, "float32", ours, theirs, 1e8), Row("160m", 64, "float16", ours, theirs, 5e7)]
+    rows = [
+        Row("160m", 64, "float32", "transformers", ours, theirs, 1e8),
+        Row("160m", 64, "float16", "transformers", ours, theirs, 5e7),
+    ]
     lines = format_table(rows, bandwidth=2e10).splitlines()
-    assert " ".join(lines[2].split()) == "160m 64 float32 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+    assert (
+        " ".join(lines[2].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+    )
     assert lines[3].endswith("25%")
-    assert "better dtype 2.00x" in lines[4] and "our float16 against their float32 2.00x" in lines[4]
+    assert lines[4].endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
 
 
 def test_a_negative_difference_reads_as_noise():
     """On a busy machine the short run can take longer than the long one; -138 tokens a second helps nobody."""
-    row = Row("tiny", 8, "float32", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
+    row = Row("tiny", 8, "float32", "transformers", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
     table = format_table([row], bandwidth=1e10)
     assert "noise" in table and math.isfinite(row.ours[0].per_token)
 
 
-def test_without_transformers_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
-    """transformers is not among our requirements."""
-    without_transformers(monkeypatch)
+def test_a_token_far_back_is_compared_with_a_near_one():
+    """By hand: 0.01 s a token around position 100, 0.02 s around 2000."""
+    rows = [
+        Row("160m", prompt, "int8", "", [Timing(0.1, 0.1 + 64 * step, 65)], [], 1e8)
+        for prompt, step in ((68, 0.01), (1968, 0.02))
+    ]
+    shown = format_positions(rows, 65)
+    assert shown == "160m, int8, ours: a token takes 10.0 ms at 100, 20.0 ms at 2000; 2.00 times as long"
+
+
+def test_without_rivals_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
+    """Neither of them is among our requirements."""
+    without_rivals(monkeypatch)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda megabytes: 1e10)
     run(parse(["--prompts", "4", "--new-tokens", "3", "--rounds", "1"]))
     shown = capsys.readouterr().out
-    assert "transformers is not installed: ours alone" in shown
+    assert "transformers is not installed" in shown and "ctranslate2 is not installed" in shown
     assert "160m      4 float16" in shown and "theirs 0" not in shown
 
 
@@ -161,6 +208,8 @@ def test_wrong_settings_are_refused():
         next(run_bench(["161m"], ["float32"], [4]))
     with pytest.raises(ValueError, match="knows the dtypes"):
         next(run_bench(["tiny"], ["float8"], [4]))
+    with pytest.raises(ValueError, match="measures against transformers, ctranslate2, not vllm"):
+        next(run_bench(["tiny"], ["float32"], [4], against=["vllm"]))
 
 
 def test_quick_run_prints_machine_table_and_load(small_shapes, capsys):

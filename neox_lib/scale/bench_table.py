@@ -4,11 +4,12 @@ import contextlib
 import platform
 import statistics
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from neox_lib.scale.contenders import has_transformers
+from neox_lib.scale.rivals import RIVALS, is_installed
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """All rounds of one model shape, prompt length and dtype; `theirs` is empty without transformers."""
+    """All rounds of one model shape, prompt length and dtype, against one rival or, where there is none, alone."""
 
     shape: str
     prompt: int
     dtype: str
+    rival: str  # "transformers", "ctranslate2" or ""
     ours: list[Timing]
     theirs: list[Timing]
     bytes_per_token: float  # what one decode step of ours has to read: weights, and keys and values
@@ -62,19 +64,17 @@ def describe_machine(bandwidth: float) -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = f"torch {torch.__version__}"
-    if has_transformers():
-        import transformers
-
-        versions += f", transformers {transformers.__version__}"
+    versions += "".join(f", {library} {version(library)}" for library in RIVALS if is_installed(library))
     return (
         f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s; "
         f"Python {platform.python_version()}, {versions}"
     )
 
 
+COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
 HEADER = (
-    f"{'':>23} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
-    f"{'shape':>6} {'prompt':>6} {'dtype':<9}" + 3 * f" {'ours':>8} {'theirs':>8} {'ratio':>6}" + "  share"
+    f"{'':>36} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<9} {'against':<12}{3 * COLUMNS}  share"
 )
 
 
@@ -91,7 +91,7 @@ def format_row(row: Row, bandwidth: float) -> str:
     """One line of the table: ours, theirs and the ratio, above 1 where ours is faster; "noise" where the difference of
     the long and the short generation came out negative, as it can on a busy machine.
     """
-    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<9}"]
+    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<9} {row.rival or '-':<12}"]
     for of in ("first", "per_token", "whole"):
         seconds = [median(side, of) if side else None for side in (row.ours, row.theirs)]
         cells += [format_speed(value, of) for value in seconds]
@@ -102,20 +102,41 @@ def format_row(row: Row, bandwidth: float) -> str:
 
 
 def format_best(rows: list[Row]) -> str:
-    """Across dtypes, a line a prompt: the whole answer, each side in its faster dtype, and our prefill from 16-bit
-    weights against their fp32 one, which is their fast one."""
+    """A line for each shape, prompt and rival: each side in its fastest dtype, int8 apart."""
     lines = []
-    for shape, prompt in dict.fromkeys((row.shape, row.prompt) for row in rows if row.theirs):
-        group = [row for row in rows if (row.shape, row.prompt) == (shape, prompt)]
-        ours = min((row.ours for row in group), key=lambda side: median(side, "whole"))
-        theirs = min((row.theirs for row in group), key=lambda side: median(side, "whole"))
-        line = f"{shape}, prompt {prompt}: whole answer, each in its better dtype {ratio(theirs, ours, 'whole'):.2f}x"
-        by_dtype = {row.dtype: row for row in group}
-        for dtype in ("float16", "packed", "bfloat16"):
-            if dtype in by_dtype and "float32" in by_dtype:
-                prefill = ratio(by_dtype["float32"].theirs, by_dtype[dtype].ours, "first")
-                line += f"; prefill, our {dtype} against their float32 {prefill:.2f}x"
-        lines.append(line)
+    for shape, prompt, rival in dict.fromkeys((row.shape, row.prompt, row.rival) for row in rows if row.theirs):
+        group = [row for row in rows if (row.shape, row.prompt, row.rival) == (shape, prompt, rival)]
+        for kind in ("float", "int8"):
+            found = [row for row in group if (row.dtype == "int8") == (kind == "int8")]
+            if found:
+                best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
+                lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {rival}: {', '.join(best)}")
+    return "\n".join(lines)
+
+
+MEASURES = {"first": "prefill", "per_token": "decode", "whole": "whole answer"}
+
+
+def best_ratio(rows: list[Row], of: str) -> str:
+    """How many times faster our fastest dtype is than theirs, "noise" where a difference came out negative."""
+    theirs, ours = (
+        min(sides, key=lambda side: median(side, of))
+        for sides in ([row.theirs for row in rows], [row.ours for row in rows])
+    )
+    return f"{ratio(theirs, ours, of):.2f}x" if min(median(theirs, of), median(ours, of)) > 0 else "noise"
+
+
+def format_positions(rows: list[Row], new_tokens: int) -> str:
+    """Of rows that differ in the prompt alone: milliseconds a token in the middle of what was written."""
+    lines = []
+    for shape, dtype, rival in dict.fromkeys((row.shape, row.dtype, row.rival) for row in rows):
+        group = [row for row in rows if (row.shape, row.dtype, row.rival) == (shape, dtype, rival)]
+        for side in ("ours", rival) if rival else ("ours",):
+            steps = [median(row.ours if side == "ours" else row.theirs, "per_token") * 1e3 for row in group]
+            places = ", ".join(
+                f"{step:.1f} ms at {row.prompt + new_tokens // 2}" for row, step in zip(group, steps, strict=True)
+            )
+            lines.append(f"{shape}, {dtype}, {side}: a token takes {places}; {steps[-1] / steps[0]:.2f} times as long")
     return "\n".join(lines)
 
 
