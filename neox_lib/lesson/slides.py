@@ -21,7 +21,7 @@ from neox_lib.lesson.imports import plain_python
 from neox_lib.lesson.learner_copy import NOTEBOOKS, write_new
 from neox_lib.lesson.slide_heights import LONGEST_CODE, cell_height, picture_size
 
-PAGE = 655  # of 720 pixels: margins of 20, and 25 in hand for letters that are wider than those counted with
+PAGE = 660  # of 720 pixels: margins of 20, and 20 in hand for letters that are wider than those counted with
 BETWEEN = 10  # two cells
 SHORT = 120  # a remark of up to three lines stays with the result that it is about
 TO_WRITE = 150  # left free below the stub of an exercise
@@ -51,6 +51,7 @@ def slide_types(notebook) -> list[str]:
             begins = "slide"
         if skipped:
             types.append("skip")
+            begins = begins or "subslide"  # what is left out lies between: the two may not belong together
             continue
         height = cell_height(cell)
         needed = height + (TO_WRITE if "exercise" in tags else 0)

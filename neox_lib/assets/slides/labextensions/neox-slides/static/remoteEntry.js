@@ -12,25 +12,27 @@
  * The form is that of webpack's module federation: init() is called with the page's shared modules before any
  * extension is started, get() gives the extension itself.
  */
-const RUN_ALL = "neox-slides:run-all";
-
 const plugin = {
   id: "neox-slides:plugin",
   autoStart: true,
   activate(app) {
     if (app.name !== "Rise") return;
-    app.commands.addCommand(RUN_ALL, {
-      label: "Run the Whole Notebook and Stay on This Slide",
-      execute: async () => {
-        const notebook = app.shell.currentWidget.content;
-        const here = notebook.activeCellIndex;
-        const done = app.commands.execute("notebook:run-all-cells");
-        notebook.activeCellIndex = here;
-        await done;
-      },
+    // whoever presses a key while the kernel still starts means it all the same, and wants no dialog about kernels
+    const add = (id, label, keys, run) => {
+      const execute = async () => {
+        await app.shell.currentWidget.sessionContext.ready;
+        await run(app.shell.currentWidget.content);
+      };
+      app.commands.addCommand(id, { label, execute });
+      app.commands.addKeyBinding({ command: id, keys: [keys], selector: "body" });
+    };
+    add("neox-slides:run", "Run the Code on This Slide", "Accel Enter", () => app.commands.execute("notebook:run-cell"));
+    add("neox-slides:run-all", "Run the Whole Notebook and Stay on This Slide", "Alt A", async (notebook) => {
+      const here = notebook.activeCellIndex;
+      const done = app.commands.execute("notebook:run-all-cells");
+      notebook.activeCellIndex = here;
+      await done;
     });
-    app.commands.addKeyBinding({ command: "notebook:run-cell", keys: ["Accel Enter"], selector: "body" });
-    app.commands.addKeyBinding({ command: RUN_ALL, keys: ["Alt A"], selector: "body" });
   },
 };
 

@@ -1,0 +1,153 @@
+"""The slide shows in a real browser: on a wall of 1280 x 720 nothing is cut off, and what runs in a notebook runs."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from neox_lib.lesson import slides
+from neox_lib.lesson.learner_copy import NOTEBOOKS
+from neox_lib.lesson.present import FILES
+from tests import test_playground_browser as other_pages
+from tests.test_playground_browser import TOKEN, Visit, free_port, serve, wait_until_served
+
+pytestmark = other_pages.pytestmark
+browser = other_pages.browser
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+LOOK_AT_ALL = (Path(__file__).parent / "look_at_slides.js").read_text("utf-8")
+SMALLEST = 16  # pixels of 720: what can be read from the back row
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A copy of the notebooks: kernels write into the folder in which they run."""
+    folder = tmp_path_factory.mktemp("slides")
+    for path in (*NOTEBOOKS.glob("[0-9]*.ipynb"), NOTEBOOKS / "rise.css"):
+        shutil.copy(path, folder)
+    shutil.copytree(NOTEBOOKS / "images", folder / "images")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder, tmp_path_factory) -> Iterator[str]:
+    """The address under which JupyterLab shows the notebooks as slides."""
+    own, port = tmp_path_factory.mktemp("lab"), free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(FILES))
+        patch.setenv("NEOX_PROGRESS", str(own / "progress.json"))
+        options = [
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            f"--IdentityProvider.token={TOKEN}",
+            "--allow-root",
+        ]
+        process = serve(own, "jupyterlab", *options, f"--ServerApp.root_dir={folder}")
+    wait_until_served(f"http://127.0.0.1:{port}/api", process, own / "log")
+    yield f"http://127.0.0.1:{port}/rise/"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def show(browser, lab) -> Iterator:
+    visits = []
+
+    def start(name: str) -> Visit:
+        visit = Visit(browser, f"{lab}{name}.ipynb?token={TOKEN}")
+        visits.append(visit)
+        visit.page.wait_for_selector(".slides section.present section.present .jp-Cell")
+        visit.page.wait_for_selector(".reveal > .slide-number", state="attached")
+        return visit
+
+    yield start
+    for visit in visits:
+        visit.close()
+
+
+def unexpected(errors: list[str]) -> list[str]:
+    """Errors but the two that RISE 0.43 brings along: it asks for a stylesheet named as the notebook, which need not
+    exist, and its bundle's colour tokens call each other without end, with every other extension off too."""
+    known = (r"RangeError: Maximum call stack size exceeded$", r"Refused to apply style from '[^']*\.css' ")
+    return [error for error in errors if not any(re.match(pattern, error) for pattern in known)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_small_wall_nothing_is_cut_off_and_all_can_be_read(show, name):
+    visit = show(name)
+    seen = visit.page.evaluate(LOOK_AT_ALL, [SMALLEST])
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    types = [cell.metadata.slideshow.slide_type for cell in notebook.cells]
+    assert seen["slides"] == types.count("slide") + types.count("subslide")
+    assert not seen["found"], "\n".join(seen["found"])
+    assert unexpected(visit.errors) == [] and visit.outside == []
+
+
+def test_the_look_sees_a_slide_that_is_too_high_and_one_that_is_too_wide(show, folder):
+    """A judge that accepts everything would be worth nothing."""
+    cells = [
+        nbformat.v4.new_markdown_cell(text) for text in ("Short.\n\n" * 20, f"<p style='width:1500px'>{'a ' * 99}")
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
+    slides.mark_slides(notebook)
+    for cell in notebook.cells:
+        cell.metadata["slideshow"] = {"slide_type": "slide"}
+    nbformat.write(notebook, folder / "wrong.ipynb")
+    found = "\n".join(show("wrong").page.evaluate(LOOK_AT_ALL, [SMALLEST])["found"])
+    assert "slide 0/0: is" in found and "pixels too high" in found
+    assert "slide 1/0: P is cut off at the right" in found
+
+
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+HIDDEN = "hidden = 41\n" + "# a line of a long cell\n" * 20
+
+
+def test_cells_that_are_not_shown_run_too_and_the_show_stays_where_it_is(show, folder):
+    sources = [HIDDEN, "print(hidden + 1)", "print('the end')"]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells.insert(0, nbformat.v4.new_markdown_cell("# A title"))
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
+    slides.mark_slides(notebook)
+    notebook.cells[-1].metadata["slideshow"] = {"slide_type": "slide"}
+    assert notebook.cells[1].metadata.slideshow.slide_type == "skip"
+    nbformat.write(notebook, folder / "hidden.ipynb")
+    page = show("hidden").page
+    page.keyboard.press("Alt+A")
+    page.wait_for_selector("pre:has-text('42')")
+    page.wait_for_selector("pre:has-text('the end')", state="attached")
+    assert page.evaluate("location.hash") in ("", "#/", "#/slide-0-0")
+    page.keyboard.press("Space")
+    page.wait_for_function("location.hash === '#/slide-0-1'")
+
+
+def run_the_cell(visit: Visit, source: str) -> None:
+    """Go to the slide of the cell that holds `source` and press what a teacher would, without a click."""
+    cell = visit.page.locator(f".jp-CodeCell:has-text('{source}')").first
+    place = cell.evaluate("cell => cell.closest('section').id.split('-').slice(1)")
+    visit.page.evaluate("([column, row]) => { location.hash = `#/${column}/${row}` }", place)
+    visit.page.wait_for_selector(f"#slide-{place[0]}-{place[1]}.present .jp-CodeCell.jp-mod-active")
+    visit.page.keyboard.press("Control+Enter")
+
+
+def test_a_bet_is_laid_on_a_slide(show):
+    visit = show("07_prompt_playground")
+    run_the_cell(visit, 'prompt_playground", "inline_stop"')
+    visit.page.locator(".jupyter-widgets input[type=radio]").first.click()
+    visit.page.wait_for_function("/Right|Not so/.test(document.querySelector('.jupyter-widgets').innerText)")
+    slide = "document.querySelector('section.present section.present')"
+    assert visit.page.evaluate(f"{slide}.scrollHeight - {slide}.clientHeight") <= 0
+    assert unexpected(visit.errors) == []
+
+
+def test_the_playground_writes_on_a_slide(show):
+    visit = show("07_prompt_playground")
+    run_the_cell(visit, "Playground(")
+    visit.page.wait_for_selector(".np")
+    visit.set_tokens(5)
+    visit.generate("Once upon a time")
+    assert visit.page.locator(".np-status").first.inner_text() == "Wrote 5 tokens."
+    assert unexpected(visit.errors) == [] and visit.outside == []
