@@ -1,26 +1,34 @@
-"""Loading a model of a billion parameters must not need the memory of two."""
+"""Loading a model of a billion parameters must not need the memory of two, nor converting it the memory of one."""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from neox_lib.config import pythia
+from neox_lib.config import NeoXConfig, pythia
 from neox_lib.layout import layer_file_name, parameter_shapes, place_of
+from neox_lib.scale.huggingface_config import huggingface_fields
+from neox_lib.scale.huggingface_layout import their_name
+from neox_lib.scale.safetensors_writer import lay_out
 from neox_lib.sharding import shard_shape
 
 CONFIG = pythia("1b")
 RANKS = 2
 
 # Private memory is what no file backs: RssAnon and RssShmem. Pages of a mapped file are the system's to drop.
-LOAD = """
+WATCH = """
 import json, re, sys, threading, time
+import torch
 from neox_lib.checkpoint import load_slim
+from neox_lib.scale.convert import convert_to_huggingface, convert_to_slim
+from neox_lib.scale.loading import load_weights
+from neox_lib.scale.weights import open_weights
 
 def private_bytes():
     status = open("/proc/self/status").read()
@@ -36,14 +44,26 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
-model = load_slim(sys.argv[1])
+result = {work}
 seconds = time.perf_counter() - start
 done.set()
 watcher.join()
-sizes = [parameter.nbytes for parameter in model.parameters()]
-mapped = "model_states.pt" in open("/proc/self/maps").read()
-print(json.dumps({"peak": peak, "model": sum(sizes), "largest": max(sizes), "seconds": seconds, "mapped": mapped}))
+sizes = [parameter.nbytes for parameter in result.parameters()] if result else []
+mapped = any(name in open("/proc/self/maps").read() for name in ("model_states.pt", ".safetensors"))
+print(json.dumps({"peak": peak, "model": sum(sizes), "largest": max(sizes, default=0), "seconds": seconds,
+                  "mapped": mapped}))
 """
+LOAD_SLIM = "load_slim(sys.argv[1])"
+LOAD_HUGGINGFACE = "load_weights(open_weights(sys.argv[1]), 'cpu', lambda name: torch.float16)"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from /proc")
+
+
+def watched(work: str, *paths: Path) -> dict:
+    """What a process saw that did the work, an expression over these paths."""
+    words = [sys.executable, "-c", WATCH.replace("{work}", work), *map(str, paths)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def write_large(folder: Path) -> None:
@@ -65,17 +85,48 @@ def write_large(folder: Path) -> None:
     (folder / "config.json").write_text(CONFIG.to_json())
 
 
+def write_hollow_huggingface(folder: Path, config: NeoXConfig) -> None:
+    """A safetensors file of that shape whose weights are all zero, which a file system keeps without their bytes."""
+    specs = {their_name(name): (torch.float16, shape) for name, shape in parameter_shapes(config).items()}
+    start, _, nbytes = lay_out(specs, {})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(start)
+        file.truncate(nbytes)
+    (folder / "config.json").write_text(json.dumps(huggingface_fields(config, torch.float16)))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from /proc")
+@needs_proc
 @pytest.mark.skipif(psutil.virtual_memory().available < 4e9, reason="needs 4 GB of free memory")
-def test_loading_needs_the_model_and_one_tensor(tmp_path):
+@pytest.mark.parametrize("layout", ["slim", "huggingface"])
+def test_loading_needs_the_model_and_one_tensor(tmp_path, layout):
     """20B fits into 40 GB only when nothing is held twice: at most the model, its largest tensor and 0.4 GB, of which
     torch itself takes 0.15; and no file stays mapped."""
-    write_large(tmp_path)
-    result = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    if layout == "slim":
+        write_large(tmp_path)
+        found = watched(LOAD_SLIM, tmp_path)
+    else:
+        write_hollow_huggingface(tmp_path, CONFIG)
+        found = watched(LOAD_HUGGINGFACE, tmp_path)
     assert found["model"] == CONFIG.weight_bytes(torch.float16) > 2e9
     assert found["model"] < found["peak"] <= found["model"] + found["largest"] + 0.4e9, found
     assert not found["mapped"], "the files are still mapped after loading"
     print(f"{found['model'] / found['seconds'] / 1e6:.0f} MB/s")
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.skipif(psutil.disk_usage(tempfile.gettempdir()).free < 4e9, reason="needs 4 GB of free disk")
+def test_converting_holds_a_part_of_the_model_at_a_time(tmp_path):
+    """Files of 41 GB are converted on machines that could never hold them: beside torch's 0.3 GB at most three copies
+    of the largest tensor, far less than the model."""
+    config = pythia("410m")
+    for name in ("hollow", "slim", "back"):
+        (tmp_path / name).mkdir()
+    write_hollow_huggingface(tmp_path / "hollow", config)
+    largest, whole = 2 * config.vocab_size * config.hidden_size, config.weight_bytes(torch.float16)
+    to_slim = "convert_to_slim(sys.argv[1], sys.argv[2], ranks=2)"
+    for work, *paths in ((to_slim, "hollow", "slim"), ("convert_to_huggingface(*sys.argv[1:])", "slim", "back")):
+        found = watched(work, *(tmp_path / name for name in paths))
+        assert found["peak"] <= 0.3e9 + 3 * largest < 0.9 * whole, (work, found)
+        print(f"{found['peak'] / 1e6:.0f} MB at most, {whole / found['seconds'] / 1e6:.0f} MB/s")
