@@ -504,6 +504,23 @@ def test_what_another_revision_left_is_not_taken_for_this_one(hub, real, random_
     assert same_int8(download_int8(NAME, tmp_path / "small"), real, tmp_path)
 
 
+def test_a_whole_shard_of_another_revision_is_not_quantized_for_this_one(
+    hub, real, random_model, tmp_path, monkeypatch
+):
+    """It lies there under the same name, complete and with a right checksum: the other revision's."""
+    write_huggingface(random_model(CONFIG, 1).half(), tmp_path / "later", real / "tokenizer.json", shard_bytes=30_000)
+    hub.add(NAME, real)
+    hub.add(NAME, tmp_path / "later", "later")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unfinished, "write_each", stop)
+        download_int8(NAME, tmp_path / "small")
+    assert same_int8(download_int8(NAME, tmp_path / "small", "later"), tmp_path / "later", tmp_path)
+
+
 def test_another_revision_brings_its_own_config(hub, real, tmp_path):
     """With another's activation the weights would load, and write nonsense."""
     files = {path.name: path.read_bytes() for path in real.iterdir()}
