@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder (default: the model that ships with us)")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="checkpoint folder, or a name on the Hub (default: the model that ships with us)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
 
