@@ -133,8 +133,16 @@ def run_the_cell(visit: Visit, source: str) -> None:
     visit.page.keyboard.press("Control+Enter")
 
 
-def test_a_bet_is_laid_on_a_slide(show):
-    visit = show("07_prompt_playground")
+@pytest.fixture(scope="module")
+def playground_lesson(browser, lab) -> Iterator[Visit]:
+    visit = Visit(browser, f"{lab}07_prompt_playground.ipynb?token={TOKEN}")
+    visit.page.wait_for_selector(".reveal > .slide-number", state="attached")
+    yield visit
+    visit.close()
+
+
+def test_a_bet_is_laid_on_a_slide(playground_lesson):
+    visit = playground_lesson
     run_the_cell(visit, 'prompt_playground", "inline_stop"')
     visit.page.locator(".jupyter-widgets input[type=radio]").first.click()
     visit.page.wait_for_function("/Right|Not so/.test(document.querySelector('.jupyter-widgets').innerText)")
@@ -143,8 +151,8 @@ def test_a_bet_is_laid_on_a_slide(show):
     assert unexpected(visit.errors) == []
 
 
-def test_the_playground_writes_on_a_slide(show):
-    visit = show("07_prompt_playground")
+def test_the_playground_writes_on_a_slide(playground_lesson):
+    visit = playground_lesson
     run_the_cell(visit, "Playground(")
     visit.page.wait_for_selector(".np")
     visit.set_tokens(5)
