@@ -84,8 +84,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises whatever the damaged bytes lead it to
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"{path}: truncated, damaged or unreadable ({type(error).__name__}: {reason}); expected a .pt file of "
-            "weights. Fetch it again"
+            f"{path}: truncated, damaged or unreadable ({type(error).__name__}: {reason}); expected a "
+            f"{path.suffix or '.pt'} file of weights. Fetch it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(

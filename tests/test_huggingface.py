@@ -331,6 +331,12 @@ def hostile(folder: Path) -> None:
     torch.save({"gpt_neox.embed_in.weight": Hostile()}, folder / "pytorch_model.bin")
 
 
+def truncated_bin(folder: Path) -> None:
+    whole_bin(folder)
+    path = folder / "pytorch_model.bin"
+    os.truncate(path, path.stat().st_size // 2)
+
+
 def lose_shard(folder: Path) -> None:
     shard(folder, "safetensors")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -440,6 +446,7 @@ REFUSED = {
     ),
     "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is I8, expected float16"),
     "a pickle that runs code": (hostile, r"pytorch_model\.bin: refused, and nothing in it was run"),
+    "truncated bin": (truncated_bin, r"pytorch_model\.bin: truncated, damaged .*expected a \.bin file of weights"),
     "tokenizer of another model": (
         lambda folder: shutil.copy(SHIPPED_MODEL / "tokenizer.json", folder),
         r"tokenizer\.json: its ids end at 2047 and config\.json says vocab_size 128",
