@@ -17,6 +17,7 @@ from neox_lib.commands.info import format_bytes
 from neox_lib.commands.train import give_tokenizer
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
+from neox_lib.scale.fits import gib
 from neox_lib.slim_writer import write_slim
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
@@ -73,6 +74,8 @@ def test_no_cache_writes_the_same_text(checkpoint, capsys):
         (["generate", "x", "--device", "abacus"], "abacus"),
         (["generate", "\udcff"], "lone surrogate"),
         (["info", "no/such/folder"], "no/such/folder"),
+        (["info", "--preset", "3b"], "no Pythia of size '3b'"),
+        (["info", "--preset", "1b", "--tokens", "5000"], "context of 2048"),
         (["convert", "{model}", "{model}", "--ranks", "1"], "is the folder to read from"),
         (["convert", "{model}", "elsewhere", "--ranks", "3"], "3 ranks"),
     ],
@@ -94,8 +97,7 @@ def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, m
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")
     assert f"{config.parameter_count():,}" in out
-    assert format_bytes(config.weight_bytes(torch.float16)) in out
-    assert format_bytes(config.kv_cache_bytes(1, torch.float16)) in out
+    assert gib(config.weight_bytes(torch.float16)) in out and "int8" in out
     assert "layer_00-model_01-model_states.pt" in out and "block 1" in out
 
 

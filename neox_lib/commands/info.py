@@ -5,36 +5,66 @@ from pathlib import Path
 
 
 def add(commands) -> None:
-    description = "Config, parameters, bytes by precision and the files of a checkpoint, without loading its weights."
+    description = (
+        "Config, parameters, files, and for each precision the bytes, whether they fit into this machine's free memory "
+        "and how fast to expect the model. Loads no weights."
+    )
     parser = commands.add_parser("info", help="what a checkpoint is and what it costs", description=description)
-    parser.add_argument("model", nargs="?", help="checkpoint folder (default: the model that ships with us)")
+    parser.add_argument("model", nargs="?", help="checkpoint folder or int8 file (default: the model that ships)")
+    parser.add_argument("--preset", metavar="NAME", help="a shape instead of files: neox_20b, tiny, or 14m to 12b")
+    parser.add_argument("--tokens", type=int, help="text that the cache holds (default: the whole context)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from neox_lib.checkpoint import describe_slim
-    from neox_lib.files import SHIPPED_MODEL
-    from neox_lib.scale.huggingface import HuggingFaceWeights, describe_huggingface
-    from neox_lib.scale.loading import DTYPES
-    from neox_lib.scale.weights import open_weights
+    import psutil
 
-    folder = Path(arguments.model) if arguments.model else SHIPPED_MODEL
-    weights = open_weights(folder)
-    config = weights.config
+    from neox_lib.files import SHIPPED_MODEL
+    from neox_lib.scale.bench import memory_bandwidth
+    from neox_lib.scale.fits import format_needs, preset
+
+    if arguments.preset is not None and arguments.model is not None:
+        raise ValueError("give a checkpoint or --preset, not both")
+    if arguments.preset is not None:
+        config, stored, files = preset(arguments.preset), None, []
+    else:
+        config, stored, files = describe(Path(arguments.model) if arguments.model else SHIPPED_MODEL)
+    tokens = config.max_position_embeddings if arguments.tokens is None else arguments.tokens
+    if not 1 <= tokens <= config.max_position_embeddings:
+        raise ValueError(f"--tokens must be from 1 to the context of {config.max_position_embeddings}, got {tokens}")
     for field in dataclasses.fields(config):
         print(f"{field.name:26} {getattr(config, field.name)}")
     print(f"{'parameters':26} {config.parameter_count():,}")
-    print(f"{'stored as':26} {str(weights.dtype).removeprefix('torch.')}")
-    for name, dtype in DTYPES.items():
-        needed, cache = config.weight_bytes(dtype), config.kv_cache_bytes(1, dtype)
-        print(f"{'in ' + name:26} {format_bytes(needed)} of weights, {format_bytes(cache)} of KV cache a token")
+    if stored is not None:
+        print(f"{'stored as':26} {stored}")
     print()
-    rows = describe_huggingface(weights) if isinstance(weights, HuggingFaceWeights) else describe_slim(folder)
-    width = max(24, *(len(row.part) for row in rows))
-    for row in rows:
-        print(f"{row.file:42} {row.part:{width}} {format_bytes(row.nbytes):>10}")
+    print(format_needs(config, tokens, psutil.virtual_memory().available, memory_bandwidth(128, repeats=3)))
+    if files:
+        print()
+    width = max(24, *(len(part) for _, part, _ in files)) if files else 0
+    for file, part, nbytes in files:
+        print(f"{file:42} {part:{width}} {format_bytes(nbytes):>10}")
+
+
+def describe(path: Path):
+    """Config, dtype in words and (file, part, bytes) of each file of a checkpoint."""
+    from neox_lib.checkpoint import describe_slim
+    from neox_lib.layout import is_slim
+    from neox_lib.scale.huggingface import HuggingFaceWeights, describe_huggingface
+    from neox_lib.scale.huggingface_layout import is_huggingface
+    from neox_lib.scale.int8_file import find_int8, open_int8
+    from neox_lib.scale.weights import open_weights
+
+    if (found := find_int8(path)) is not None and not (is_slim(path) or is_huggingface(path)):
+        file, config, source, _ = open_int8(found)
+        words = str(source).removeprefix("torch.")
+        return config, f"int8, from {words}", [(file.name, "the whole model", file.stat().st_size)]
+    weights = open_weights(path)
+    rows = describe_huggingface(weights) if isinstance(weights, HuggingFaceWeights) else describe_slim(path)
+    files = [(row.file, row.part, row.nbytes) for row in rows]
+    return weights.config, str(weights.dtype).removeprefix("torch."), files
 
 
 def format_bytes(count: int) -> str:
