@@ -110,7 +110,7 @@ def glance(state: State, stopping: threading.Event) -> None:
     Needs a cache that holds the text, and leaves it as it was: the run goes on as if nobody had looked.
     """
     road, position = state.roads.road, state.chosen
-    if state.candidates or not 0 < position < len(road.ids):
+    if state.scored == position or not 0 < position < len(road.ids):
         return
     state.recall.keep(road.ids)
     try:
@@ -121,22 +121,21 @@ def glance(state: State, stopping: threading.Event) -> None:
 
 
 def keep_scores(state: State, position: int, logits: torch.Tensor) -> None:
-    """Keep the likeliest tokens at a position, unless another one has been chosen meanwhile."""
+    """Keep the likeliest tokens at a position, and what stands there."""
     ids = state.roads.road.ids
-    found = likeliest(logits, state.tokenizer)
-    taken = candidate(logits, state.tokenizer, ids[position]) if position < len(ids) else None
-    if state.chosen == position:
-        state.taken, state.candidates = taken, found
+    state.candidates = likeliest(logits, state.tokenizer)
+    state.taken = candidate(logits, state.tokenizer, ids[position]) if position < len(ids) else None
+    state.scored = position  # last: another position may be chosen at any moment, and then these are not shown
 
 
 def look(state: State, stopping: threading.Event, say: Say, status: str = "") -> None:
-    """Score what could stand at the chosen position and, when watched, what its token looks at."""
+    """Score what could stand at the chosen position, if nobody has, and, when watched, what its token looks at."""
     road, position = state.roads.road, state.chosen
-    state.forget_looks()
+    state.attention = None
     say("looking", status or "Looking.")
     report = progress(stopping, say, "Looking")
     try:
-        if position > 0:
+        if position > 0 and state.scored != position:
             keep_scores(state, position, state.recall.logits_after(road.ids[:position], report))
         if state.watching:
             state.attention = attention_of_last(state.model, road.ids[: position + 1], report)

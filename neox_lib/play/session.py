@@ -135,7 +135,7 @@ class Session:
     def take(self, token_id: int) -> None:
         """Put another token at the chosen position: a road forks off there and is written on."""
         position, found = self.state.chosen, {each.token_id: each.score for each in self.state.candidates}
-        if token_id not in found:
+        if token_id not in found or self.state.scored != position:
             return self.say("idle", "That token is not among the ones shown; choose a position first.")
 
         def job(stopping: threading.Event) -> None:
@@ -149,6 +149,7 @@ class Session:
 
         def job(stopping: threading.Event) -> None:
             self.state.chosen = len(self.state.roads.choose(number).ids)
+            self.state.forget_looks()
             jobs.look(self.state, stopping, self.say)
 
         self._ask("change", job)

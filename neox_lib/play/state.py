@@ -17,8 +17,9 @@ class State:
     """A model, a prompt, what has been written, and what is looked at.
 
     `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
-    the road in hand; its length stands for the token that is still to come. `taken` is what stands at the chosen
-    position, with its rank there, and `attention` what its token looks at, `[L, H, T]`, if `watching`.
+    the road in hand; its length stands for the token that is still to come. `candidates` could stand at position
+    `scored`, which need not be the chosen one yet, and `taken` stands there. `attention` is what the chosen token looks
+    at, `[L, H, T]`, if `watching`.
     """
 
     model: NeoXModel
@@ -33,6 +34,7 @@ class State:
     chosen: int = 0
     candidates: list[Candidate] = field(default_factory=list)
     taken: Candidate | None = None
+    scored: int | None = None
     watching: bool = False
     attention: Tensor | None = None
     layer: int = 0
@@ -51,4 +53,4 @@ class State:
         return self.model.config.max_position_embeddings
 
     def forget_looks(self) -> None:
-        self.candidates, self.taken, self.attention = [], None, None
+        self.candidates, self.taken, self.scored, self.attention = [], None, None, None

@@ -87,13 +87,14 @@ def candidate_row(each: Candidate) -> list:
 def bars_view(state: State, text: Text) -> dict:
     """The likeliest tokens at the chosen position as [id, text, log-probability, rank], and what stands there."""
     before = text_of(text.pieces[: state.chosen])
-    shares = sum(math.exp(each.score) for each in state.candidates)
+    candidates, taken = (state.candidates, state.taken) if state.scored == state.chosen else ([], None)
+    shares = sum(math.exp(each.score) for each in candidates)
     return {
         "position": state.chosen,
         "before": before[-40:],
-        "rows": [candidate_row(each) for each in state.candidates],
+        "rows": [candidate_row(each) for each in candidates],
         "rest": round(max(0.0, 1 - shares), 4),
-        "taken": candidate_row(state.taken) if state.taken else None,
+        "taken": candidate_row(taken) if taken else None,
     }
 
 
