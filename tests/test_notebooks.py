@@ -17,7 +17,7 @@ from neox_lib.lesson.store import run_and_store
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-BUILDING = [path for path in PATHS if "01" <= path.name[:2] <= "06"]
+BUILDING = [path for path in PATHS if path.name[:2] not in ("00", "07")]
 PARTS = ["Where we are", "Before you start", "Your turn", "Bug museum", "Promote", "Recap", "Where next", "Sources"]
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

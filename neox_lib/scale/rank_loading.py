@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -40,21 +40,26 @@ def stored_parts(path: Path, config: NeoXConfig) -> Iterator[tuple[str, list[Ten
             yield names[key], parts
 
 
-def load_rank(
-    path: Path, config: NeoXConfig, rank: int, ranks: int, device: torch.device, dtype: Callable[[str], torch.dtype]
+def build_rank(
+    config: NeoXConfig,
+    stored: Iterable[tuple[str, list[Tensor]]],
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    dtype: Callable[[str], torch.dtype],
 ) -> NeoXModel:
-    """One rank's model, its parameters on `device` in `dtype(name)`; the others' matrices are never read.
+    """One rank's model, its parameters on `device` in `dtype(name)`; of `stored`, the others' matrices are not read.
 
-    Raises CheckpointError as `share_of` and `stored_parts` do.
+    Raises CheckpointError as `share_of` does, and what `stored` raises.
     """
     share = share_of(config, ranks)
     with torch.device("meta"), WithoutInitialValues():
         model = NeoXModel(share)
         model.layers = nn.ModuleList(SplitBlock(share, index) for index in range(share.num_hidden_layers))
-    for name, parts in stored_parts(path, config):
+    for name, parts in stored:
         part = own_part(name, parts, rank, ranks)
-        path_of_module, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path_of_module)
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
         if part is not None:
             part = nn.Parameter(part.to(device, dtype(name)), requires_grad=False)
             if isinstance(module, nn.Linear) and leaf == "weight":
@@ -90,6 +95,7 @@ def create_rank_model(
     check_memory(share_of(weights.config, ranks // together), precision, chosen_device)
     if precision.matrices != precision.others:
         print(f"neox_lib: {precision.reason}", file=sys.stderr)
-    model = load_rank(folder, weights.config, rank, ranks, chosen_device, precision.dtype_of)
+    stored = stored_parts(folder, weights.config)
+    model = build_rank(weights.config, stored, rank, ranks, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
     return use_fast_linear(model) if chosen_device.type == "cpu" else model

@@ -167,8 +167,8 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments, device: str = "cp
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:  # it imports torch once, for all ranks of all calls
-        context.set_forkserver_preload(["torch", "torch.distributed", "neox_lib.scale.ranks"])
+    if "forkserver" in methods:  # it imports what the first work needs once, for all ranks of all calls
+        context.set_forkserver_preload(["neox_lib.scale.ranks", work.__module__])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     processes, pipes = [], []

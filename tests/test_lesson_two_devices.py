@@ -1,0 +1,191 @@
+"""Notebook 09: its exercises judge rightly, its museum is caught by the checks that it names, its ranks report."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neox_lib.lesson import two_devices
+from neox_lib.lesson.exercises import two_devices as exercises
+from neox_lib.lesson.figures_two_devices import meetings
+from neox_lib.scale.ranks import RankFailed, on_ranks
+from tests.lessons import Lesson
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+CHECKS = {"my_block": exercises.block, "my_embed": exercises.embed, "my_bytes_sent": exercises.bytes_sent}
+
+
+@pytest.fixture(scope="module")
+def lesson() -> Lesson:
+    return Lesson("09_two_devices")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_stub_is_told_kindly(lesson, name):
+    result = CHECKS[name](lesson.stub(name))
+    assert not result.passed and result.message == f"Not written yet: {name} is still a stub."
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_folded_solution_passes(lesson, name):
+    result = CHECKS[name](lesson.solution(name))
+    assert result.passed, result.message
+    assert ("Once upon a time" in result.message) == (name == "my_block"), "the heart writes a story"
+
+
+def partial_sums(hidden, blocks, cos, sin, caches):
+    """What each device adds, its own cache asked."""
+    pairs = zip(blocks, caches, strict=True)
+    attended = [block.attention(block.input_layernorm(hidden), cos, sin, cache) for block, cache in pairs]
+    return [a + block.mlp(block.post_attention_layernorm(hidden)) for a, block in zip(attended, blocks, strict=True)]
+
+
+def adds_x_everywhere(hidden, blocks, cos, sin, caches, all_reduce):
+    return all_reduce([hidden + each for each in partial_sums(hidden, blocks, cos, sin, caches)])
+
+
+def forgets_x(hidden, blocks, cos, sin, caches, all_reduce):
+    return all_reduce(partial_sums(hidden, blocks, cos, sin, caches))
+
+
+def takes_the_mean(hidden, blocks, cos, sin, caches, all_reduce):
+    return hidden + all_reduce(partial_sums(hidden, blocks, cos, sin, caches)) / len(blocks)
+
+
+def waits_for_attention(hidden, blocks, cos, sin, caches, all_reduce):
+    pairs = zip(blocks, caches, strict=True)
+    attended = [block.attention(block.input_layernorm(hidden), cos, sin, cache) for block, cache in pairs]
+    hidden = hidden + all_reduce(attended)
+    return hidden + all_reduce([block.mlp(block.post_attention_layernorm(hidden)) for block in blocks])
+
+
+def meets_twice(hidden, blocks, cos, sin, caches, all_reduce):
+    pairs = zip(blocks, caches, strict=True)
+    attended = all_reduce([block.attention(block.input_layernorm(hidden), cos, sin, cache) for block, cache in pairs])
+    return hidden + attended + all_reduce([block.mlp(block.post_attention_layernorm(hidden)) for block in blocks])
+
+
+def adds_without_the_wire(hidden, blocks, cos, sin, caches, all_reduce):
+    return hidden + sum(partial_sums(hidden, blocks, cos, sin, caches))
+
+
+def one_cache_for_all(hidden, blocks, cos, sin, caches, all_reduce):
+    return hidden + all_reduce(partial_sums(hidden, blocks, cos, sin, [caches[0]] * len(blocks)))
+
+
+def one_tensor_on_the_wire(hidden, blocks, cos, sin, caches, all_reduce):
+    return hidden + all_reduce(sum(partial_sums(hidden, blocks, cos, sin, caches)))
+
+
+def changes_its_input(hidden, blocks, cos, sin, caches, all_reduce):
+    hidden += all_reduce(partial_sums(hidden, blocks, cos, sin, caches))
+    return hidden
+
+
+def counts_from_the_end(input_ids, rows, first):
+    row = input_ids - first
+    return F.embedding(row.where(row < len(rows), 0) % len(rows), rows).masked_fill((row >= len(rows))[..., None], 0)
+
+
+def looks_up_all(input_ids, rows, first):
+    return rows[input_ids]
+
+
+def zeros_nowhere(input_ids, rows, first):
+    return rows[(input_ids - first).clamp(0, len(rows) - 1)]
+
+
+def changes_the_ids(input_ids, rows, first):
+    input_ids -= first
+    elsewhere = (input_ids < 0) | (input_ids >= len(rows))
+    return F.embedding(input_ids.masked_fill(elsewhere, 0), rows).masked_fill(elsewhere[..., None], 0)
+
+
+def forgets_the_embedding(config, tokens, ranks, dtype):
+    meeting = 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) - meeting * dtype.itemsize
+
+
+def always_once(config, tokens, ranks, dtype):
+    meetings = 1 + config.num_hidden_layers
+    numbers = meetings * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    return (numbers + (ranks - 1) * config.vocab_size // ranks) * dtype.itemsize
+
+
+def scores_every_token(config, tokens, ranks, dtype):
+    more = (tokens - 1) * (ranks - 1) * config.vocab_size // ranks
+    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) + more * dtype.itemsize
+
+
+WRONG = {
+    "my_block": {
+        adds_x_everywhere: "x once for each device",
+        forgets_x: "the sum without x",
+        takes_the_mean: "the mean of the partial sums",
+        waits_for_attention: "the sequential residual",
+        meets_twice: "meet 2 times, once is enough",
+        adds_without_the_wire: "meet 0 times",
+        one_cache_for_all: "its own cache",
+        one_tensor_on_the_wire: "a list with one tensor from each",
+        changes_its_input: "changes its input",
+    },
+    "my_embed": {
+        counts_from_the_end: "counted from the end",
+        looks_up_all: "must not be looked up here",
+        zeros_nowhere: "should be",
+        changes_the_ids: "changes the ids",
+    },
+    "my_bytes_sent": {
+        forgets_the_embedding: "the meeting of the embeddings is missing",
+        always_once: "a sequential block meets twice",
+        scores_every_token: "the last token alone is scored",
+    },
+}
+TRIES = [(name, wrong, says) for name, tries in WRONG.items() for wrong, says in tries.items()]
+
+
+@pytest.mark.parametrize(("name", "wrong", "says"), TRIES, ids=lambda value: getattr(value, "__name__", None))
+def test_a_wrong_try_hears_which_property_failed(name, wrong, says):
+    """And no wrong block tells a story."""
+    result = CHECKS[name](wrong)
+    assert not result.passed and says in result.message, result.message
+    assert "raised" not in result.message.replace("raised IndexError", "") and "Once upon" not in result.message
+
+
+def test_wrong_tries_are_told_apart():
+    for name, tries in WRONG.items():
+        assert len({CHECKS[name](wrong).message for wrong in tries}) == len(tries), name
+
+
+CAUGHT = {  # by: shapes; one device; two devices, untrained; two devices, trained
+    "bias_on_every_rank": [True, True, True, False],
+    "flat_thirds": [True, True, False, False],
+    "stream_on_every_rank": [True, True, False, False],
+}
+
+
+def test_each_piece_of_the_museum_is_caught_by_the_checks_that_the_notebook_names(lesson):
+    names = lesson.names
+    assert list(names["found"]) == ["shapes", "one device", "two, untrained", "two, trained"]
+    assert list(names["versions"]) == ["right", *CAUGHT]
+    columns = list(zip(*names["found"].values(), strict=True))
+    assert columns[0] == (True,) * 4, "the right way passes every check"
+    for source, (name, passes), column in zip(lesson.museum(), CAUGHT.items(), columns[1:], strict=True):
+        assert f"def {name}(" in source and list(column) == passes
+
+
+def test_the_real_ranks_told_what_the_prose_says(lesson):
+    names = lesson.names
+    assert [report["story"] for report in names["reports"]] == [names["alone"]] * 2
+    assert names["counted"]["parallel residual"] == {"all-reduce": 7, "all-gather": 1}
+    assert names["counted"]["parallel, PyTorch's plan"] == {"all-reduce": 13, "all-gather": 1}
+    assert not torch.equal(names["first"]["hidden"], names["second"]["hidden"])
+
+
+def test_a_lost_rank_raises_so_that_the_cell_shows_something():
+    with pytest.raises(RankFailed, match="lost"):
+        on_ranks(2, two_devices.leave_early)
+
+
+def test_the_figure_has_one_meeting_above_and_two_below():
+    above, below = meetings().figure.axes
+    assert [sum(text.get_text() == "all-reduce" for text in axes.texts) for axes in (above, below)] == [1, 2]
