@@ -152,7 +152,12 @@ class Visit:
         self.wait(f"document.querySelectorAll('.np').length === {len(CELLS)}")
 
     def wait(self, condition: str) -> None:
-        self.page.wait_for_function(condition)
+        """Wait until a condition holds in the page; if it never does, say what the first playground shows instead."""
+        try:
+            self.page.wait_for_function(condition, polling=50)  # not with each frame: a busy machine draws none
+        except Exception as error:
+            shown = self.page.locator(".np").first.inner_text() if self.page.locator(".np").count() else "no playground"
+            raise AssertionError(f"{condition} never came; shown was:\n{shown[:1500]}") from error
 
     def phase(self, phase: str) -> None:
         self.wait(f"document.querySelector('.np').dataset.phase === '{phase}'")
