@@ -17,6 +17,7 @@ PROMOTED = [
     "cache",
     "generation",
     "streaming",
+    "scale.quantization",
     "scale.parallel",
 ]
 LONGEST = 50  # lines, docstring and decorators included
