@@ -6,7 +6,9 @@ memory is its own too. What it found is printed and kept in FOLDER/results.json.
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import platform
 import re
@@ -40,20 +42,20 @@ def peak_resident() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def in_page_cache(path: Path, samples: int = 1000) -> float:
-    """The share of a file that the system has in memory, by looking at some places of it; nan where it can't tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
+def in_page_cache(path: Path) -> float:
+    """The share of a file that the system has in memory; nan where it can't tell. Brings nothing there itself.
+
+    By `mincore`: a read that must not wait would make the system read ahead.
+    """
+    if not sys.platform.startswith("linux"):
         return float("nan")
-    found, size, byte = 0, path.stat().st_size, bytearray(1)
-    with path.open("rb") as file:
-        for number in range(samples):
-            try:
-                found += os.preadv(file.fileno(), [byte], size * number // samples, os.RWF_NOWAIT)
-            except BlockingIOError:
-                pass
-            except OSError:
-                return float("nan")
-    return found / samples
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        pages = bytearray(-(-len(mapping) // mmap.PAGESIZE))
+        begin, found = ctypes.c_char.from_buffer(mapping), ctypes.c_char.from_buffer(pages)
+        length, mincore = ctypes.c_size_t(len(mapping)), ctypes.CDLL(None).mincore
+        failed = mincore(ctypes.byref(begin), length, ctypes.byref(found))
+        del begin, found  # a mapping that is pointed to can't be closed
+    return float("nan") if failed else sum(page & 1 for page in pages) / len(pages)
 
 
 def drop_from_page_cache(path: Path) -> None:
@@ -112,14 +114,22 @@ def convert(arguments: argparse.Namespace) -> dict:
     return {"bytes": file.stat().st_size}
 
 
+def int8_of(folder: Path) -> Path:
+    """The int8 file of an earlier phase."""
+    from neox_lib.scale.int8_file import find_int8
+
+    file = find_int8(folder / "int8")
+    if file is None:
+        raise ValueError(f"{folder / 'int8'}: no int8 model there; run the phases write and convert first")
+    return file
+
+
 def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int) -> dict:
     """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one."""
     from neox_lib.generation import stream_generate
-    from neox_lib.scale.int8_file import find_int8
     from neox_lib.scale.loading import create_model
 
-    file = find_int8(arguments.folder / "int8")
-    assert file is not None
+    file = int8_of(arguments.folder)
     cached, started = in_page_cache(file), time.perf_counter()
     model = create_model(file, device="cpu")
     load = time.perf_counter() - started
@@ -144,10 +154,7 @@ def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int) 
 
 
 def run_cold(arguments: argparse.Namespace) -> dict:
-    from neox_lib.scale.int8_file import find_int8
-
-    file = find_int8(arguments.folder / "int8")
-    assert file is not None
+    file = int8_of(arguments.folder)
     drop_from_page_cache(file)
     return load_and_write(arguments, PROMPT, 1)
 

@@ -80,6 +80,7 @@ def quantized(
             yield scale_name(name), scales
         else:
             yield name, tensor.to(embedding) if tensor.dim() == 2 else tensor.float()
+        del tensor  # before the next one comes
 
 
 def write_int8(
@@ -97,6 +98,7 @@ def write_int8(
     if path.is_file() and file != path:
         raise CheckpointError(f"{path}: a file; give a folder or a name that ends in {INT8_ENDING}")
     config, dtype = weights.config, weights.dtype
+    weights.dtypes()  # refuses weights that are quantized already
     specs, tensors = int8_specs(config, dtype), quantized(weights.tensors(), dtype)
     write_safetensors(file, specs, tensors, int8_metadata(config, dtype), freed_meanwhile)
     if tokenizer is not None:

@@ -34,14 +34,16 @@ def random_tensors(config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
     place of its own.
     """
     generator = torch.Generator().manual_seed(0)
-    block = torch.empty(BLOCK_NUMBERS).normal_(std=0.02, generator=generator).half()
-    for name, shape in parameter_shapes(config).items():
+    shapes = parameter_shapes(config)
+    size = min(BLOCK_NUMBERS, 37 + max(math.prod(shape) for shape in shapes.values()))
+    block = torch.empty(size).normal_(std=0.02, generator=generator).half()
+    for name, shape in shapes.items():
         if len(shape) == 1:
             yield name, torch.full(shape, float(name.endswith("norm.weight")), dtype=torch.float16)
             continue
         numbers = torch.empty(math.prod(shape), dtype=torch.float16)
-        block = block.roll(zlib.crc32(name.encode()) % BLOCK_NUMBERS)
-        for part in numbers.split(BLOCK_NUMBERS):
+        block = block.roll(zlib.crc32(name.encode()) % size)
+        for part in numbers.split(size):
             part.copy_(block[: len(part)])
         yield name, numbers.view(shape)
 

@@ -1,0 +1,378 @@
+"""The int8 file: written whole or not at all, loaded by mapping, shared between processes, refused when it is wrong."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors
+import torch
+
+from neox_lib import create_tokenizer
+from neox_lib.__main__ import main
+from neox_lib.config import NeoXConfig, tiny
+from neox_lib.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.scale import int8_file
+from neox_lib.scale.int8_file import (
+    INT8_FILE,
+    build_int8,
+    find_int8,
+    int8_bytes,
+    int8_metadata,
+    int8_specs,
+    load_int8,
+    open_int8,
+    quantized,
+    write_int8,
+)
+from neox_lib.scale.loading import create_model
+from neox_lib.scale.mapped_file import read_ahead
+from neox_lib.scale.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
+from neox_lib.scale.weights import ModelWeights, open_weights
+
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The shipped model in int8, with its tokenizer."""
+    path = tmp_path_factory.mktemp("int8") / "model"
+    write_int8(open_weights(SHIPPED_MODEL), path, SHIPPED_MODEL / "tokenizer.json")
+    return path
+
+
+def edited(file: Path, target: Path, change) -> Path:
+    """A copy of an int8 file whose header `change(header)` has altered; the tensors' bytes stay."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    target.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    return target
+
+
+def test_the_file_gives_the_model_that_quantizing_while_loading_gives(folder):
+    ids = torch.arange(2, 90)[None]
+    quantized_now = create_model(device="cpu", dtype="int8")
+    expected = quantized_now(ids)
+    for path in (folder, str(folder), folder / INT8_FILE):
+        model = create_model(path, device="cpu")
+        assert torch.equal(model(ids), expected)
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+        assert create_tokenizer(path).get_vocab_size() == 2048
+    assert torch.equal(
+        load_int8(folder).state_dict()["layers.3.attention.dense.weight"],
+        quantized_now.state_dict()["layers.3.attention.dense.weight"],
+    )
+
+
+def test_other_programs_can_read_the_file(folder):
+    """One plain safetensors file: names, dtypes and shapes are what the specs say, and every tensor is aligned."""
+    with safetensors.safe_open(folder / INT8_FILE, "pt") as file:
+        assert set(file.keys()) == set(int8_specs(tiny()))
+        for name, (dtype, shape) in int8_specs(tiny()).items():
+            tensor = file.get_tensor(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
+        assert file.metadata()["source_dtype"] == "float16" and file.metadata()["version"] == "1"
+    for name, tensor in open_int8(folder)[3].items():
+        assert tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous(), name
+    assert (folder / INT8_FILE).stat().st_size < int8_bytes(tiny()) + 20_000
+
+
+def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
+    file = write_int8(ModelWeights(create_model(device="cpu", dtype="float32")), tmp_path / "mine.int8.safetensors")
+    assert file.name == "mine.int8.safetensors" and find_int8(tmp_path) == file
+    ids = torch.arange(2, 50)[None]
+    assert (load_int8(file)(ids) - load_int8(folder)(ids)).abs().max() < 2e-2  # its embedding is not rounded to fp16
+
+
+def test_a_tied_model_has_one_embedding_and_no_output_matrix(random_model, tmp_path):
+    import dataclasses
+
+    model = random_model(dataclasses.replace(tiny(), tie_word_embeddings=True))
+    loaded = load_int8(write_int8(ModelWeights(model), tmp_path / "tied"))
+    assert loaded.final_linear.weight is loaded.word_embeddings.weight
+    ids = torch.arange(2, 60)[None]
+    assert (loaded(ids) - model(ids)).abs().mean() < 0.05 * model(ids).std()
+
+
+def test_int8_is_no_source(folder, tmp_path, capsys):
+    for target in ("slim", "huggingface", "int8"):
+        assert main(["convert", str(folder), str(tmp_path / "out"), "--to", target]) == 2
+        assert "int8 weights, which can be run but not converted" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="quantized model can't be saved"):
+        write_int8(ModelWeights(load_int8(folder)), tmp_path / "again")
+    with pytest.raises(ValueError, match="dtype must be auto or int8"):
+        create_model(folder, dtype="float16")
+
+
+def test_the_commands_write_run_and_describe_it(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(SHIPPED_MODEL), str(out), "--to", "int8"]) == 0
+    assert main(["generate", "Once upon a time", "--model", str(out), "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Once upon a time")
+    assert main(["info", str(out)]) == 0
+    assert "int8, from float16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 500, -1])
+def test_a_truncated_file_is_named(folder, tmp_path, length):
+    raw = (folder / INT8_FILE).read_bytes()
+    short = tmp_path / "short.int8.safetensors"
+    short.write_bytes(raw[:length])
+    with pytest.raises(CheckpointError, match=r"short\.int8\.safetensors: truncated, damaged"):
+        create_model(short)
+
+
+@pytest.mark.parametrize("at", [0, 5, 9, 100])
+def test_a_damaged_header_is_named(folder, tmp_path, at):
+    raw = bytearray((folder / INT8_FILE).read_bytes())
+    raw[at : at + 3] = b"\xff\xff\xff"
+    damaged = tmp_path / "damaged.int8.safetensors"
+    damaged.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"damaged\.int8\.safetensors"):
+        create_model(damaged)
+
+
+def set_metadata(**words: str):
+    return lambda header: header["__metadata__"].update(words)
+
+
+def lie(**fields):
+    def change(header):
+        config = json.loads(header["__metadata__"]["config"]) | fields
+        header["__metadata__"]["config"] = json.dumps(config)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (set_metadata(version="2"), "version 2, expected 1; convert the checkpoint anew"),
+        (set_metadata(format="other"), "not an int8 file of this library"),
+        (lambda header: header.pop("__metadata__"), "not an int8 file of this library"),
+        (set_metadata(config="{}}"), "damaged metadata"),
+        (set_metadata(config='{"hidden_size": "wide"}'), "damaged metadata"),
+        (set_metadata(source_dtype="float8"), "damaged metadata"),
+        (set_metadata(source_dtype="bfloat16"), "word_embeddings.weight is torch.float16"),
+        (lie(intermediate_size=384), "dense_h_to_4h.weight is torch.int8 .768, 192., the config in the file expects"),
+        (lie(num_hidden_layers=7), "layers.6.input_layernorm.weight is nothing"),
+        (lie(num_hidden_layers=5), "layers.5.input_layernorm.weight is torch.float32 .192., .* expects nothing"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_refused_in_one_line(folder, tmp_path, change, said):
+    file = edited(folder / INT8_FILE, tmp_path / "edited.int8.safetensors", change)
+    with pytest.raises(CheckpointError, match=said) as error:
+        create_model(file)
+    assert "edited.int8.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_without_int8_says_what_was_expected(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no int8 model; expected a NAME\.int8\.safetensors"):
+        load_int8(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.int8.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"a\.int8\.safetensors, b\.int8\.safetensors; give the path of one"):
+        load_int8(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="give a folder or a name that ends in"):
+        write_int8(open_weights(SHIPPED_MODEL), tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_interruption_in_the_middle_leaves_the_old_file_whole(folder, tmp_path, monkeypatch, error):
+    file = write_int8(open_weights(SHIPPED_MODEL), tmp_path)
+    before = file.read_bytes()
+
+    def stop(tensors, embedding=None):
+        for number, item in enumerate(quantized(tensors, embedding)):
+            if number == 20:
+                raise error
+            yield item
+
+    monkeypatch.setattr(int8_file, "quantized", stop)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)) as raised:
+        write_int8(open_weights(SHIPPED_MODEL), tmp_path)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(raised.value)
+
+
+@ON_LINUX
+def test_a_disk_that_is_full_refuses_for_real(tmp_path):
+    """Not a pretended error: a limit on the size of files, which the system holds to in the middle of writing."""
+    code = (
+        "import resource, signal, sys; from neox_lib.__main__ import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2)\n"
+        "sys.exit(main(['convert', sys.argv[1], sys.argv[2], '--to', 'int8']))"
+    )
+    target = tmp_path / "full"
+    words = [sys.executable, "-c", code, str(SHIPPED_MODEL), str(target)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "could not be written (File too large)" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not list(target.iterdir())
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 1_000_000)
+    monkeypatch.setattr(int8_file, "quantize_rows", lambda *words: pytest.fail("read weights that have no room"))
+    with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB free"):
+        write_int8(open_weights(SHIPPED_MODEL), tmp_path / "out")
+
+
+def test_a_tensor_that_is_not_as_announced_leaves_no_file(tmp_path):
+    specs = {"a": (torch.int8, (2, 3)), "b": (torch.float32, (2,))}
+    a, b = torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2)
+    wrong = [
+        ([("a", a)], "b: announced, and never came"),
+        ([("a", a), ("b", b), ("b", b)], "b: came twice"),
+        ([("a", a.float()), ("b", b)], "a: is torch.float32"),
+        ([("a", a.T), ("b", b)], r"a: is torch.int8 \[3, 2\], announced as torch.int8 \[2, 3\]"),
+    ]
+    for tensors, said in wrong:
+        with pytest.raises(CheckpointError, match=said):
+            write_safetensors(tmp_path / "x.safetensors", specs, tensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_order_of_tensors_and_odd_sizes_make_the_same_file(tmp_path):
+    """Views, transposed tensors and sizes that no alignment divides come out as they are."""
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.int8),
+        "turned": torch.arange(6.0).view(2, 3).T,
+        "half": torch.tensor([1.5, -2.0, 3.0]).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "one": torch.tensor(3.0),
+        "view": torch.arange(10, dtype=torch.float16)[3:6],
+    }
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "a.safetensors", specs, tensors.items(), {"k": "é"})
+    write_safetensors(tmp_path / "b.safetensors", specs, reversed(tensors.items()), {"k": "é"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"k": "é"}
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor) and file.get_tensor(name).dtype == tensor.dtype
+    with pytest.raises(ValueError, match=r"z is torch\.complex64"):
+        lay_out({"z": (torch.complex64, (1,))}, {})
+
+
+def test_a_loaded_file_can_be_replaced_and_is_let_go(folder, tmp_path, random_model):
+    """The model in use keeps its old weights; once it is gone nothing is mapped any more."""
+    file = write_int8(open_weights(SHIPPED_MODEL), tmp_path)
+    model, ids = load_int8(file), torch.arange(2, 40)[None]
+    before = model(ids)
+    write_int8(ModelWeights(random_model(tiny())), tmp_path)
+    assert torch.equal(model(ids), before)
+    assert not torch.allclose(load_int8(file)(ids), before)
+    del model
+    mapped = [region.path for region in psutil.Process().memory_maps() if region.path.startswith(str(tmp_path))]
+    assert not mapped
+
+
+def test_what_is_written_into_a_loaded_model_never_reaches_the_file(folder):
+    before = (folder / INT8_FILE).read_bytes()
+    with torch.no_grad():
+        load_int8(folder).layers[0].attention.dense.weight.zero_()
+    assert (folder / INT8_FILE).read_bytes() == before
+
+
+LOAD = """
+import re, sys, torch
+from neox_lib.scale.int8_file import load_int8
+model = load_int8(sys.argv[1])
+with torch.inference_mode():
+    model(torch.arange(64)[None])
+text = open("/proc/self/smaps").read()
+parts = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", text)
+sizes = {key: sum(int(re.search(rf"^{key}:\\s+(\\d+)", part, re.M)[1]) for part in parts if "int8.safetensors" in part)
+         for key in ("Rss", "Pss", "Private_Dirty")}
+print(sizes["Rss"], sizes["Pss"], sizes["Private_Dirty"], flush=True)
+sys.stdin.read()
+"""
+
+
+@ON_LINUX
+def test_two_processes_share_the_pages_of_one_file(tmp_path):
+    """A page server with a kernel a visitor keeps one copy of the weights, and none is copied on the way."""
+    config = NeoXConfig(
+        hidden_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        vocab_size=1024,
+        tokenizer_vocab_size=1000,
+    )
+    from neox_lib.scale.random_checkpoint import random_tensors, write_random
+
+    assert next(random_tensors(config))[0] == "word_embeddings.weight"
+    write_random(tmp_path / "slim", config)
+    file = write_int8(open_weights(tmp_path / "slim"), tmp_path / "int8")
+    command = [sys.executable, "-c", LOAD, str(file)]
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
+    processes, found = [], []
+    try:
+        for _ in range(2):
+            processes.append(subprocess.Popen(command, **pipes))
+            found.append([1024 * int(number) for number in processes[-1].stdout.readline().split()])
+    finally:
+        for process in processes:
+            process.communicate(timeout=60)
+    (rss, _, dirty), (second_rss, second_pss, second_dirty) = found
+    assert rss > 0.9 * file.stat().st_size and second_rss > 0.9 * file.stat().st_size
+    assert second_pss < 0.6 * second_rss, "the second process has pages of its own"
+    assert dirty == second_dirty == 0, "weights were copied"
+
+
+def test_reading_ahead_reads_the_file_to_its_end_and_ends(folder, monkeypatch):
+    thread = read_ahead(folder / INT8_FILE)
+    if thread is not None:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    assert read_ahead(folder / INT8_FILE) is None
+
+
+def test_quantizing_lets_go_of_each_tensor_before_the_next_one_comes():
+    """Nothing but the tensor in hand is alive, whatever the size of the model."""
+    import weakref
+
+    made: list[weakref.ref] = []
+
+    def one_by_one():
+        for name, (_, shape) in int8_specs(tiny()).items():
+            if not name.endswith(".scale"):
+                assert not any(earlier() is not None for earlier in made), f"the one before {name} is still held"
+                tensor = torch.ones(shape)
+                made.append(weakref.ref(tensor))
+                yield name, tensor
+                del tensor
+
+    names = []
+    for name, tensor in quantized(one_by_one()):
+        names.append(name)
+        del tensor
+    assert names == list(int8_specs(tiny()))
+
+
+def test_specs_describe_a_model_that_runs():
+    """Specs and the model come from one place: what the specs announce, an int8 model of that config consists of."""
+    config = NeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in int8_specs(config).items()}
+    model = build_int8(config, tensors)
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == {
+        name: tensor.dtype for name, tensor in tensors.items()
+    }
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 50432)
+    assert json.loads(int8_metadata(config)["config"])["hidden_size"] == 64

@@ -1,0 +1,244 @@
+"""Int8: every weight within half a step, the product of the right numbers, and a model that still says the same."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from neox_lib.config import tiny
+from neox_lib.files import SHIPPED_MODEL
+from neox_lib.generation import prompt_ids
+from neox_lib.model import NeoXModel
+from neox_lib.scale import int8_linear, quantization
+from neox_lib.scale.fits import needs
+from neox_lib.scale.int8_file import int8_bytes, is_quantized
+from neox_lib.scale.int8_linear import PACKED_ROWS, Int8Linear, use_int8_linear
+from neox_lib.scale.loading import create_model
+from neox_lib.scale.quality import rounding_cost, same_greedy_tokens
+from neox_lib.scale.quantization import dequantize_rows, quantize_rows
+from neox_lib.scoring import stories_of, story_stream
+from neox_lib.tokenizer import create_tokenizer
+
+HALVES = (torch.float32, torch.float16, torch.bfloat16)
+# The int8 product rounds row and result to bfloat16, 2^-9 each, and a large result is a few times a typical one.
+PACKED, EXACT = 3e-2, 2e-5
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 40),
+    exponent=st.integers(-44, 38),
+    dtype=st.sampled_from(HALVES),
+    seed=st.integers(0, 999),
+)
+def test_every_weight_comes_back_within_half_a_step(rows, columns, exponent, dtype, seed):
+    """From the smallest fp32 numbers to the largest: what a step is, each row decides for itself."""
+    weight = (matrix(rows, columns, seed).clamp(-3, 3) * 10.0**exponent).to(dtype)
+    weight = torch.where(weight.isfinite(), weight, torch.ones((), dtype=dtype))
+    numbers, scales = quantize_rows(weight)
+    assert numbers.dtype == torch.int8 and scales.dtype == torch.float32
+    assert numbers.shape == weight.shape and scales.shape == (rows,)
+    assert int(numbers.abs().max()) <= 127 and int(numbers.min()) > -128
+    error = (numbers.double() * scales.double()[:, None] - weight.double()).abs()
+    assert (error <= scales.double()[:, None] * (0.5 + 1e-4)).all()
+    largest = weight.float().abs().amax(dim=1)
+    assert (scales[largest > 1e-35] <= largest[largest > 1e-35] / 127 * 1.0001).all(), "steps are wider than need be"
+
+
+def test_the_largest_of_each_row_is_127_and_the_sign_is_kept():
+    weight = torch.tensor([[1.0, -0.5], [-3e4, 1e4], [0.0, 0.0]])
+    numbers, scales = quantize_rows(weight)
+    assert numbers.tolist() == [[127, -64], [-127, 42], [0, 0]]
+    assert torch.equal(dequantize_rows(numbers, scales)[2], torch.zeros(2))
+    assert torch.equal(quantize_rows(-weight)[0], -numbers)
+
+
+def test_blocks_of_a_large_matrix_are_quantized_as_the_whole(monkeypatch):
+    weight = matrix(50, 30)
+    whole = quantize_rows(weight)
+    monkeypatch.setattr(quantization, "BLOCK_NUMBERS", 100)
+    assert all(torch.equal(a, b) for a, b in zip(whole, quantize_rows(weight), strict=True))
+
+
+def test_the_weight_itself_is_left_alone():
+    weight = matrix(5, 6)
+    before = weight.clone()
+    quantize_rows(weight)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_damaged_weights_are_refused_by_row(value):
+    weight = matrix(4, 6)
+    weight[2, 3] = value
+    with pytest.raises(ValueError, match="row 2 holds NaN or infinity"):
+        quantize_rows(weight)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(0, 3), torch.zeros(2, 2).double(), torch.ones(2, 2).int()],
+)
+def test_anything_but_a_matrix_of_weights_is_refused(weight):
+    with pytest.raises(ValueError, match="only a matrix"):
+        quantize_rows(weight)
+
+
+def int8_layer(inputs: int, outputs: int, bias: bool = True) -> Int8Linear:
+    plain = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    return Int8Linear(*quantize_rows(plain.weight), plain.bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, PACKED_ROWS, PACKED_ROWS + 1, 70])
+@pytest.mark.parametrize(("inputs", "outputs"), [(192, 576), (768, 192), (64, 7), (48, 33), (100, 8), (1, 4)])
+def test_every_path_multiplies_what_the_numbers_stand_for(rows, inputs, outputs):
+    """Rows that are no multiple of 64 long make torch's own int8 product read past its memory; they go another way."""
+    layer, x = int8_layer(inputs, outputs), matrix(rows, inputs)
+    weight = layer.weight.double() * layer.scale.double()[:, None]
+    expected = F.linear(x.double(), weight, layer.bias.double())
+    found = layer(x[None])[0]
+    packed = rows <= PACKED_ROWS and inputs % 64 == 0
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (found - expected).abs().max() <= (PACKED if packed else EXACT) * max(1.0, expected.abs().mean().item())
+
+
+def test_few_rows_take_the_int8_product_and_many_do_not(monkeypatch):
+    """Else decode would be several times slower, unseen."""
+    taken = []
+    for name in ("multiply_packed", "multiply_cast"):
+        real = getattr(int8_linear, name)
+        monkeypatch.setattr(int8_linear, name, lambda *words, n=name, f=real: taken.append(n) or f(*words))
+    layer = int8_layer(192, 64)
+    layer(matrix(PACKED_ROWS, 192)), layer(matrix(PACKED_ROWS + 1, 192))
+    assert taken == ["multiply_packed", "multiply_cast"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations_take_the_plain_way(dtype):
+    """The way of a GPU: dequantized, then multiplied. Results past 65504 before scaling must not become infinite."""
+    layer = Int8Linear(torch.full((3, 4096), 127, dtype=torch.int8), torch.full((3,), 1e-3))
+    found = layer(torch.ones(2, 4096, dtype=dtype))
+    assert found.dtype == dtype and torch.allclose(found.float(), torch.tensor(0.127 * 4096), rtol=1e-2)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_products_are_those_of_the_cpu():
+    layer, x = int8_layer(192, 576), matrix(5, 192)
+    expected = F.linear(x.double(), layer.weight.double() * layer.scale.double()[:, None], layer.bias.double())
+    found = layer.cuda()(x.cuda())
+    assert (found.cpu() - expected).abs().max() <= 1e-2
+
+
+def test_a_gradient_reaches_the_input():
+    layer, x = int8_layer(192, 8, bias=False), matrix(2, 192).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad[0], dequantize_rows(layer.weight, layer.scale).sum(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [torch.ones(6), torch.ones(4, 1), torch.ones(1, 4)])
+def test_scales_of_the_wrong_axis_are_refused(scales):
+    with pytest.raises(ValueError, match="a scale for each of the out rows"):
+        Int8Linear(torch.zeros(4, 6, dtype=torch.int8), scales)
+
+
+def test_scales_of_columns_would_be_noticed():
+    """A square matrix hides a wrong axis from every shape check; the numbers tell."""
+    weight = matrix(64, 64) * torch.logspace(-2, 2, 64)[:, None]
+    numbers, scales = quantize_rows(weight)
+    assert ((dequantize_rows(numbers, scales) - weight).abs() <= scales[:, None] * 0.501).all()
+    wrong = numbers.float() * scales  # along the columns: the same shape
+    assert ((wrong - weight).abs() > scales[:, None]).float().mean() > 0.5
+    x = matrix(2, 64)
+    expected = x @ weight.T
+    assert ((Int8Linear(numbers, scales)(x) - expected).abs() <= 0.3 * weight.norm(dim=1)).all()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return create_model(device="cpu", dtype="float32"), create_model(device="cpu", dtype="int8")
+
+
+def test_the_shipped_model_is_as_good_in_int8(models):
+    """Perplexity on tales that it never saw, within 1 %, and nearly always the same likeliest token."""
+    stories = stories_of((SHIPPED_MODEL.parent / "wilde_tales.txt").read_text("utf-8"))
+    cost = rounding_cost(*models, story_stream(create_tokenizer(), stories)[:4000])
+    assert abs(cost.perplexity_change) < 0.01
+    assert cost.mean_error < 0.01 * cost.logit_spread and cost.worst_error < 0.15 * cost.logit_spread
+    assert cost.same_choice > 0.97
+
+
+def test_the_cost_of_a_wrong_scale_shows(models, monkeypatch):
+    """The bound of 1 % means something: scales moved on by one row cost far more."""
+    exact, rounded = models
+    layer = rounded.layers[0].mlp.dense_h_to_4h
+    with torch.no_grad():
+        good = layer.scale.clone()
+        layer.scale.copy_(good.roll(1))
+        cost = rounding_cost(exact, rounded, torch.arange(2, 400))
+        layer.scale.copy_(good)
+    assert abs(cost.perplexity_change) > 0.01
+
+
+def test_no_rounding_costs_nothing(models):
+    cost = rounding_cost(models[0], models[0], torch.arange(2, 300), length=64)
+    assert (cost.mean_error, cost.worst_error, cost.perplexity_change, cost.same_choice) == (0, 0, 0, 1)
+    ids = prompt_ids(create_tokenizer(), "Once upon a time")
+    assert same_greedy_tokens(models[0], models[0], ids, 10) == 10
+    assert same_greedy_tokens(*models, ids, 10) >= 5
+
+
+def test_what_becomes_int8_and_what_stays(models):
+    found = {name: parameter.dtype for name, parameter in models[1].named_parameters()}
+    assert found.pop("word_embeddings.weight") == torch.float16
+    for name, dtype in found.items():
+        matrix_weight = name.endswith(".weight") and "norm" not in name
+        assert dtype == (torch.int8 if matrix_weight else torch.float32), name
+    assert is_quantized("final_linear.weight", 2) and not is_quantized("word_embeddings.weight", 2)
+
+
+def test_a_tied_output_matrix_stays_the_embedding(random_model, token_ids):
+    config = dataclasses.replace(tiny(), tie_word_embeddings=True)
+    model = random_model(config).requires_grad_(False)
+    ids, before = token_ids(config, 1, 20), None
+    before = model(ids)
+    assert use_int8_linear(model).final_linear.weight is model.word_embeddings.weight
+    assert model.word_embeddings.weight.dtype == torch.float32
+    assert not any(type(module) is nn.Linear and module is not model.final_linear for module in model.modules())
+    assert (model(ids) - before).abs().mean() < 0.05 * before.std()
+
+
+def test_a_layer_that_can_not_be_quantized_is_named(random_model):
+    model = random_model(tiny()).requires_grad_(False)
+    model.layers[1].mlp.dense_h_to_4h.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.dense_h_to_4h: row 3 holds NaN"):
+        use_int8_linear(model)
+
+
+def test_the_calculator_counts_what_a_model_holds(models):
+    """The bytes that it tells before loading are those of the loaded model, and a token reads all but the embedding."""
+    held = sum(parameter.nbytes for parameter in models[1].parameters())
+    assert int8_bytes(tiny()) == held
+    by_name = {need.precision: need for need in needs(tiny(), 256)}
+    assert by_name["int8"].weights == held
+    assert by_name["int8"].read == held - models[1].word_embeddings.weight.nbytes
+    assert by_name["float32"].weights == sum(parameter.nbytes for parameter in models[0].parameters())
+    assert by_name["int8"].longest(held + 500_000_000 + by_name["int8"].cache // 2, 256) == 128
+    assert by_name["int8"].longest(held, 256) == 0
+
+
+def test_int8_can_be_asked_for_by_dtype_and_is_taken_when_nothing_else_fits(monkeypatch, capsys):
+    from neox_lib.scale import loading
+
+    monkeypatch.setattr(loading, "free_memory", lambda device: 5_000_000)
+    model = create_model(device="cpu")
+    assert isinstance(model.layers[0].attention.dense, Int8Linear) and isinstance(model, NeoXModel)
+    assert "do not fit" in (said := capsys.readouterr().err) and "int8" in said and said.count("\n") == 1
