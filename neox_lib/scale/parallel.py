@@ -5,8 +5,8 @@ Every rank runs the same program on the same tokens, with its own part of each m
 embeddings, once in each block (twice where the residual is sequential) and once for the scores. Each has the same
 hidden states, and the very same scores, so all of them choose the same next token.
 
-PyTorch's `parallelize_module` cuts a model from a plan. It meets twice a block, and what it does around every layer takes
-longer than a small pass itself; here ranks work on plain tensors, so that the fast layers of `linear.py` serve them too.
+PyTorch's `parallelize_module` cuts a model from a plan. It meets twice a block, and what it does around every layer
+takes longer than a small pass itself; here ranks work on plain tensors, so that the layers of `linear.py` serve too.
 """
 
 import dataclasses
