@@ -36,9 +36,13 @@ def multiply_packed(input: Tensor, numbers: Tensor) -> Tensor:
 
 
 def multiply_cast(input: Tensor, numbers: Tensor) -> Tensor:
-    """The same in fp32 arithmetic throughout, for many rows."""
+    """The same in fp32 arithmetic throughout, for many rows.
+
+    All blocks become fp32 in one buffer: memory that is new for each costs more to get than the cast itself.
+    """
     block_rows = max(1, BLOCK_BYTES // (4 * numbers.shape[1]))
-    products = [F.linear(input, block.float()) for block in numbers.split(block_rows)]
+    buffer = torch.empty(min(block_rows, len(numbers)), numbers.shape[1])
+    products = [F.linear(input, buffer[: len(block)].copy_(block)) for block in numbers.split(block_rows)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
