@@ -93,6 +93,23 @@ def test_an_edit_in_the_notebook_is_seen_promoted_and_then_agrees(house, old, ne
     assert promote.promote(house / "notebooks") == []
 
 
+def test_a_piece_in_a_wing_is_promoted_and_taken_back_when_broken(house):
+    """Its file is found by its dotted name, and a break in it is noticed although it is not at the library's top."""
+    wing = house / "neox_lib" / "wing"
+    wing.mkdir()
+    (wing / "__init__.py").write_text("")
+    (wing / "piece.py").write_text("TALL = 1\n")
+    write_notebook(house / "notebooks", "02_wing.ipynb", cell("TALL = 2", "wing.piece"))
+    (diff,) = promote.differences(house / "notebooks")
+    assert "neox_lib/wing/piece.py TALL" in diff
+    assert promote.promote(house / "notebooks") == ["wing.piece"]
+    assert (wing / "piece.py").read_text() == "TALL = 2\n"
+    write_notebook(house / "notebooks", "02_wing.ipynb", cell("TALL = 1 / 0", "wing.piece"))
+    with pytest.raises(promote.PromotionError, match="ZeroDivisionError"):
+        promote.promote(house / "notebooks")
+    assert (wing / "piece.py").read_text() == "TALL = 2\n"
+
+
 def test_an_edit_in_the_library_is_seen_and_pulled_with_outputs_kept(house):
     path = house / "notebooks" / "01_small.ipynb"
     notebook = nbformat.read(path, as_version=4)
