@@ -1,4 +1,4 @@
-"""The container that opens the series in one click: in the form that the specification gives, doing what README says."""
+"""The container that opens the series in one click: in the form of its specification, doing what README says."""
 
 import json
 import re
