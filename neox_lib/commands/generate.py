@@ -17,7 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folder, or a name on the Hub (default: the model that ships with us)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
 
 
 def add(commands) -> None:
@@ -78,7 +78,7 @@ def write(
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
     """One line: model, prefill milliseconds, tokens a second of the steps after the first."""
-    weight = model.word_embeddings.weight
+    weight = model.layers[0].attention.dense.weight  # the embedding of an int8 model is not in int8
     dtype = str(weight.dtype).removeprefix("torch.")
     line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
     ranks = getattr(model.config, "ranks", 1)  # of a model that several devices share
