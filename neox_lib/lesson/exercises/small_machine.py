@@ -79,9 +79,7 @@ def check_values(numbers: Tensor, scales: Tensor, weight: Tensor, what: str) -> 
         require(number == sign, f"{what}, row {row}: its largest weight became {number}, expected {sign}")
     off = (numbers.float() * scales[:, None] - weight).abs() / scales[:, None]
     worst = off.max().item()
-    more = (
-        "A cast to int8 cuts off what is behind the point; round first" if worst > 0.9 else "Round to the nearest"
-    )
+    more = "A cast to int8 cuts off what is behind the point; round first" if worst > 0.9 else "Round to the nearest"
     require(worst <= 0.501, f"{what}: a weight is off by {worst:.2f} of its scale, at most 0.5 is allowed. {more}")
 
 
