@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -146,6 +147,12 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(config.tokenizer_vocab_size, (batch, tokens), generator=generator)
 
     return draw
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children; tests that press it need it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
