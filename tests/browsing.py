@@ -1,5 +1,6 @@
 """What the tests in a real browser share: chromium, servers on 127.0.0.1, and what a page must not do."""
 
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ SWITCHES = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TOKEN = "a-test-of-the-pages"
 PATIENCE = 60_000  # milliseconds: a busy machine is slow, not wrong
 
 needs_chromium = [
@@ -65,7 +67,23 @@ def serve(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
 
 
 @contextmanager
-def open_browser() -> Iterator:
+def serve_lab(own: Path, root: Path, *more: str) -> Iterator[str]:
+    """JupyterLab on the notebooks in `root`, its settings in `own`: the address, ending in a slash; TOKEN opens it."""
+    settings = own / "jupyter_config_dir" / "labconfig"
+    settings.mkdir(parents=True)
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    (settings / "default_setting_overrides.json").write_text(json.dumps(quiet), encoding="utf-8")
+    port = free_port()
+    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--allow-root"]
+    process = serve(own, "jupyterlab", *options, f"--ServerApp.root_dir={root}", *more)
+    wait_until_served(f"http://127.0.0.1:{port}/api", process, own / "log")
+    yield f"http://127.0.0.1:{port}/"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -75,7 +93,10 @@ def open_browser() -> Iterator:
 
 
 class Visit:
-    """A page, and what it must not do: write errors to the console, ask another machine for anything."""
+    """A page, and what it must not do: write errors to the console, ask another machine for anything.
+
+    `context` goes to the browser: `color_scheme`, `device_scale_factor`.
+    """
 
     def __init__(self, browser, address: str, width: int = 1280, height: int = 720, **context):
         self.context = browser.new_context(viewport={"width": width, "height": height}, **context)
@@ -89,16 +110,15 @@ class Visit:
         self.page.goto(address)
 
     def note(self, url: str) -> None:
-        if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "data:", "blob:")):
+        if not url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:")):
             self.outside.append(url)
 
-    def serious_findings(self, part: str | None = None) -> list[str]:
-        """What axe finds that shuts people out, in the part that a selector names or in the whole page."""
+    def serious_findings(self, part: str | None = None) -> list[dict]:
+        """What axe finds that shuts people out, contrast included, in the part that a selector names or in all."""
         from axe_playwright_python.sync_playwright import Axe
 
         found = Axe().run(self.page, context=part).response["violations"]
-        return [
-            f"{each['id']}: {each['nodes'][0]['html'][:200]}"
-            for each in found
-            if each["impact"] in ("serious", "critical")
-        ]
+        return [each for each in found if each["impact"] in ("serious", "critical")]
+
+    def close(self) -> None:
+        self.context.close()

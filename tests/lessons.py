@@ -55,3 +55,15 @@ class Lesson:
     def museum(self) -> list[str]:
         """The sources of the museum's wrong versions, in order."""
         return [cell.source for cell in self.cells if "museum" in cell.metadata.get("tags", [])]
+
+    def stub_is_told(self, check, name: str) -> None:
+        """The first run of every learner: it must not look like an error of theirs."""
+        result = check(self.stub(name))
+        assert not result.passed
+        assert result.message == f"Not written yet: {name} is still a stub."
+
+    def solution_passes(self, check, name: str, story: bool) -> None:
+        """A solution that fails its own check would leave a stuck learner with nothing; the heart ends with a story."""
+        result = check(self.solution(name))
+        assert result.passed, result.message
+        assert ("Once upon a time" in result.message) == story, "the heart, and nothing else, ends with a story"

@@ -20,23 +20,15 @@ from neox_lib.model import NeoXModel
 from neox_lib.scale.fits import gib
 from neox_lib.slim_writer import write_slim
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
+from tests.small_models import WITH_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small random model with its tokenizer, as a slim folder of two ranks."""
-    config = NeoXConfig(
-        vocab_size=384,
-        tokenizer_vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=256,
-    )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("cli") / "model"
-    write_slim(NeoXModel(config).to(torch.float16), folder, ranks=2, spread_seed=0)
+    write_slim(NeoXModel(WITH_TOKENIZER).to(torch.float16), folder, ranks=2, spread_seed=0)
     save_tokenizer(train_tokenizer(["the fox and the hen and the fox"], 300), folder / "tokenizer.json")
     return folder
 

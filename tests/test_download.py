@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.config import NeoXConfig
 from neox_lib.files import CheckpointError
 from neox_lib.scale import fetch, unfinished
 from neox_lib.scale.download import cached_folder, download_to_cache, download_to_folder
@@ -32,17 +31,10 @@ from neox_lib.scale.int8_file import INT8_FILE, write_int8
 from neox_lib.scale.named import is_hub_name
 from neox_lib.scale.weights import open_weights
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
+from tests.small_models import WITH_TOKENIZER
 
 NAME = "someone/small-model"
-CONFIG = NeoXConfig(
-    vocab_size=384,
-    tokenizer_vocab_size=300,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=128,
-    max_position_embeddings=256,
-)
+CONFIG = WITH_TOKENIZER
 
 
 @pytest.fixture

@@ -22,28 +22,11 @@ from neox_lib.scale.huggingface_writer import write_huggingface
 from neox_lib.scale.loading import create_model
 from neox_lib.scale.weights import open_weights
 from neox_lib.tokenizer import create_tokenizer
+from tests import small_models
+from tests.small_models import family
 
-BASE = NeoXConfig(
-    vocab_size=128,
-    tokenizer_vocab_size=120,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=96,
-    max_position_embeddings=64,
-)
-CONFIGS = {
-    "20b rules": BASE,
-    "exact gelu": replace(BASE, hidden_act="gelu"),
-    "sequential residual": replace(BASE, use_parallel_residual=False),
-    "tied": replace(BASE, tie_word_embeddings=True),
-    "tied, sequential, exact, half rotary": replace(
-        BASE, tie_word_embeddings=True, use_parallel_residual=False, hidden_act="gelu", rotary_pct=0.5
-    ),
-    "rotary everywhere, another base and epsilon": replace(
-        BASE, rotary_pct=1.0, rotary_emb_base=500, layer_norm_eps=1e-3
-    ),
-}
+BASE = replace(small_models.BASE, tokenizer_vocab_size=120)
+CONFIGS = family(BASE)
 IDS = 1 + torch.arange(40)[None] * 3 % 100
 
 

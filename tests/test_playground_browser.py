@@ -1,34 +1,17 @@
 """The playground in a real browser, in JupyterLab and as an app: what a class would press, see and break."""
 
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import nbformat
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TOKEN = "a-test-of-the-playground"
-SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-IDLE = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-PATIENCE = 60_000  # milliseconds: a busy machine is slow, not wrong
+from tests.browsing import TOKEN, free_port, needs_chromium, serve, serve_lab, wait_until_served
+from tests.browsing import browser as browser  # a fixture
+from tests.playground_page import IDLE, PlaygroundVisit
+
 CELLS = [
     "from neox_lib.playground import Playground\n\none = Playground(tokens=40)\none",
     "two = Playground(tokens=9, prompt='Tom')\ntwo",
@@ -47,52 +30,7 @@ HARD_PROMPT = (
     "<script>window.hacked = 1</script></pre><img src=x onerror='window.hacked=1'> 🦊👩‍👩‍👧 e\u0301 <|endoftext|>"
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None and os.environ.get("NEOX_BROWSER") != "required",
-        reason="no chromium on this machine (Debian and Ubuntu: apt-get install chromium)",
-    ),
-]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def wait_until_served(url: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"no answer from {url}:\n{log.read_text('utf-8')[-2000:]}")
-
-
-def serve(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
-    """A server in a process of its own, whose settings and whose kernels' files lie in `folder`."""
-    here = {
-        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")
-    }
-    environment = os.environ | here | {"JUPYTER_PLATFORM_DIRS": "1", "no_proxy": "127.0.0.1"}
-    log = (folder / "log").open("w")
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +40,8 @@ def lab(tmp_path_factory) -> Iterator[str]:
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "play.ipynb")
-    settings = folder / "jupyter_config_dir" / "labconfig"
-    settings.mkdir(parents=True)
-    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
-    (settings / "default_setting_overrides.json").write_text(json.dumps(quiet), encoding="utf-8")
-    port = free_port()
-    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--allow-root"]
-    options += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
-    process = serve(folder, "jupyterlab", *options)
-    wait_until_served(f"http://127.0.0.1:{port}/api", process, folder / "log")
-    yield f"http://127.0.0.1:{port}/lab/tree/play.ipynb?token={TOKEN}"
-    process.terminate()
-    process.wait(30)
+    with serve_lab(folder, folder, "--LabApp.expose_app_in_browser=True") as address:
+        yield f"{address}lab/tree/play.ipynb?token={TOKEN}"
 
 
 @pytest.fixture(scope="module")
@@ -125,86 +53,6 @@ def app(tmp_path_factory) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}/"
     process.terminate()
     process.wait(30)
-
-
-class Visit:
-    """A page, and what it must not do: write errors to the console, ask another machine for anything."""
-
-    def __init__(self, browser, address: str, width: int = 1280, height: int = 720, scale: int = 1):
-        viewport = {"width": width, "height": height}
-        self.context = browser.new_context(viewport=viewport, device_scale_factor=scale)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE)
-        self.errors: list[str] = []
-        self.outside: list[str] = []
-        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.note(request.url))
-        self.page.goto(address)
-
-    def note(self, url: str) -> None:
-        if not url.startswith(("http://127.0.0.1:", "data:", "blob:")):
-            self.outside.append(url)
-
-    def run_cells(self) -> None:
-        self.page.wait_for_function(IDLE)
-        self.command("notebook:run-all-cells")
-        self.wait(f"document.querySelectorAll('.np').length === {len(CELLS)}")
-
-    def wait(self, condition: str) -> None:
-        """Wait until a condition holds in the page; if it never does, say what the first playground shows instead."""
-        try:
-            self.page.wait_for_function(condition, polling=50)  # not with each frame: a busy machine draws none
-        except Exception as error:
-            shown = self.page.locator(".np").first.inner_text() if self.page.locator(".np").count() else "no playground"
-            raise AssertionError(f"{condition} never came; shown was:\n{shown[:1500]}") from error
-
-    def phase(self, phase: str) -> None:
-        self.wait(f"document.querySelector('.np').dataset.phase === '{phase}'")
-
-    def settled(self) -> None:
-        """Wait until the kernel has heard all that the page has sent, and has done it."""
-        state = "document.querySelector('.np').dataset"
-        self.wait(f"{state}.answered === 'true' && {state}.phase === 'idle'")
-
-    def command(self, name: str, **arguments) -> None:
-        """Do one of JupyterLab's own commands, and wait for it."""
-        self.page.evaluate("([name, more]) => window.jupyterapp.commands.execute(name, more)", [name, arguments])
-
-    def execute(self, code: str) -> None:
-        """Run code in the notebook's kernel, past all cells; what it raises fails the test."""
-        kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-        content = self.page.evaluate(f"code => {kernel}.requestExecute({{code}}).done.then(r => r.content)", code)
-        assert content["status"] == "ok", content
-
-    def tokens(self) -> int:
-        return self.page.locator(".np").first.locator(".np-text .np-token").count()
-
-    def button(self, name: str):
-        return self.page.get_by_role("button", name=name, exact=True).first
-
-    def set_tokens(self, count: int) -> None:
-        field = self.page.get_by_label("tokens", exact=True).first
-        field.fill(str(count))
-        field.press("Tab")
-
-    def generate(self, prompt: str | None = None) -> None:
-        """Press Generate and wait for the end."""
-        if prompt is not None:
-            self.page.locator(".np textarea").first.fill(prompt)
-        self.button("Generate").click()
-        self.settled()
-
-    def views(self) -> Iterator[str]:
-        """Open each of the first playground's three views in turn; its name. At the end the first is open again."""
-        tabs = self.page.locator(".np").first.locator(".np-tabs button")
-        for number in range(3):
-            tabs.nth(number).click()
-            yield tabs.nth(number).inner_text()
-        tabs.nth(0).click()
-
-    def close(self) -> None:
-        self.context.close()
 
 
 SLOW = """
@@ -229,9 +77,9 @@ def slow_model(visit) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def visit(browser, lab) -> Iterator[Visit]:
-    visit = Visit(browser, lab + "&reset")
-    visit.run_cells()
+def visit(browser, lab) -> Iterator[PlaygroundVisit]:
+    visit = PlaygroundVisit(browser, lab + "&reset")
+    visit.run_cells(len(CELLS))
     yield visit
     visit.close()
 
@@ -281,7 +129,7 @@ def test_a_token_can_be_looked_at_and_left_while_the_text_grows(visit):
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 8,')")
     assert visit.page.locator(".np").first.get_attribute("data-phase") == "writing"
     visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
-    visit.wait("document.querySelectorAll('.np-roads li').length === 2")
+    visit.wait("document.querySelector('.np').querySelectorAll('.np-roads li').length === 2")
     visit.button("Stop").click()
     visit.settled()
 
@@ -317,7 +165,7 @@ def test_another_road_is_taken_from_a_bar(visit):
     visit.wait("document.querySelectorAll('.np-bars button').length >= 10")
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 9,')")
     visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
-    visit.wait("document.querySelectorAll('.np-roads li').length === 2")
+    visit.wait("document.querySelector('.np').querySelectorAll('.np-roads li').length === 2")
     visit.phase("idle")
     visit.page.locator(".np-roads button").first.click()
     visit.wait("document.querySelector('.np-roads button').getAttribute('aria-pressed') === 'true'")
@@ -390,12 +238,9 @@ def test_an_error_in_the_worker_is_seen_and_survived(visit):
     assert visit.page.locator(".np-error").first.is_hidden()
 
 
-def serious_findings(visit: Visit) -> list[dict]:
-    """What axe finds serious in the playground's own part of the page, contrast included, in each of its views."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = [each for _ in visit.views() for each in Axe().run(visit.page, context=".np").response["violations"]]
-    return [each for each in found if each["impact"] in ("serious", "critical")]
+def serious_findings(visit: PlaygroundVisit) -> list[dict]:
+    """What axe finds serious in the playground's own part of the page, in each of its views."""
+    return [found for _ in visit.views() for found in visit.serious_findings(".np")]
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
@@ -429,7 +274,7 @@ LAYOUT = """() => {
 }"""
 
 
-def layout_faults(visit: Visit) -> list[str]:
+def layout_faults(visit: PlaygroundVisit) -> list[str]:
     """Controls that stick out, are cut off or lie over each other, in each view, all settings shown."""
     choice = visit.page.locator("select[id$=-sampled]").first
     choice.select_option("1")
@@ -493,7 +338,7 @@ def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_pict
 
 
 def test_after_a_restart_the_cells_make_it_play_again(visit):
-    visit.run_cells()
+    visit.run_cells(len(CELLS))
     visit.errors.clear()  # ipywidgets logs that the reopened notebook's widgets had no kernel
     visit.set_tokens(5)
     visit.generate("Tom and Anna")
@@ -507,7 +352,7 @@ def test_nothing_was_asked_of_another_machine_and_no_error_was_logged(visit):
 
 def test_the_app_gives_each_visitor_a_text_of_their_own(browser, app):
     """What one student writes is nobody else's; the app shows no code and asks nobody for fonts."""
-    one, two = Visit(browser, app), Visit(browser, app)
+    one, two = PlaygroundVisit(browser, app), PlaygroundVisit(browser, app)
     for visit in (one, two):
         visit.page.wait_for_selector(".np")
     one.set_tokens(6)
@@ -528,9 +373,9 @@ def test_the_app_gives_each_visitor_a_text_of_their_own(browser, app):
 
 
 @pytest.fixture(scope="module")
-def zoomed(browser, app) -> Iterator[Visit]:
+def zoomed(browser, app) -> Iterator[PlaygroundVisit]:
     """The app at 200 % on a projector of 1280 x 720, with a text."""
-    visit = Visit(browser, app, 640, 360, scale=2)
+    visit = PlaygroundVisit(browser, app, 640, 360, device_scale_factor=2)
     visit.page.wait_for_selector(".np")
     visit.set_tokens(30)
     visit.generate("Tom went to the sea")

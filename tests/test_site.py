@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -11,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 
-from tests.browsing import Visit, needs_chromium, open_browser
+from tests.browsing import Visit, needs_chromium
+from tests.browsing import browser as browser  # a fixture
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -104,12 +104,6 @@ def test_formulas_are_mathematics_without_a_script(site, pages):
     assert pages[site / "04_parallel_residual.html"].tags["math"] > 0
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with open_browser() as browser:
-        yield browser
-
-
 class TestInABrowser:
     pytestmark = needs_chromium
 
@@ -120,7 +114,7 @@ class TestInABrowser:
         assert width <= shown, "the page is wider than the phone"
         assert not visit.errors and not visit.outside
         assert visit.serious_findings() == []  # after the errors: axe itself asks for style sheets, and may not
-        visit.context.close()
+        visit.close()
 
     def test_the_search_finds_a_word_without_a_network(self, site, browser):
         visit = Visit(browser, (site / "search.html").as_uri() + "?q=rotary", width=390, height=844)
@@ -128,10 +122,10 @@ class TestInABrowser:
         visit.page.wait_for_selector("#search-results li a")
         assert "02_rotary_embeddings" in visit.page.inner_html("#search-results")
         assert not visit.errors and not visit.outside
-        visit.context.close()
+        visit.close()
 
     def test_the_page_can_be_dark(self, site, browser):
         """A dark theme whose text can't be read is worse than none."""
         visit = Visit(browser, (site / "03_attention.html").as_uri(), color_scheme="dark")
         assert visit.serious_findings() == []
-        visit.context.close()
+        visit.close()

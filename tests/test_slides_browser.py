@@ -11,11 +11,11 @@ import pytest
 from neox_lib.lesson import slides
 from neox_lib.lesson.learner_copy import NOTEBOOKS
 from neox_lib.lesson.present import FILES
-from tests import test_playground_browser as other_pages
-from tests.test_playground_browser import TOKEN, Visit, free_port, serve, wait_until_served
+from tests.browsing import TOKEN, Visit, needs_chromium, serve_lab
+from tests.browsing import browser as browser  # a fixture
+from tests.playground_page import PlaygroundVisit
 
-pytestmark = other_pages.pytestmark
-browser = other_pages.browser
+pytestmark = needs_chromium
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 LOOK_AT_ALL = (Path(__file__).parent / "look_at_slides.js").read_text("utf-8")
@@ -35,22 +35,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory) -> Iterator[str]:
     """The address under which JupyterLab shows the notebooks as slides."""
-    own, port = tmp_path_factory.mktemp("lab"), free_port()
+    own = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(FILES))
         patch.setenv("NEOX_PROGRESS", str(own / "progress.json"))
-        options = [
-            "--no-browser",
-            "--ip=127.0.0.1",
-            f"--port={port}",
-            f"--IdentityProvider.token={TOKEN}",
-            "--allow-root",
-        ]
-        process = serve(own, "jupyterlab", *options, f"--ServerApp.root_dir={folder}")
-    wait_until_served(f"http://127.0.0.1:{port}/api", process, own / "log")
-    yield f"http://127.0.0.1:{port}/rise/"
-    process.terminate()
-    process.wait(30)
+        with serve_lab(own, folder) as address:
+            yield f"{address}rise/"
 
 
 @pytest.fixture
@@ -134,8 +124,8 @@ def run_the_cell(visit: Visit, source: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def playground_lesson(browser, lab) -> Iterator[Visit]:
-    visit = Visit(browser, f"{lab}07_prompt_playground.ipynb?token={TOKEN}")
+def playground_lesson(browser, lab) -> Iterator[PlaygroundVisit]:
+    visit = PlaygroundVisit(browser, f"{lab}07_prompt_playground.ipynb?token={TOKEN}")
     visit.page.wait_for_selector(".reveal > .slide-number", state="attached")
     yield visit
     visit.close()

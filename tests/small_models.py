@@ -1,0 +1,39 @@
+"""Shapes that several tests share: small, and each with one rule of the family changed."""
+
+from dataclasses import replace
+
+from neox_lib.config import NeoXConfig
+
+WITH_TOKENIZER = NeoXConfig(  # room for a tokenizer of 300 tokens, and padding rows behind it
+    vocab_size=384,
+    tokenizer_vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+    max_position_embeddings=256,
+)
+BASE = NeoXConfig(
+    vocab_size=128,
+    tokenizer_vocab_size=128,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=64,
+)
+
+
+def family(base: NeoXConfig) -> dict[str, NeoXConfig]:
+    """What GPT-NeoX models differ in, by name: activation, residual, tied or not, rotary share and base, epsilon."""
+    both = replace(base, tie_word_embeddings=True, use_parallel_residual=False, hidden_act="gelu", rotary_pct=0.5)
+    return {
+        "20b rules": base,
+        "exact gelu": replace(base, hidden_act="gelu"),
+        "sequential residual": replace(base, use_parallel_residual=False),
+        "tied": replace(base, tie_word_embeddings=True),
+        "tied, sequential, exact, half rotary": both,
+        "rotary everywhere, another base and epsilon": replace(
+            base, rotary_pct=1.0, rotary_emb_base=500, layer_norm_eps=1e-3
+        ),
+    }
