@@ -14,17 +14,16 @@ from neox_lib.config import NeoXConfig
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.scale import linear
+from neox_lib.scale import packing as packing_module
 from neox_lib.scale.linear import (
     BLOCK_BYTES,
     FEW_ROWS,
     HALF_ROWS,
     LARGE_WEIGHT,
     FastLinear,
-    PackedLinear,
-    has_fbgemm,
-    pack_half,
     use_fast_linear,
 )
+from neox_lib.scale.packing import PackedLinear, has_fbgemm, pack_half
 
 # Relative to the size of a typical result. fp32 and block products differ from nn.Linear in the order of sums only; the
 # fp16 product rounds row and result to 11 bits (2^-11 = 0.0005 each, and a large result is a few times a typical one).
@@ -249,7 +248,7 @@ def test_packed_layers_are_as_exact_as_fp32(rows, inputs, outputs, bias):
 @packing
 def test_a_weight_packed_in_several_parts_gives_one_result(monkeypatch):
     """Only 20B's matrices are packed in parts, too large for a test: a lost column there would go unseen."""
-    monkeypatch.setattr(linear, "PACK_NUMBERS", 7 * 48)
+    monkeypatch.setattr(packing_module, "PACK_NUMBERS", 7 * 48)
     for bias in (False, True):
         plain = layer(torch.float16, 48, 31, bias)
         packed, x = PackedLinear(plain), torch.randn(2, 3, 48)
@@ -291,7 +290,7 @@ def test_packing_frees_each_weight_before_the_next(monkeypatch):
         alive.append(sum(reference() is not None for reference in old))
         return PackedLinear(child)
 
-    monkeypatch.setattr(linear, "PackedLinear", pack_one)
+    monkeypatch.setattr(packing_module, "PackedLinear", pack_one)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     pack_half(model)
     assert alive == list(range(len(old), 0, -1))
@@ -334,6 +333,6 @@ def test_only_fp16_is_packed():
 
 def test_without_fbgemm_packing_leaves_the_model_as_it_is(monkeypatch):
     """On a CPU of another kind the call must do no harm."""
-    monkeypatch.setattr(linear, "has_fbgemm", lambda: False)
+    monkeypatch.setattr(packing_module, "has_fbgemm", lambda: False)
     model = use_fast_linear(mixed_model(small_config(), torch.float16))
     assert not any(isinstance(module, PackedLinear) for module in pack_half(model).modules())

@@ -12,8 +12,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--dtypes",
         nargs="+",
-        default=["float32", "float16", "packed", "int8"],
-        help="of the weights; packed: float16 laid out anew, for long sessions (default: float32 float16 packed int8)",
+        default=["float32", "float16", "packed", "int8", "packed-int8"],
+        help="of the weights; packed: float16, or int8, laid out anew for long sessions (default: all but bfloat16)",
     )
     parser.add_argument(
         "--against",

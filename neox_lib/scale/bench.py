@@ -24,8 +24,8 @@ from neox_lib.scale.bench_table import (
     format_row,
 )
 from neox_lib.scale.contenders import OURS, Generate, our_generate, our_model, random_model, shape_config
-from neox_lib.scale.linear import PackedLinear
 from neox_lib.scale.loading import create_model
+from neox_lib.scale.packing import PackedWeight
 from neox_lib.scale.rivals import (
     RIVALS,
     ctranslate2_logits,
@@ -64,12 +64,12 @@ def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
 
-    A packed weight counts with the 2 bytes a number that it has in either layout.
+    A packed weight counts with the bytes a number that it has in either layout.
     """
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
     weights = sum(tensor.nbytes for tensor in model.parameters() if tied or tensor is not embedding)
-    packed = sum(2 * each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear))
+    packed = sum(each.weight.nbytes for each in model.modules() if isinstance(each, PackedWeight))
     return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 

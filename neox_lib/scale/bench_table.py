@@ -73,8 +73,8 @@ def describe_machine(bandwidth: float) -> str:
 
 COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
 HEADER = (
-    f"{'':>36} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
-    f"{'shape':>6} {'prompt':>6} {'dtype':<9} {'against':<12}{3 * COLUMNS}  share"
+    f"{'':>38} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share"
 )
 
 
@@ -91,7 +91,7 @@ def format_row(row: Row, bandwidth: float) -> str:
     """One line of the table: ours, theirs and the ratio, above 1 where ours is faster; "noise" where the difference of
     the long and the short generation came out negative, as it can on a busy machine.
     """
-    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<9} {row.rival or '-':<12}"]
+    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<11} {row.rival or '-':<12}"]
     for of in ("first", "per_token", "whole"):
         seconds = [median(side, of) if side else None for side in (row.ours, row.theirs)]
         cells += [format_speed(value, of) for value in seconds]
@@ -107,7 +107,7 @@ def format_best(rows: list[Row]) -> str:
     for shape, prompt, rival in dict.fromkeys((row.shape, row.prompt, row.rival) for row in rows if row.theirs):
         group = [row for row in rows if (row.shape, row.prompt, row.rival) == (shape, prompt, rival)]
         for kind in ("float", "int8"):
-            found = [row for row in group if (row.dtype == "int8") == (kind == "int8")]
+            found = [row for row in group if row.dtype.endswith("int8") == (kind == "int8")]
             if found:
                 best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
                 lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {rival}: {', '.join(best)}")

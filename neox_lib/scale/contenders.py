@@ -9,10 +9,12 @@ from neox_lib.config import NeoXConfig, pythia, tiny
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.scale.int8_linear import use_int8_linear
-from neox_lib.scale.linear import pack_half, use_fast_linear
+from neox_lib.scale.int8_packing import pack_int8
+from neox_lib.scale.linear import use_fast_linear
 from neox_lib.scale.loading import DTYPES, Precision
+from neox_lib.scale.packing import pack_half
 
-OURS = (*DTYPES, "packed", "int8")
+OURS = (*DTYPES, "packed", "int8", "packed-int8")
 # generate(ids [1, T], new_tokens) -> token ids written
 Generate = Callable[[Tensor, int], list[int]]
 
@@ -45,9 +47,10 @@ def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
 
 
 def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
-    """The same weights in one of OURS: a dtype of the matrices, "packed" float16, or "int8"."""
-    if dtype == "int8":
-        return use_int8_linear(in_precision(model, torch.float16))
+    """The same weights in one of OURS: a dtype of the matrices, "packed" float16, "int8", or this packed."""
+    if dtype.endswith("int8"):
+        quantized = use_int8_linear(in_precision(model, torch.float16))
+        return pack_int8(quantized) if dtype == "packed-int8" else quantized
     if dtype == "packed":
         return pack_half(in_precision(model, torch.float16))
     return in_precision(model, DTYPES[dtype])

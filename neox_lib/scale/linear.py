@@ -6,12 +6,11 @@ weight once, so its floor is the memory's speed; a prefill does arithmetic, and 
 - fp32 weights, few rows: oneDNN, up to 1.7 times as fast as torch's own choice, MKL, at streaming a large matrix.
 - fp16 weights, up to HALF_ROWS rows: torch's fp16 matrix-vector product, half the bytes of fp32.
 - 16-bit weights otherwise: the weight is cast to fp32 a block at a time, and the block multiplied while it is in cache.
-- fp16 weights after `pack_half`: FBGEMM, which reads fp16 and computes in fp32, the fastest for any number of rows.
+- fp16 weights after `pack_half` (packing.py): FBGEMM, which reads fp16 and computes in fp32, the fastest of all.
 
 Activations are fp32 in all of these. For inference: where a gradient is asked for, the plain formula is used.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,6 @@ HALF_ROWS = 3  # from 4 rows on, casting an fp16 weight once beats reading it on
 FEW_ROWS = 128  # up to about here oneDNN beats MKL (hidden size 768: 100 rows, 1024: 400), above it MKL wins
 LARGE_WEIGHT = 2**19  # numbers; below it the 25 us that a call of oneDNN costs outweigh what it saves
 BLOCK_BYTES = 16 * 2**20  # of fp32 weight: within a desktop CPU's last cache, and large enough for an efficient product
-PACK_NUMBERS = 2**25  # packed at a time: packing needs them in fp32, 128 MB
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,11 +28,6 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_p
     onednn_linear = torch.ops.mkldnn._linear_pointwise.default
 else:
     onednn_linear = None
-
-
-def has_fbgemm() -> bool:
-    """Whether this torch can pack fp16 weights: its build has FBGEMM (x86), and the CPU at least AVX2."""
-    return torch.backends.quantized.engine in ("x86", "fbgemm") and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def multiply_float(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,44 +81,6 @@ class FastLinear(nn.Linear):
         return output if bias is None else output + bias
 
 
-class PackedLinear(nn.Module):
-    """A FastLinear whose fp16 weight lives only in FBGEMM's layout: `[..., in]` -> `[..., out]`.
-
-    Exact to fp32: neither activations nor results are rounded to fp16. `weight` is unpacked anew each time it is read,
-    for saving and for the plain formula, and is no parameter any more. Raises TypeError for a weight not in fp16.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        if linear.weight.dtype != torch.float16:
-            raise TypeError(f"only fp16 weights can be packed, this one is {linear.weight.dtype}")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        prepack, rows = torch.ops.quantized.linear_prepack_fp16, max(1, PACK_NUMBERS // linear.in_features)
-        biases = [None] * -(-linear.out_features // rows) if linear.bias is None else linear.bias.float().split(rows)
-        blocks = zip(linear.weight.detach().split(rows), biases, strict=True)
-        self.packed = [prepack(block.float(), bias) for block, bias in blocks]
-        self.train(linear.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight `[out, in]` as it was, fp16: a new tensor."""
-        return torch.cat([torch.ops.quantized.linear_unpack_fp16(block)[0].half() for block in self.packed])
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def forward(self, input: Tensor) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and input.requires_grad
-        if needs_gradient or input.dtype != torch.float32 or not input.is_cpu or input.dim() < 2:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(input, self.weight.to(input.device, input.dtype), bias)
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        products = [multiply(input, block) for block in self.packed]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-
-
 def use_fast_linear(model: Model) -> Model:
     """Replace every `nn.Linear` inside `model` by a FastLinear, in place, and return the model.
 
@@ -136,33 +91,4 @@ def use_fast_linear(model: Model) -> Model:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, FastLinear(child))
-    return model
-
-
-def pack_half(model: Model) -> Model:
-    """Replace every fp16 FastLinear inside `model` by a PackedLinear, in place, and return the model.
-
-    For long sessions on a CPU with FBGEMM; elsewhere, and for other dtypes, nothing changes. Packing takes about 5 ns a
-    weight on two cores, all threads at work, and pays after some 250 tokens. Each weight is freed once packed, so that
-    no second copy stays, though the allocator may return a part of the freed memory late. A tied output matrix stays as
-    it is: the embedding reads the same memory. Packed weights can't be replaced: load others first, then pack.
-    """
-    if not has_fbgemm():
-        return model
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    places = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, FastLinear) and child.weight.dtype == torch.float16 and child.weight.is_cpu
-        if id(child.weight) not in embeddings
-    ]
-
-    def pack(place: tuple[nn.Module, str, FastLinear]) -> None:
-        module, name, child = place
-        setattr(module, name, PackedLinear(child))
-        child.weight = None  # type: ignore[assignment]  # `places` still holds the layer
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(pack, places))
     return model

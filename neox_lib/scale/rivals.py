@@ -16,7 +16,13 @@ from neox_lib.scale.loading import DTYPES
 # Each of our dtypes, and what it is measured against. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
 RIVALS = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
-    "ctranslate2": {"float32": "float32", "float16": "float32", "packed": "float32", "int8": "int8"},
+    "ctranslate2": {
+        "float32": "float32",
+        "float16": "float32",
+        "packed": "float32",
+        "int8": "int8",
+        "packed-int8": "int8",
+    },
 }
 
 
