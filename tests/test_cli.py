@@ -40,6 +40,15 @@ def test_generate_writes_prompt_and_continuation_to_stdout_and_speed_to_stderr(c
     assert "tokens/s" in err and "prefill of" in err and "8 new tokens" in err
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
+def test_packed_weights_write_a_text_of_the_same_length(checkpoint, capsys, dtype):
+    """fp32 weights are left as they are. Rounding may change a token, so lengths are compared."""
+    words = ["generate", "the", "--model", str(checkpoint), "--tokens", "8", "--no-stop", "--device", "cpu"]
+    assert main([*words, "--dtype", dtype, "--pack"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("the") and "8 new tokens" in said.err and f", {dtype}, cpu" in said.err
+
+
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(checkpoint, capsys):
     texts = []
     for seed in ("1", "1", "2"):

@@ -18,6 +18,7 @@ from neox_lib.scale.int8_packing import BASE, BLOCK_ROWS, PackedInt8Linear, pack
 from neox_lib.scale.packing import has_fbgemm
 from neox_lib.scale.quantization import quantize_rows
 
+MLP = ("dense_h_to_4h", "dense_4h_to_h")
 packing = pytest.mark.skipif(not has_fbgemm(), reason="this torch has no FBGEMM to pack for")
 CONFIG = NeoXConfig(
     num_hidden_layers=3, hidden_size=128, num_attention_heads=4, vocab_size=512, tokenizer_vocab_size=500
@@ -100,9 +101,15 @@ def test_rows_of_zeros_and_damaged_rows_stay_by_themselves():
     torch.testing.assert_close(found[3], PackedInt8Linear(layer)(x[3:])[0])
 
 
+@pytest.fixture
+def every_size(monkeypatch):
+    """Small matrices are packed too."""
+    monkeypatch.setattr(int8_packing, "LARGE_WEIGHT", 0)
+
+
 @packing
 @pytest.mark.parametrize("tied", [False, True])
-def test_packing_frees_the_old_weights_and_saves_the_same(tied):
+def test_packing_frees_the_old_weights_and_saves_the_same(tied, every_size):
     """A second copy of 20B's numbers would not fit."""
     model = use_int8_linear(random_model(NeoXConfig(**vars(CONFIG) | {"tie_word_embeddings": tied})))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -117,8 +124,8 @@ def test_packing_frees_the_old_weights_and_saves_the_same(tied):
 
 
 @packing
-def test_a_packed_model_adds_next_to_nothing_to_the_rounding_of_its_weights():
-    """Against fp32 arithmetic with the same int8 numbers: a twentieth of what the numbers themselves cost (a fortieth, measured)."""
+def test_a_packed_model_adds_next_to_nothing_to_the_rounding_of_its_weights(every_size):
+    """Against fp32 arithmetic with the same int8 numbers: a fortieth of what the numbers themselves cost, measured."""
     exact = random_model(CONFIG)
     packed = our_model(exact, "packed-int8")
     same_numbers = copy.deepcopy(exact)
@@ -148,7 +155,16 @@ def test_packed_layers_take_the_plain_formula_for_what_they_cannot_do():
     assert packed(torch.ones(64)).shape == (32,) and packed(torch.ones(2, 0, 64)).shape == (2, 0, 32)
 
 
-def test_without_fbgemm_packing_leaves_the_model_as_it_is(monkeypatch):
+@packing
+def test_only_large_matrices_are_packed(monkeypatch):
+    """A small one would become slower."""
+    monkeypatch.setattr(int8_packing, "LARGE_WEIGHT", 512 * 128)
+    model = pack_int8(use_int8_linear(random_model(CONFIG)))
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedInt8Linear)}
+    assert packed == {"final_linear"} | {f"layers.{n}.mlp.{m}" for n in range(3) for m in MLP}
+
+
+def test_without_fbgemm_packing_leaves_the_model_as_it_is(monkeypatch, every_size):
     """On a CPU of another kind the call must do no harm."""
     monkeypatch.setattr(int8_packing, "has_fbgemm", lambda: False)
     model = pack_int8(use_int8_linear(random_model(CONFIG)))

@@ -32,6 +32,9 @@ def add(commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute every token anew, to see what the cache saves")
     parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
+    parser.add_argument(
+        "--pack", action="store_true", help="on a CPU, lay fp16 or int8 weights out anew first: for long texts"
+    )
     parser.set_defaults(run=run)
 
 
@@ -61,6 +64,10 @@ def write(
     tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
     input_ids = prompt_ids(tokenizer, text)
     model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+    if arguments.pack:
+        from neox_lib.scale.int8_packing import pack
+
+        pack(model)
     stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
     steps = stream_generate(
         model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop

@@ -1,8 +1,8 @@
 """A model at full size on this machine: random weights written, quantized, loaded, run, and each phase measured.
 
 `python -m neox_lib.scale.full_size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB),
-loads that from the disk and from memory, and writes text; each phase is a process of its own, so that its peak of
-memory is its own too. What it found is printed and kept in FOLDER/results.json.
+loads that from the disk and from memory, and writes text, with the weights in the file and packed; each phase is a
+process of its own, so that its peak of memory is its own too. What it found is printed and kept in FOLDER/results.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-PHASES = ("machine", "write", "convert", "cold", "warm", "long")
+PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
 PROMPT, NEW_TOKENS = 8, 32
 STARTED = time.perf_counter()
 
@@ -124,14 +124,23 @@ def int8_of(folder: Path) -> Path:
     return file
 
 
-def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int) -> dict:
-    """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one."""
+def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int, packed: bool = False) -> dict:
+    """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one.
+
+    Packing, where it is asked for, counts as part of the load.
+    """
     from neox_lib.generation import stream_generate
+    from neox_lib.scale.int8_packing import pack
     from neox_lib.scale.loading import create_model
 
     file = int8_of(arguments.folder)
     cached, started = in_page_cache(file), time.perf_counter()
     model = create_model(file, device="cpu")
+    matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
+    output = model.final_linear.weight.numel()  # met by the last token only
+    read = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
+    if packed:
+        pack(model)
     load = time.perf_counter() - started
     say(f"loaded in {load:.2f} s with {cached:.0%} of the file in memory; prompt of {prompt} tokens")
     ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
@@ -146,9 +155,7 @@ def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int) 
     if new_tokens > 2:
         result["seconds_per_token"] = statistics.median(seconds[2:])  # the second still meets pages for the first time
         result["seconds"] = seconds
-    matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
-    output = model.final_linear.weight.numel()  # met by the last token only
-    result["read_per_token"] = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
+    result["read_per_token"] = read
     result["flops"] = 2 * (prompt * (matrices - output) + output)
     return result
 
@@ -167,7 +174,12 @@ def run_long(arguments: argparse.Namespace) -> dict:
     return load_and_write(arguments, arguments.long_prompt, 1)
 
 
-WORK = dict(zip(PHASES, (measure_machine, write, convert, run_cold, run_warm, run_long), strict=True))
+def run_packed(arguments: argparse.Namespace) -> dict:
+    return load_and_write(arguments, PROMPT, NEW_TOKENS, packed=True)
+
+
+PHASE_WORK = (measure_machine, write, convert, run_cold, run_warm, run_long, run_packed)
+WORK = dict(zip(PHASES, PHASE_WORK, strict=True))
 
 
 def report(results: dict) -> list[str]:
@@ -178,7 +190,7 @@ def report(results: dict) -> list[str]:
             speed = f"{found['bytes'] / 1e9:.2f} GB in {found['seconds_in_all']:.0f} s"
             lines.append(f"{phase}: {speed}, peak memory {found['peak'] / 2**30:.2f} GiB")
     machine = results.get("machine")
-    for phase in ("cold", "warm", "long"):
+    for phase in ("cold", "warm", "long", "packed"):
         if found := results.get(phase):
             line = f"{phase}: {found['cached']:.0%} of the file in memory, load {found['load']:.2f} s"
             line += f", first token of a {found['prompt']}-token prompt {found['prefill']:.2f} s"

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from neox_lib.scale.int8_linear import Int8Linear, multiply_dequantized
 from neox_lib.scale.linear import Model
-from neox_lib.scale.packing import PackedWeight, has_fbgemm, pack_layers
+from neox_lib.scale.packing import PackedWeight, has_fbgemm, pack_half, pack_layers
 
 # AVX2 adds two products of 8 bits in 16 bits: (63 + ZERO) x 127 x 2 = 32258 still fits, one digit more would not
 LARGEST_DIGIT = 63
 BASE = 2 * LARGEST_DIGIT
 ZERO = 64  # FBGEMM's activations have no sign: it stores digit + ZERO
 SMALLEST = 1e-30  # a row's largest value counts as at least this: a row of zeros has a step too
+LARGE_WEIGHT = 2**22  # numbers; below it writing the digits takes longer than a faster product saves
 BLOCK_ROWS = 64  # that go through at a time: their digits and sums stay in the cache
 
 
@@ -79,17 +80,28 @@ class PackedInt8Linear(PackedWeight):
             output = multiply_dequantized(input, weight, scale)
             return output if self.bias is None else output + self.bias.to(input.device, input.dtype)
         rows = input.reshape(-1, self.in_features)
-        products = [self.multiply(block) for block in rows.split(BLOCK_ROWS)]
-        product = products[0] if len(products) == 1 else torch.cat(products)
+        if len(rows) <= BLOCK_ROWS:
+            product = self.multiply(rows)
+        else:
+            product = torch.cat([self.multiply(block) for block in rows.split(BLOCK_ROWS)])
         return product.view(*input.shape[:-1], self.out_features)
 
 
 def pack_int8(model: Model) -> Model:
-    """Replace every Int8Linear inside `model` by a PackedInt8Linear, in place, and return the model.
+    """Replace every large Int8Linear inside `model` by a PackedInt8Linear, in place, and return the model.
 
     For long sessions on a CPU with FBGEMM; elsewhere nothing changes. A model from an int8 file has its weights in
     memory of its own afterwards and shares them with no other process. Packed weights can't be replaced.
     """
     if has_fbgemm():
-        pack_layers(model, lambda child: isinstance(child, Int8Linear), lambda child: PackedInt8Linear(child))
+        pack_layers(
+            model,
+            lambda child: isinstance(child, Int8Linear) and child.weight.numel() >= LARGE_WEIGHT,
+            lambda child: PackedInt8Linear(child),
+        )
     return model
+
+
+def pack(model: Model) -> Model:
+    """Pack whatever can be packed, fp16 as `pack_half` and int8 as `pack_int8` do, and return the model."""
+    return pack_int8(pack_half(model))

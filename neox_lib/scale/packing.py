@@ -100,7 +100,7 @@ def pack_half(model: Model) -> Model:
     if has_fbgemm():
         pack_layers(
             model,
-            lambda child: isinstance(child, FastLinear) and child.weight.dtype == torch.float16,
+            lambda child: type(child) is FastLinear and child.weight.dtype == torch.float16,
             lambda child: PackedLinear(child),
         )
     return model
