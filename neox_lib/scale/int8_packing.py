@@ -54,11 +54,9 @@ class PackedInt8Linear(PackedWeight):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.scale, self.bias = layer.scale, layer.bias
         zeros = torch.zeros(self.out_features, dtype=torch.int64)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # torch's own, on the future of quantized tensors
-            quantized = torch._make_per_channel_quantized_tensor(layer.weight, layer.scale.double(), zeros, 0)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        make_quantized = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
+        quantized = make_quantized(layer.weight, layer.scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
 
     @property
     def weight(self) -> Tensor:
@@ -93,7 +91,10 @@ def pack_int8(model: Model) -> Model:
     For long sessions on a CPU with FBGEMM; elsewhere nothing changes. A model from an int8 file has its weights in
     memory of its own afterwards and shares them with no other process. Packed weights can't be replaced.
     """
-    if has_fbgemm():
+    if not has_fbgemm():
+        return model
+    with warnings.catch_warnings():  # torch means to remove quantized tensors one day
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
         pack_layers(
             model,
             lambda child: isinstance(child, Int8Linear) and child.weight.numel() >= LARGE_WEIGHT,

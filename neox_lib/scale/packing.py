@@ -6,6 +6,7 @@ int8_packing.py.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class PackedLinear(PackedWeight):
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-def pack_layers(model: nn.Module, wanted: Callable[[nn.Module], bool], pack: Callable[[nn.Module], nn.Module]) -> None:
+def pack_layers(model: nn.Module, wanted: Callable[[nn.Module], bool], pack: Callable[[Any], nn.Module]) -> None:
     """Replace every `wanted` layer on the CPU by `pack` of it, in place, all threads at work.
 
     Each weight is freed once packed, so that no second copy of the model stays. A tied output matrix is left alone: the
