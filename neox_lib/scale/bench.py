@@ -69,7 +69,8 @@ def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
     weights = sum(tensor.nbytes for tensor in model.parameters() if tied or tensor is not embedding)
-    packed = sum(each.weight.nbytes for each in model.modules() if isinstance(each, PackedWeight))
+    layers = [each for each in model.modules() if isinstance(each, PackedWeight)]
+    packed = sum(each.itemsize * each.in_features * each.out_features for each in layers)
     return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 

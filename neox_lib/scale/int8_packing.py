@@ -49,6 +49,8 @@ class PackedInt8Linear(PackedWeight):
     the last bit: its few rows are rounded to bfloat16, this one's to 14 bits.
     """
 
+    itemsize = 1
+
     def __init__(self, layer: Int8Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -98,7 +100,7 @@ def pack_int8(model: Model) -> Model:
         pack_layers(
             model,
             lambda child: isinstance(child, Int8Linear) and child.weight.numel() >= LARGE_WEIGHT,
-            lambda child: PackedInt8Linear(child),
+            PackedInt8Linear,
         )
     return model
 

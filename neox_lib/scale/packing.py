@@ -18,12 +18,16 @@ PACK_NUMBERS = 2**25  # packed at a time: packing needs them in fp32, 128 MB
 
 
 def has_fbgemm() -> bool:
-    """Whether this torch can pack fp16 weights: its build has FBGEMM (x86), and the CPU at least AVX2."""
+    """Whether this torch can pack weights: its build has FBGEMM (x86), and the CPU at least AVX2."""
     return torch.backends.quantized.engine in ("x86", "fbgemm") and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 class PackedWeight(nn.Module):
     """A linear layer whose weight lives only in FBGEMM's layout: no parameter, but saved under its name as it was."""
+
+    in_features: int
+    out_features: int
+    itemsize: int  # bytes of a number, in either layout
 
     @property
     def weight(self) -> Tensor:
@@ -40,6 +44,8 @@ class PackedLinear(PackedWeight):
     Exact to fp32: neither activations nor results are rounded to fp16. `weight` is unpacked anew each time it is read,
     for saving and for the plain formula, and is no parameter any more. Raises TypeError for a weight not in fp16.
     """
+
+    itemsize = 2
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -102,6 +108,6 @@ def pack_half(model: Model) -> Model:
         pack_layers(
             model,
             lambda child: type(child) is FastLinear and child.weight.dtype == torch.float16,
-            lambda child: PackedLinear(child),
+            PackedLinear,
         )
     return model
