@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from neox_lib.cache import KVCache
     from neox_lib.config import NeoXConfig
     from neox_lib.generation import greedy_generate, greedy_generate_text, stream_generate
+    from neox_lib.hub.names import create_tokenizer
+    from neox_lib.loading import create_model
     from neox_lib.model import NeoXModel
     from neox_lib.sampling import Sampling
-    from neox_lib.scale.loading import create_model
-    from neox_lib.scale.named import create_tokenizer
 
 HOME = {
     "KVCache": "cache",
     "NeoXConfig": "config",
     "NeoXModel": "model",
     "Sampling": "sampling",
-    "create_model": "scale.loading",
-    "create_tokenizer": "scale.named",
+    "create_model": "loading",
+    "create_tokenizer": "hub.names",
     "greedy_generate": "generation",
     "greedy_generate_text": "generation",
     "stream_generate": "generation",

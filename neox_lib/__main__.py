@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from neox_lib.commands import bench, class_report, convert, doctor, download, generate, info, promote, student, train
+from neox_lib.cli import bench, class_report, convert, doctor, download, generate, info, promote, student, train
 
 COMMANDS = (generate, info, train, convert, download, bench, promote, student, class_report, doctor)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from neox_lib.files import SHIPPED_MODEL, write_text_atomically
+from neox_lib.checkpoints.files import SHIPPED_MODEL, write_text_atomically
 
 ENDOFTEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

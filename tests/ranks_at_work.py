@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from neox_lib.cache import KVCache
+from neox_lib.course.peak_memory import hand_back_free_memory, own_bytes
+from neox_lib.distributed import loading as rank_loading
+from neox_lib.distributed.loading import create_rank_model
 from neox_lib.generation import stream_generate
-from neox_lib.lesson.peak_memory import hand_back_free_memory, own_bytes
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import GREEDY, Sampling
-from neox_lib.scale import rank_loading
-from neox_lib.scale.rank_loading import create_rank_model
 
 PROMPT = [[5, 9, 2, 11, 7, 30, 4]]
 WARM = Sampling(temperature=1.3, top_p=0.95, seed=3)

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from neox_lib.__main__ import build_parser
-from neox_lib.config import NeoXConfig
-from neox_lib.scale import bench
-from neox_lib.scale.bench import bytes_per_token, run, run_bench, time_answer, time_load
-from neox_lib.scale.bench_table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
-from neox_lib.scale.contenders import in_precision, our_generate, our_model, random_model
-from neox_lib.scale.linear import FastLinear
-from neox_lib.scale.rivals import (
+from neox_lib.bench import measure as bench
+from neox_lib.bench.baselines import (
     ctranslate2_generate,
     ctranslate2_logits,
     ctranslate2_twin,
     hugging_face_generate,
     hugging_face_twin,
 )
+from neox_lib.bench.candidates import in_precision, our_generate, our_model, random_model
+from neox_lib.bench.measure import bytes_per_token, run, run_bench, time_answer, time_load
+from neox_lib.bench.table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
+from neox_lib.config import NeoXConfig
+from neox_lib.decoding.linear import FastLinear
 
 SMALL = NeoXConfig(
     vocab_size=128,

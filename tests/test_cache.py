@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
+from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
-from neox_lib.scale.linear import use_fast_linear
 
 SMALL = NeoXConfig(
     vocab_size=64,

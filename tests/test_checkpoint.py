@@ -16,17 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neox_lib import checkpoint, files, layout, sharding, slim_writer
-from neox_lib.checkpoint import describe_slim, load_slim, stored_dtype
+from neox_lib.checkpoints import files
+from neox_lib.checkpoints.convert import convert_to_slim
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.slim import layout
+from neox_lib.checkpoints.slim import partition as sharding
+from neox_lib.checkpoints.slim import reader as checkpoint
+from neox_lib.checkpoints.slim import writer as slim_writer
+from neox_lib.checkpoints.slim.config import read_config
+from neox_lib.checkpoints.slim.layout import find_shards, is_slim, layer_file_name
+from neox_lib.checkpoints.slim.partition import merge_shards, split_tensor
+from neox_lib.checkpoints.slim.reader import describe_slim, load_slim, stored_dtype
+from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig, neox_20b
-from neox_lib.files import CheckpointError
-from neox_lib.layout import find_shards, is_slim, layer_file_name
 from neox_lib.model import NeoXModel
-from neox_lib.release import read_config
-from neox_lib.scale.convert import convert_to_slim
-from neox_lib.sharding import merge_shards
-from neox_lib.slim_writer import write_slim
-from neox_lib.splitting import split_tensor
 
 CONFIG = NeoXConfig(
     vocab_size=256,
@@ -550,7 +553,7 @@ def test_frequencies_that_do_not_fit_are_refused(release):
 
 def test_padding_of_the_20b_tokenizer_is_known():
     """50,277 tokens, padded to a multiple of 128 x ranks; the padding rows must never be sampled."""
-    from neox_lib.release import real_tokens
+    from neox_lib.checkpoints.slim.config import real_tokens
 
     assert [real_tokens(size) for size in (50432, 50304, 50688, 50277, 2048)] == [50277, 50277, 50277, 50277, 2048]
 
@@ -756,7 +759,7 @@ def test_an_interrupted_save_never_looks_whole(tmp_path, random_model, monkeypat
 KILLED = """
 import sys, time
 from dataclasses import replace
-from neox_lib import slim_writer
+from neox_lib.checkpoints.slim import writer as slim_writer
 from neox_lib.config import tiny
 from neox_lib.model import NeoXModel
 

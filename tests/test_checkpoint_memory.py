@@ -11,12 +11,12 @@ import psutil
 import pytest
 import torch
 
+from neox_lib.checkpoints.huggingface.config import huggingface_fields
+from neox_lib.checkpoints.huggingface.layout import their_name
+from neox_lib.checkpoints.safetensors_writer import lay_out
+from neox_lib.checkpoints.slim.layout import layer_file_name, parameter_shapes, place_of
+from neox_lib.checkpoints.slim.partition import shard_shape
 from neox_lib.config import NeoXConfig, pythia
-from neox_lib.layout import layer_file_name, parameter_shapes, place_of
-from neox_lib.scale.huggingface_config import huggingface_fields
-from neox_lib.scale.huggingface_layout import their_name
-from neox_lib.scale.safetensors_writer import lay_out
-from neox_lib.sharding import shard_shape
 
 CONFIG = pythia("1b")
 RANKS = 2
@@ -25,10 +25,10 @@ RANKS = 2
 WATCH = """
 import json, re, sys, threading, time
 import torch
-from neox_lib.checkpoint import load_slim
-from neox_lib.scale.convert import convert_to_huggingface, convert_to_slim
-from neox_lib.scale.loading import load_weights
-from neox_lib.scale.weights import open_weights
+from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
+from neox_lib.loading import load_weights
+from neox_lib.checkpoints.checkpoint import open_weights
 
 def private_bytes():
     status = open("/proc/self/status").read()

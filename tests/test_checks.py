@@ -12,11 +12,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import neox_lib
 from neox_lib import generation, rotary
-from neox_lib.lesson import checks, promote, series, store
-from neox_lib.lesson.checks import PropertyFailed, Result, exercise, in_place_of, require, require_equal
-from neox_lib.lesson.diagrams import PLACES, model_map
-from neox_lib.lesson.plots import Picture, TokenSpans, bars, heat_map, lines, new_figure, token_spans
-from neox_lib.lesson.progress import EXERCISES, read_progress, record
+from neox_lib.course import checks, promote, series, store
+from neox_lib.course.checks import PropertyFailed, Result, exercise, in_place_of, require, require_equal
+from neox_lib.course.figures.diagrams import PLACES, model_map
+from neox_lib.course.figures.plots import Picture, TokenSpans, bars, heat_map, lines, new_figure, token_spans
+from neox_lib.course.progress import EXERCISES, read_progress, record
 
 LIBRARY = Path(neox_lib.__file__).parent
 CHAPTERS = sorted(path.stem for path in (LIBRARY / "lesson" / "exercises").glob("[a-z]*.py"))
@@ -241,7 +241,7 @@ def small_series(monkeypatch, tmp_path):
     promoted = new_code_cell(
         "def area(side):\n    return side * side", metadata={"tags": ["promote"], "module": "small"}
     )
-    imports = new_code_cell("from neox_lib.lesson.exercises import start_here as exercises")
+    imports = new_code_cell("from neox_lib.course.exercises import start_here as exercises")
     nbformat.write(new_notebook(cells=[imports, promoted]), folder / "00_start_here.ipynb")
     nbformat.write(new_notebook(cells=[]), folder / "01_empty.ipynb")
     monkeypatch.chdir(folder)
@@ -299,7 +299,7 @@ def test_a_cell_that_is_no_python_any_more_shows_as_a_question_mark(small_series
 
 
 def test_a_broken_exercise_module_shows_as_a_question_mark(small_series, monkeypatch):
-    monkeypatch.setitem(sys.modules, "neox_lib.lesson.exercises.start_here", None)
+    monkeypatch.setitem(sys.modules, "neox_lib.course.exercises.start_here", None)
     assert "00_start_here (?)" in repr(checks.progress())
 
 
@@ -320,11 +320,11 @@ def test_the_table_escapes_a_notebooks_name():
 def test_every_chapters_exercises_belong_to_it_and_every_chapter_to_one_notebook():
     """A check that no notebook imports would be missing from the table."""
     for chapter in CHAPTERS:
-        __import__(f"neox_lib.lesson.exercises.{chapter}")
-        assert f"neox_lib.lesson.exercises.{chapter}" in EXERCISES.values(), chapter
+        __import__(f"neox_lib.course.exercises.{chapter}")
+        assert f"neox_lib.course.exercises.{chapter}" in EXERCISES.values(), chapter
     notebooks = [path.read_text("utf-8") for path in sorted(promote.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
     for chapter in CHAPTERS:
-        users = [text for text in notebooks if f"from neox_lib.lesson.exercises import {chapter}" in text]
+        users = [text for text in notebooks if f"from neox_lib.course.exercises import {chapter}" in text]
         assert len(users) == 1, chapter
 
 
@@ -418,13 +418,13 @@ def test_storing_keeps_what_reads_without_a_kernel_and_takes_the_live_widget_out
 def test_storing_twice_changes_nothing_and_starts_from_an_empty_progress_file(tmp_path, own_progress_file):
     """Authors' answers must not get into stored outputs, and a run without a change must not show in git."""
     path = tmp_path / "a.ipynb"
-    look = 'import os\nfrom neox_lib.lesson.progress import read_progress\nprint(read_progress()["exercises"])'
+    look = 'import os\nfrom neox_lib.course.progress import read_progress\nprint(read_progress()["exercises"])'
     stream = 'for word in "a b c".split():\n    print(word, end="", flush=True)'
     nbformat.write(new_notebook(cells=[new_code_cell(look, id="a"), new_code_cell(stream, id="b")]), path)
     record("exercises", "made_up.double", "passed")
     contents = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-m", "neox_lib.lesson.store", str(path)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "neox_lib.course.store", str(path)], check=True, capture_output=True)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
     cells = nbformat.read(path, as_version=4).cells
@@ -437,6 +437,6 @@ def test_a_cell_that_fails_leaves_the_stored_notebook_as_it_was(tmp_path):
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("print(1)"), new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
-    command = [sys.executable, "-m", "neox_lib.lesson.store", str(path)]
+    command = [sys.executable, "-m", "neox_lib.course.store", str(path)]
     assert subprocess.run(command, capture_output=True).returncode != 0
     assert path.read_bytes() == before

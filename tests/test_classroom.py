@@ -15,8 +15,8 @@ from neox_lib.classroom.handed_in import read_class
 from neox_lib.classroom.report import Report, class_report, harmless, series_of
 from neox_lib.classroom.student import READ_THE_TABLE, unmarked, without_asserts, write_student_edition
 from neox_lib.classroom.watch import Limits
-from neox_lib.lesson.learner_copy import NOTEBOOKS
-from neox_lib.lesson.predictions import letter, questions
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.predictions import letter, questions
 
 PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 STEMS = [path.stem for path in PATHS]
@@ -29,8 +29,8 @@ DAMAGE = {  # what the third student hands in, by the name that is asked for
     "my_decode": "import os\ndef my_decode(ids, tokens):\n    os._exit(0)",
     "my_encode_untrusted": "import ctypes\ndef my_encode_untrusted(tokenizer, text):\n    ctypes.string_at(0)",
     "my_rotary_angles": """
-from neox_lib.lesson import checks
-from neox_lib.lesson.exercises import rotary
+from neox_lib.course import checks
+from neox_lib.course.exercises import rotary
 def my_rotary_angles(*anything):
     checks.require = rotary.require = rotary.require_equal = lambda *anything: None
     return torch.zeros(1)""",

@@ -12,13 +12,13 @@ import torch
 
 import neox_lib
 from neox_lib.__main__ import main
-from neox_lib.checkpoint import load_slim
-from neox_lib.commands.info import format_bytes
-from neox_lib.commands.train import give_tokenizer
+from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib.checkpoints.slim.writer import write_slim
+from neox_lib.cli.info import format_bytes
+from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from neox_lib.scale.fits import gib
-from neox_lib.slim_writer import write_slim
+from neox_lib.precision import gib
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.small_models import WITH_TOKENIZER
 
@@ -93,7 +93,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monk
 
 
 def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("neox_lib.checkpoint.load_slim", None)
+    monkeypatch.setattr("neox_lib.checkpoints.slim.reader.load_slim", None)
     assert main(["info", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")

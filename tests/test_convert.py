@@ -12,17 +12,16 @@ import pytest
 import torch
 from conftest import randomize
 
-from neox_lib import files
 from neox_lib.__main__ import main
-from neox_lib.checkpoint import load_slim
+from neox_lib.checkpoints import files, safetensors_writer
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig
-from neox_lib.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.model import NeoXModel
-from neox_lib.scale import safetensors_writer
-from neox_lib.scale.convert import convert_to_huggingface, convert_to_slim
-from neox_lib.scale.huggingface_writer import write_huggingface
-from neox_lib.scale.weights import open_weights
-from neox_lib.slim_writer import write_slim
 
 CONFIG = NeoXConfig(
     vocab_size=2048,
@@ -251,7 +250,8 @@ def test_damage_found_on_the_way_leaves_nothing_behind(sources, tmp_path):
 
 SLOW = """
 import sys, time
-from neox_lib.scale import convert, huggingface_writer
+from neox_lib.checkpoints import convert
+from neox_lib.checkpoints.huggingface import writer as huggingface_writer
 real = huggingface_writer.write_safetensors
 
 def slow(path, *words):

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from neox_lib.lesson.promote import module_path
+from neox_lib.course.promote import module_path
 
 PROMOTED = [
     "tokenizer",

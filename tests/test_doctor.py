@@ -97,7 +97,7 @@ def test_a_broken_torch_is_no_broken_piece(stderr):
 
 def test_the_doctor_starts_without_anything_heavy():
     """Where torch is broken, importing it would be the end of the doctor."""
-    code = "import sys, neox_lib.commands.doctor, neox_lib.classroom.doctor; print('torch' in sys.modules)"
+    code = "import sys, neox_lib.cli.doctor, neox_lib.classroom.doctor; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

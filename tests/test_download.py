@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.files import CheckpointError
-from neox_lib.scale import fetch, unfinished
-from neox_lib.scale.download import cached_folder, download_to_cache, download_to_folder
-from neox_lib.scale.download_int8 import download_int8
-from neox_lib.scale.hub import DownloadError
-from neox_lib.scale.huggingface_writer import write_huggingface
-from neox_lib.scale.int8_file import INT8_FILE, write_int8
-from neox_lib.scale.named import is_hub_name
-from neox_lib.scale.weights import open_weights
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.quantized import INT8_FILE, write_int8
+from neox_lib.hub import fetch, unfinished
+from neox_lib.hub.download import cached_folder, download_to_cache, download_to_folder
+from neox_lib.hub.download_int8 import download_int8
+from neox_lib.hub.listing import DownloadError
+from neox_lib.hub.names import is_hub_name
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.small_models import WITH_TOKENIZER
 
@@ -156,7 +156,7 @@ def test_the_bytes_and_the_free_disk_are_said_before_anything_large_is_fetched(h
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neox_lib.scale.download.fetch", stop)
+    monkeypatch.setattr("neox_lib.hub.download.fetch", stop)
     assert main(["download", NAME]) == 130
     err = capsys.readouterr().err
     assert "0.3 MB in 4 file(s)" in err and "GB free" in err
@@ -267,7 +267,7 @@ def test_a_copy_in_the_cache_that_lacks_a_shard_is_not_taken_for_whole(hub, real
 
 
 def test_without_room_on_the_disk_nothing_is_fetched(hub, stored, capsys, monkeypatch):
-    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 200_000)
+    monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 200_000)
     assert main(["download", NAME]) == 2
     line = one_line(capsys)
     assert "GB free" in line and "make room" in line
@@ -279,7 +279,7 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(hub, stored, capsys, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("neox_lib.scale.fetch.os.fsync", full)
+        patch.setattr("neox_lib.hub.fetch.os.fsync", full)
         assert main(["download", NAME, "--to", str(tmp_path / "mine")]) == 2
         assert "No space left on device" in one_line(capsys)
     assert not (tmp_path / "mine" / "config.json").exists()
@@ -527,7 +527,7 @@ def test_another_revision_brings_its_own_config(hub, real, tmp_path):
 
 def test_without_room_for_the_int8_file_no_shard_is_fetched(hub, real, tmp_path, monkeypatch, capsys):
     hub.add(NAME, real)
-    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 40_000)
+    monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 40_000)
     assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 2
     assert "make room" in one_line(capsys)
     assert not any(hub.fetches(name) for name in SHARDS)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from neox_lib import files
-from neox_lib.files import (
+from neox_lib.checkpoints import files
+from neox_lib.checkpoints.files import (
     CheckpointError,
     check_free_disk,
     check_tensors,
@@ -248,7 +248,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from neox_lib.files import write_atomically
+from neox_lib.checkpoints.files import write_atomically
 
 def slowly(temporary):
     temporary.write_bytes(b"new, but only half of i")

@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from neox_lib.checkpoint import load_slim
+from neox_lib.bench import full_size
+from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache, main, peak_resident, report
+from neox_lib.bench.random_checkpoint import SMALL, consume, random_tensors, shape_named, write_random
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.quantized import load_int8, write_int8
+from neox_lib.checkpoints.slim.layout import is_slim
+from neox_lib.checkpoints.slim.reader import load_slim
 from neox_lib.config import neox_20b
-from neox_lib.files import CheckpointError
-from neox_lib.layout import is_slim
-from neox_lib.scale import full_size
-from neox_lib.scale.full_size import PHASES, drop_from_page_cache, in_page_cache, main, peak_resident, report
-from neox_lib.scale.int8_file import load_int8, write_int8
-from neox_lib.scale.random_checkpoint import SMALL, consume, random_tensors, shape_named, write_random
-from neox_lib.scale.weights import open_weights
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_random_weights_behave_like_those_of_a_fresh_model(slim):
 
 def test_a_large_matrix_repeats_the_block_and_never_a_row():
     """A row of the output matrix must not be the row above it: the block's length is no multiple of a row's."""
-    from neox_lib.scale.random_checkpoint import BLOCK_NUMBERS
+    from neox_lib.bench.random_checkpoint import BLOCK_NUMBERS
 
     for width in (6144, 24576, 18432, 2048):
         assert BLOCK_NUMBERS % width
@@ -56,7 +56,7 @@ def test_the_same_words_write_the_same_weights():
 
 
 def test_without_the_disk_nothing_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 30e9)
+    monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 30e9)
     assert main(["write", str(tmp_path / "big")]) == 2
     assert "need 41.52 GB and the disk has 30.00 GB free" in capsys.readouterr().err
     assert not (tmp_path / "big" / "slim").exists()
@@ -80,7 +80,7 @@ def test_shards_are_removed_as_they_are_converted(tmp_path):
 
 def test_room_that_comes_back_meanwhile_counts(slim, tmp_path, monkeypatch):
     needed = open_weights(slim).nbytes // 2
-    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: needed // 2)
+    monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: needed // 2)
     with pytest.raises(CheckpointError, match="the disk has"):
         write_int8(open_weights(slim), tmp_path / "out")
     write_int8(open_weights(slim), tmp_path / "out", freed_meanwhile=needed)
@@ -119,7 +119,7 @@ def test_all_starts_a_process_for_each_phase_and_ends_with_the_first_that_fails(
 
     def run(command):
         started.append(command[3])
-        assert command[:3] == [sys.executable, "-m", "neox_lib.scale.full_size"] and "--shape=small" in command
+        assert command[:3] == [sys.executable, "-m", "neox_lib.bench.full_size"] and "--shape=small" in command
         return type("Done", (), {"returncode": 2 if command[3] == "convert" else 0})
 
     monkeypatch.setattr(full_size.subprocess, "run", run)

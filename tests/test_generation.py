@@ -13,10 +13,10 @@ from torch import Tensor
 from neox_lib import generation
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
+from neox_lib.evaluation.likelihood import token_log_probabilities
 from neox_lib.generation import Step, greedy_generate, next_token_logits, stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
-from neox_lib.scoring import token_log_probabilities
 
 SMALL = NeoXConfig(
     vocab_size=64,

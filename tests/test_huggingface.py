@@ -12,11 +12,11 @@ import torch
 from conftest import hugging_face_config, randomize
 from safetensors.torch import load_file, save_file
 
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.config import NeoXConfig
-from neox_lib.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.generation import greedy_generate
-from neox_lib.scale.loading import create_model
-from neox_lib.scale.weights import open_weights
+from neox_lib.loading import create_model
 from neox_lib.tokenizer import create_tokenizer, read_tokenizer
 from tests import small_models
 from tests.small_models import family

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from neox_lib.bench.candidates import our_model
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.huggingface.config import huggingface_fields, read_huggingface_config
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.config import ACTIVATIONS, NeoXConfig
-from neox_lib.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.generation import greedy_generate
+from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
-from neox_lib.scale.contenders import our_model
-from neox_lib.scale.huggingface_config import huggingface_fields, read_huggingface_config
-from neox_lib.scale.huggingface_writer import write_huggingface
-from neox_lib.scale.loading import create_model
-from neox_lib.scale.weights import open_weights
 from neox_lib.tokenizer import create_tokenizer
 from tests import small_models
 from tests.small_models import family

@@ -14,10 +14,11 @@ import torch
 
 from neox_lib import create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.config import NeoXConfig, tiny
-from neox_lib.files import SHIPPED_MODEL, CheckpointError
-from neox_lib.scale import int8_file
-from neox_lib.scale.int8_file import (
+from neox_lib.checkpoints import quantized as int8_file
+from neox_lib.checkpoints.checkpoint import ModelWeights, open_weights
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.mapped_file import read_ahead
+from neox_lib.checkpoints.quantized import (
     INT8_FILE,
     build_int8,
     find_int8,
@@ -29,10 +30,9 @@ from neox_lib.scale.int8_file import (
     quantized,
     write_int8,
 )
-from neox_lib.scale.loading import create_model
-from neox_lib.scale.mapped_file import read_ahead
-from neox_lib.scale.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
-from neox_lib.scale.weights import ModelWeights, open_weights
+from neox_lib.checkpoints.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
+from neox_lib.config import NeoXConfig, tiny
+from neox_lib.loading import create_model
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_refuses_for_real(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("neox_lib.files.free_bytes", lambda folder: 1_000_000)
+    monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 1_000_000)
     monkeypatch.setattr(int8_file, "quantize_rows", lambda *words: pytest.fail("read weights that have no room"))
     with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB free"):
         write_int8(open_weights(SHIPPED_MODEL), tmp_path / "out")
@@ -285,7 +285,7 @@ def test_what_is_written_into_a_loaded_model_never_reaches_the_file(folder):
 
 LOAD = """
 import re, sys, torch
-from neox_lib.scale.int8_file import load_int8
+from neox_lib.checkpoints.quantized import load_int8
 model = load_int8(sys.argv[1])
 with torch.inference_mode():
     model(torch.arange(64)[None])
@@ -309,7 +309,7 @@ def test_two_processes_share_the_pages_of_one_file(tmp_path):
         vocab_size=1024,
         tokenizer_vocab_size=1000,
     )
-    from neox_lib.scale.random_checkpoint import random_tensors, write_random
+    from neox_lib.bench.random_checkpoint import random_tensors, write_random
 
     assert next(random_tensors(config))[0] == "word_embeddings.weight"
     write_random(tmp_path / "slim", config)

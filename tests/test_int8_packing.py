@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from neox_lib.bench.candidates import our_model, random_model
 from neox_lib.config import NeoXConfig
-from neox_lib.scale import int8_packing
-from neox_lib.scale.contenders import our_model, random_model
-from neox_lib.scale.int8_linear import Int8Linear, use_int8_linear
-from neox_lib.scale.int8_packing import BASE, BLOCK_ROWS, PackedInt8Linear, pack_int8, to_digits
-from neox_lib.scale.packing import has_fbgemm
-from neox_lib.scale.quantization import quantize_rows
+from neox_lib.decoding import int8_packing
+from neox_lib.decoding.int8_packing import BASE, BLOCK_ROWS, PackedInt8Linear, pack_int8, to_digits
+from neox_lib.decoding.packing import has_fbgemm
+from neox_lib.quantization.int8 import quantize_rows
+from neox_lib.quantization.int8_linear import Int8Linear, use_int8_linear
 
 MLP = ("dense_h_to_4h", "dense_4h_to_h")
 packing = pytest.mark.skipif(not has_fbgemm(), reason="this torch has no FBGEMM to pack for")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neox_lib.lesson.exercises import attention as exercises
+from neox_lib.course.exercises import attention as exercises
 from tests.lessons import Lesson
 
 CHECKS = {

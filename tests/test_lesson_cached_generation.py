@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neox_lib.lesson.exercises import cached_generation as exercises
+from neox_lib.course.exercises import cached_generation as exercises
 from tests.lessons import Lesson
 
 WRONG_GREEDY = {

@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 
-from neox_lib import sharding
+from neox_lib.checkpoints.slim import partition as sharding
+from neox_lib.checkpoints.slim.partition import merge_shards as library_merge
 from neox_lib.config import tiny
-from neox_lib.lesson.exercises import checkpoint_loading as exercises
-from neox_lib.lesson.figures_checkpoint_loading import MemoryCalculator
-from neox_lib.lesson.peak_memory import peak_of
-from neox_lib.sharding import merge_shards as library_merge
+from neox_lib.course.exercises import checkpoint_loading as exercises
+from neox_lib.course.figures.checkpoint_loading import MemoryCalculator
+from neox_lib.course.peak_memory import peak_of
 from tests.lessons import Lesson
 
 pytestmark = pytest.mark.usefixtures("one_thread")

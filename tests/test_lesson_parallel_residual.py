@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from neox_lib.attention import Attention
 from neox_lib.block import MLP
 from neox_lib.config import NeoXConfig, neox_20b, tiny
-from neox_lib.lesson.exercises import parallel_residual as exercises
+from neox_lib.course.exercises import parallel_residual as exercises
 from tests.lessons import Lesson
 
 CHECKS = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from neox_lib.lesson.checks import PropertyFailed
-from neox_lib.lesson.exercises import prompt_playground as exercises
-from neox_lib.streaming import Throttle, follow
+from neox_lib.course.checks import PropertyFailed
+from neox_lib.course.exercises import prompt_playground as exercises
+from neox_lib.playground.streaming import Throttle, follow
 from tests.lessons import Lesson
 
 CHECKS = {"my_follow": exercises.follow, "my_whole_characters": exercises.whole_characters}

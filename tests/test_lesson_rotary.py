@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import neox_lib.rotary
-from neox_lib.lesson import checks
-from neox_lib.lesson.exercises import rotary as exercises
-from neox_lib.lesson.figures_rotary import TurningPair, hands
+from neox_lib.course import checks
+from neox_lib.course.exercises import rotary as exercises
+from neox_lib.course.figures.rotary import TurningPair, hands
 from tests.lessons import Lesson
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from neox_lib.checkpoints.quantized import int8_bytes
 from neox_lib.config import NeoXConfig
-from neox_lib.lesson.exercises import small_machine as exercises
-from neox_lib.scale.int8_file import int8_bytes
+from neox_lib.course.exercises import small_machine as exercises
 from tests.lessons import Lesson
 
 CHECKS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from neox_lib.config import neox_20b, tiny
-from neox_lib.lesson.diagrams import model_map
-from neox_lib.lesson.exercises import start_here as exercises
-from neox_lib.lesson.figures_start_here import share_bars
+from neox_lib.course.exercises import start_here as exercises
+from neox_lib.course.figures.diagrams import model_map
+from neox_lib.course.figures.start_here import share_bars
 from tests.lessons import NOTEBOOKS, Lesson
 
 README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")

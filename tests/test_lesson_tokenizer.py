@@ -2,8 +2,8 @@
 
 import pytest
 
-from neox_lib.lesson.exercises import tokenizer as exercises
-from neox_lib.lesson.real_tokenizer import real_tokenizer_path
+from neox_lib.course.exercises import tokenizer as exercises
+from neox_lib.course.real_tokenizer import real_tokenizer_path
 from neox_lib.tokenizer import BPETokenizer, create_tokenizer, token_to_bytes
 from tests.lessons import Lesson
 

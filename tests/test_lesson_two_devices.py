@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neox_lib.lesson import two_devices
-from neox_lib.lesson.exercises import two_devices as exercises
-from neox_lib.lesson.figures_two_devices import meetings
-from neox_lib.scale.ranks import RankFailed, on_ranks
+from neox_lib.course import two_devices
+from neox_lib.course.exercises import two_devices as exercises
+from neox_lib.course.figures.two_devices import meetings
+from neox_lib.distributed.ranks import RankFailed, on_ranks
 from tests.lessons import Lesson
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from neox_lib.config import NeoXConfig
-from neox_lib.generation import stream_generate
-from neox_lib.model import NeoXModel
-from neox_lib.scale import linear
-from neox_lib.scale import packing as packing_module
-from neox_lib.scale.linear import (
+from neox_lib.decoding import linear
+from neox_lib.decoding import packing as packing_module
+from neox_lib.decoding.linear import (
     BLOCK_BYTES,
     FEW_ROWS,
     HALF_ROWS,
@@ -23,7 +21,9 @@ from neox_lib.scale.linear import (
     FastLinear,
     use_fast_linear,
 )
-from neox_lib.scale.packing import PackedLinear, has_fbgemm, pack_half
+from neox_lib.decoding.packing import PackedLinear, has_fbgemm, pack_half
+from neox_lib.generation import stream_generate
+from neox_lib.model import NeoXModel
 
 # Relative to the size of a typical result. fp32 and block products differ from nn.Linear in the order of sums only; the
 # fp16 product rounds row and result to 11 bits (2^-11 = 0.0005 each, and a large result is a few times a typical one).

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import neox_lib
+from neox_lib import loading
+from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
-from neox_lib.files import CheckpointError
 from neox_lib.generation import greedy_generate
+from neox_lib.loading import Precision, check_memory, choose_device, choose_precision, create_model
 from neox_lib.model import NeoXModel
-from neox_lib.scale import loading
-from neox_lib.scale.loading import Precision, check_memory, choose_device, choose_precision, create_model
-from neox_lib.scale.weights import open_weights
-from neox_lib.slim_writer import write_slim
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIG = NeoXConfig(

@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neox_lib.lesson.imports import plain_python
-from neox_lib.lesson.predictions import questions
-from neox_lib.lesson.store import run_and_store
+from neox_lib.course.imports import plain_python
+from neox_lib.course.predictions import questions
+from neox_lib.course.store import run_and_store
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -172,7 +172,7 @@ def test_every_image_has_words(path):
         assert re.search(r'alt="[^"]{20,}"', tag), tag[:200]
     for cell in code_cells(path):
         for output in cell.outputs:
-            assert "image/png" not in output.get("data", {}), "show figures through neox_lib.lesson.plots.Picture"
+            assert "image/png" not in output.get("data", {}), "show figures through plots.Picture"
     assert not re.search(r"!\[\]\(", prose(path))
 
 
@@ -227,7 +227,7 @@ def nbval(path: Path) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_judge_sees_one_changed_number_and_no_changed_pixel(tmp_path):
     """nbval as we call it, on a small notebook: a wrong stored number fails, another machine's font does not."""
-    source = "from neox_lib.lesson import plots\nprint(round(2 / 3, 4))"
+    source = "from neox_lib.course.figures import plots\nprint(round(2 / 3, 4))"
     picture = "plots.bars({'a': 1.0}, 'One', 'height', alt='One bar of height one, called a.')"
     cells = [nbformat.v4.new_code_cell(text) for text in (source, picture)]
     path = tmp_path / "02_small.ipynb"

@@ -14,13 +14,12 @@ from neox_lib import create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.model import NeoXModel, model_attention_weights
-from neox_lib.play import jobs
-from neox_lib.play.costs import needs_of_20b
-from neox_lib.play.looking import attention_of_last
-from neox_lib.play.pieces import spell, text_of
-from neox_lib.play.recall import Recall
-from neox_lib.play.settings import Settings
-from neox_lib.playground import Playground
+from neox_lib.playground import Playground, jobs
+from neox_lib.playground.costs import needs_of_20b
+from neox_lib.playground.looking import attention_of_last
+from neox_lib.playground.pieces import spell, text_of
+from neox_lib.playground.recall import Recall
+from neox_lib.playground.settings import Settings
 from neox_lib.tokenizer import encode_text, train_tokenizer
 
 PROMPT = "Once upon a time, a fox"

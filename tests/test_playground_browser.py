@@ -48,7 +48,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
 def app(tmp_path_factory) -> Iterator[str]:
     """The address of what `make playground` serves."""
     folder, port = tmp_path_factory.mktemp("app"), free_port()
-    process = serve(folder, "neox_lib.play.serve", f"--port={port}", "--no-browser")
+    process = serve(folder, "neox_lib.playground.serve", f"--port={port}", "--no-browser")
     wait_until_served(f"http://127.0.0.1:{port}/voila/static/favicons/favicon.ico", process, folder / "log")
     yield f"http://127.0.0.1:{port}/"
     process.terminate()
@@ -56,7 +56,7 @@ def app(tmp_path_factory) -> Iterator[str]:
 
 
 SLOW = """
-from neox_lib.play import jobs
+from neox_lib.playground import jobs
 import time
 
 def slowly(*arguments, original=jobs.stream_generate, **options):
@@ -228,7 +228,8 @@ def test_generate_works_while_another_cell_runs(visit):
 
 def test_an_error_in_the_worker_is_seen_and_survived(visit):
     visit.execute(
-        "from neox_lib.play import jobs; kept = jobs.stream_generate; jobs.stream_generate = lambda *a, **k: 1 / 0"
+        "from neox_lib.playground import jobs; kept = jobs.stream_generate\n"
+        "jobs.stream_generate = lambda *a, **k: 1 / 0"
     )
     visit.page.locator(".np textarea").first.fill("Tom")
     visit.button("Generate").click()

@@ -4,9 +4,9 @@ import tomllib
 
 import pytest
 
-from neox_lib.lesson import predictions
-from neox_lib.lesson.predictions import QUESTIONS, Prediction, predict, questions
-from neox_lib.lesson.progress import read_progress, record
+from neox_lib.course import predictions
+from neox_lib.course.predictions import QUESTIONS, Prediction, predict, questions
+from neox_lib.course.progress import read_progress, record
 
 CHAPTERS = sorted(path.stem for path in QUESTIONS.glob("*.toml"))
 ALL = [(chapter, name) for chapter in CHAPTERS for name in questions(chapter)]

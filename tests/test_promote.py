@@ -8,9 +8,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import neox_lib
-from neox_lib.lesson import promote
-from neox_lib.lesson.imports import bound_names, free_names
-from neox_lib.lesson.promote import PromotionError
+from neox_lib.course import promote
+from neox_lib.course.imports import bound_names, free_names
+from neox_lib.course.promote import PromotionError
 
 LIBRARY = Path(neox_lib.__file__).parent
 ROOT = LIBRARY.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neox_lib.lesson import promote
+from neox_lib.course import promote
 from tests.test_definitions import PROMOTED
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,18 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from neox_lib.checkpoints.files import SHIPPED_MODEL
+from neox_lib.checkpoints.quantized import int8_bytes, is_quantized
 from neox_lib.config import tiny
-from neox_lib.files import SHIPPED_MODEL
+from neox_lib.evaluation.likelihood import stories_of, story_stream
+from neox_lib.evaluation.rounding import rounding_cost, same_greedy_tokens
 from neox_lib.generation import prompt_ids
+from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
-from neox_lib.scale import int8_linear, quantization
-from neox_lib.scale.fits import needs
-from neox_lib.scale.int8_file import int8_bytes, is_quantized
-from neox_lib.scale.int8_linear import PACKED_ROWS, Int8Linear, use_int8_linear
-from neox_lib.scale.loading import create_model
-from neox_lib.scale.quality import rounding_cost, same_greedy_tokens
-from neox_lib.scale.quantization import dequantize_rows, quantize_rows
-from neox_lib.scoring import stories_of, story_stream
+from neox_lib.precision import needs
+from neox_lib.quantization import int8 as quantization
+from neox_lib.quantization import int8_linear
+from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
+from neox_lib.quantization.int8_linear import PACKED_ROWS, Int8Linear, use_int8_linear
 from neox_lib.tokenizer import create_tokenizer
 
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
@@ -237,7 +238,7 @@ def test_the_calculator_counts_what_a_model_holds(models):
 
 
 def test_int8_can_be_asked_for_by_dtype_and_is_taken_when_nothing_else_fits(monkeypatch, capsys):
-    from neox_lib.scale import loading
+    from neox_lib import loading
 
     monkeypatch.setattr(loading, "free_memory", lambda device: 5_000_000)
     model = create_model(device="cpu")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_lib.config import NeoXConfig
-from neox_lib.scoring import (
+from neox_lib.evaluation.likelihood import (
     bits_per_byte,
     loss_by_position,
     perplexity,

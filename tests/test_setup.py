@@ -408,5 +408,5 @@ def test_the_wheel_carries_the_library_and_its_assets(tmp_path):
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "neox_lib/assets/tiny/deeper/weights.pt" in names
-    assert "neox_lib/lesson/learner_copy.py" in names
+    assert "neox_lib/course/learner_copy.py" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"neox_lib"}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import neox_lib
+from neox_lib.checkpoints.files import SHIPPED_MODEL, open_tensors
+from neox_lib.checkpoints.slim.layout import find_shards
 from neox_lib.config import NeoXConfig, tiny
-from neox_lib.files import SHIPPED_MODEL, open_tensors
+from neox_lib.evaluation.likelihood import bits_per_byte, stories_of, story_stream, token_log_probabilities
 from neox_lib.generation import greedy_generate_text, prompt_ids, stream_generate
-from neox_lib.layout import find_shards
-from neox_lib.scale.loading import create_model
-from neox_lib.scoring import bits_per_byte, stories_of, story_stream, token_log_probabilities
+from neox_lib.loading import create_model
 from neox_lib.tokenizer import create_tokenizer
 
 HELD_OUT = stories_of((SHIPPED_MODEL.parent / "wilde_tales.txt").read_text("utf-8"))

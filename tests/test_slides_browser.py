@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neox_lib.lesson import slides
-from neox_lib.lesson.learner_copy import NOTEBOOKS
-from neox_lib.lesson.present import FILES
+from neox_lib.course import slides
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.present import FILES
 from tests.browsing import TOKEN, Visit, needs_chromium, serve_lab
 from tests.browsing import browser as browser  # a fixture
 from tests.playground_page import PlaygroundVisit

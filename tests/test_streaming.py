@@ -7,7 +7,7 @@ import time
 import pytest
 
 from neox_lib.generation import Step
-from neox_lib.streaming import Throttle, Worker, follow
+from neox_lib.playground.streaming import Throttle, Worker, follow
 
 
 def steps(count: int, seconds: float = 0.0):

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from neox_lib.__main__ import build_parser
-from neox_lib.lesson.predictions import letter, questions
+from neox_lib.course.predictions import letter, questions
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from neox_lib import training
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from neox_lib.training import (
+from neox_lib.training import loop as training
+from neox_lib.training.loop import (
     TrainingPlan,
     initialize,
     make_optimizer,
@@ -141,7 +141,7 @@ import os, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_training as t
-from neox_lib import training
+from neox_lib.training import loop as training
 
 whole_save = torch.save
 saves = []

@@ -1,1 +1,4 @@
-"""A class in a room: the edition for students, the report on what they hand in, and a look at their machines."""
+"""What a teacher needs: the student edition, the class report, the doctor.
+
+Imports the course and what is above it; only the command line imports it.
+"""

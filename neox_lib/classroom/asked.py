@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from neox_lib.lesson.imports import free_names, plain_python
+from neox_lib.course.imports import free_names, plain_python
 
-EXERCISES = "neox_lib.lesson.exercises"
+EXERCISES = "neox_lib.course.exercises"
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise: the name that the student defines, and the check, `check` in `neox_lib.lesson.exercises.module`."""
+    """One exercise: the name that the student defines, and the check, `check` in `neox_lib.course.exercises.module`."""
 
     name: str
     module: str

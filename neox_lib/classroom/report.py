@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from neox_lib.classroom.asked import exercises_of
 from neox_lib.classroom.handed_in import Student, read_class
 from neox_lib.classroom.watch import Limits, Task, judge
-from neox_lib.lesson.learner_copy import NOTEBOOKS
-from neox_lib.lesson.predictions import QUESTIONS, letter, questions
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.predictions import QUESTIONS, letter, questions
 
 COLUMNS = ("student", "notebook", "exercise", "result", "first wrong property", "predictions right", "of", "remarks")
 

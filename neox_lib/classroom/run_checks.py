@@ -18,9 +18,10 @@ from types import FunctionType
 import psutil
 import torch
 
+from neox_lib import loading
 from neox_lib.classroom.asked import Exercise, exercises_of, needed, place_of, sources
-from neox_lib.lesson import checks, plots, predictions
-from neox_lib.scale import loading
+from neox_lib.course import checks, predictions
+from neox_lib.course.figures import plots
 
 JUDGES = (checks, plots, predictions, loading)  # imported before anybody's code runs
 OUTPUT = 16 * 2**20  # bytes that a process may write into one file, and so print
@@ -46,7 +47,7 @@ def run(job: Job) -> None:
     for stem, file, names in job.tasks:
         original = json.loads(Path(job.originals, f"{stem}.ipynb").read_text("utf-8"))
         exercises = [each for each in exercises_of(original) if each.name in names]
-        checked = [importlib.import_module(f"neox_lib.lesson.exercises.{each.module}") for each in exercises]
+        checked = [importlib.import_module(f"neox_lib.course.exercises.{each.module}") for each in exercises]
         try:
             texts, unreadable = sources(json.loads(Path(job.folder, file).read_text("utf-8"))), ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -13,9 +13,9 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import Preprocessor, RegexRemovePreprocessor, TagRemovePreprocessor
 
-from neox_lib.lesson.imports import plain_python
-from neox_lib.lesson.learner_copy import NOTEBOOKS, lesson_files, write_new
-from neox_lib.lesson.promote import definitions
+from neox_lib.course.imports import plain_python
+from neox_lib.course.learner_copy import NOTEBOOKS, lesson_files, write_new
+from neox_lib.course.promote import definitions
 
 FOLDED_SOLUTION = re.compile(r"\s*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 TEACHERS_BOX = re.compile(r'\s*<details class="[^"]*\bteacher-note\b[^"]*">.*?</details>', re.DOTALL)

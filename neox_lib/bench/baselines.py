@@ -1,0 +1,158 @@
+"""The other sides of a race: Hugging Face transformers and CTranslate2, with the weights of one of our models."""
+
+import importlib.util
+import logging
+import tempfile
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from neox_lib.bench.candidates import Generate
+from neox_lib.loading import DTYPES
+from neox_lib.model import NeoXModel
+
+# Each of our dtypes, and what it is measured against. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
+RIVALS = {
+    "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
+    "ctranslate2": {
+        "float32": "float32",
+        "float16": "float32",
+        "packed": "float32",
+        "int8": "int8",
+        "packed-int8": "int8",
+    },
+}
+
+
+def is_installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ValueError:  # a module that was set to None, as tests do
+        return False
+
+
+def make_rival(library: str, model: NeoXModel, dtype: str) -> Generate:
+    """What `library` makes of the weights of an fp32 `model`. Raises ImportError where it is not installed."""
+    if library == "transformers":
+        return hugging_face_generate(hugging_face_twin(model, DTYPES[dtype]))
+    return ctranslate2_generate(ctranslate2_twin(model, dtype))
+
+
+def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:
+    """A Hugging Face GPTNeoXForCausalLM with the same weights, all in `dtype`; in fp32 it shares their memory.
+
+    Raises ImportError without transformers.
+    """
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = model.config
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    names += ("max_position_embeddings", "layer_norm_eps", "hidden_act", "use_parallel_residual", "tie_word_embeddings")
+    rope = {"rope_type": "default", "rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
+    same = {name: getattr(config, name) for name in names}
+    same |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
+    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**same))
+    ours = {"embed_in": "word_embeddings", "final_layer_norm": "norm", "lm_head": "final_linear"}
+    ours["embed_out"] = "final_linear"
+    state = {}
+    for name in twin.state_dict():
+        owner, _, rest = name.removeprefix("gpt_neox.").partition(".")
+        state[name] = model.state_dict()[f"{ours.get(owner, owner)}.{rest}"].to(dtype)
+    twin.load_state_dict(state, assign=True)
+    twin.generation_config.eos_token_id = None  # both sides write all the tokens asked for
+    twin.generation_config.pad_token_id = 0
+    return twin.requires_grad_(False).eval()
+
+
+def hugging_face_generate(model: Any) -> Generate:
+    @torch.inference_mode()
+    def generate(ids: Tensor, new_tokens: int) -> list[int]:
+        more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True}
+        return model.generate(ids, max_new_tokens=new_tokens, **more)[0, ids.shape[1] :].tolist()
+
+    return generate
+
+
+def ctranslate2_spec(model: NeoXModel) -> Any:
+    """The model in CTranslate2's words: queries, keys and values each in one piece, token ids as their own vocabulary.
+
+    Raises ImportError without ctranslate2, ValueError for a model that it can't hold.
+    """
+    from ctranslate2.specs.common_spec import Activation
+    from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
+
+    config = model.config
+    if config.tie_word_embeddings or not config.use_parallel_residual:
+        raise ValueError("the race against CTranslate2 is for untied models with parallel residual")
+    activations = {"gelu": Activation.GELU, "gelu_fast": Activation.GELUTanh}
+    spec: Any = TransformerDecoderModelSpec.from_config(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        activation=activations[config.hidden_act],
+        rotary_dim=config.rotary_ndims,
+        rotary_interleave=False,
+        parallel_residual=True,
+        shared_layer_norm=False,
+    )
+
+    def give(part: Any, module: Any) -> None:
+        names = ("gamma", "beta") if isinstance(module, torch.nn.LayerNorm) else ("weight", "bias")
+        for name, tensor in zip(names, (module.weight, getattr(module, "bias", None)), strict=True):
+            if tensor is not None:
+                setattr(part, name, tensor.detach())
+
+    def by_kind(interleaved: Tensor) -> Tensor:
+        heads = interleaved.detach().unflatten(0, (config.num_attention_heads, 3, config.head_dim))
+        return heads.transpose(0, 1).flatten(0, 2)
+
+    spec.decoder.scale_embeddings = False
+    give(spec.decoder.embeddings, model.word_embeddings)
+    give(spec.decoder.layer_norm, model.norm)
+    give(spec.decoder.projection, model.final_linear)
+    blocks: list[Any] = list(model.layers)
+    for part, block in zip(spec.decoder.layer, blocks, strict=True):
+        give(part.input_layer_norm, block.input_layernorm)
+        give(part.post_attention_layer_norm, block.post_attention_layernorm)
+        part.self_attention.linear[0].weight = by_kind(block.attention.query_key_value.weight)
+        part.self_attention.linear[0].bias = by_kind(block.attention.query_key_value.bias)
+        give(part.self_attention.linear[1], block.attention.dense)
+        give(part.ffn.linear_0, block.mlp.dense_h_to_4h)
+        give(part.ffn.linear_1, block.mlp.dense_4h_to_h)
+    spec.config.layer_norm_epsilon = config.layer_norm_eps
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
+    spec.register_vocabulary([str(token) for token in range(config.vocab_size)])
+    return spec
+
+
+def ctranslate2_twin(model: NeoXModel, dtype: str) -> Any:
+    """A ctranslate2.Generator with the weights of an fp32 model, in "float32" or "int8", with as many threads as torch.
+
+    Raises as `ctranslate2_spec` does.
+    """
+    import ctranslate2
+
+    spec = ctranslate2_spec(model)
+    spec.validate()
+    spec.optimize(quantization=None if dtype == "float32" else dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        threads = torch.get_num_threads()
+        return ctranslate2.Generator(folder, compute_type=dtype, inter_threads=1, intra_threads=threads)
+
+
+def ctranslate2_generate(generator: Any) -> Generate:
+    def generate(ids: Tensor, new_tokens: int) -> list[int]:
+        prompt = [str(token) for token in ids[0].tolist()]
+        length = {"min_length": new_tokens, "max_length": new_tokens, "include_prompt_in_result": False}
+        return generator.generate_batch([prompt], sampling_topk=1, **length)[0].sequences_ids[0]
+
+    return generate
+
+
+def ctranslate2_logits(generator: Any, ids: Tensor) -> Tensor:
+    """Its logits `[T, V]` for one text of ids `[1, T]`."""
+    logits = generator.forward_batch([[str(token) for token in ids[0].tolist()]])
+    return torch.from_numpy(numpy.array(logits))[0]

@@ -1,0 +1,264 @@
+"""A model at full size on this machine: random weights written, quantized, loaded, run, and each phase measured.
+
+`python -m neox_lib.bench.full_size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB),
+loads that from the disk and from memory, and writes text, with the weights in the file and packed; each phase is a
+process of its own, so that its peak of memory is its own too. What it found is printed and kept in FOLDER/results.json.
+"""
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
+PROMPT, NEW_TOKENS = 8, 32
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A line of progress, with the seconds since this process started."""
+    print(f"[{time.perf_counter() - STARTED:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process had resident at most, pages of mapped files among them."""
+    try:
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+    except (OSError, IndexError):  # no Linux
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_page_cache(path: Path) -> float:
+    """The share of a file that the system has in memory; nan where it can't tell. Brings nothing there itself.
+
+    By `mincore`: a read that must not wait would make the system read ahead.
+    """
+    if not sys.platform.startswith("linux"):
+        return float("nan")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        pages = bytearray(-(-len(mapping) // mmap.PAGESIZE))
+        begin, found = ctypes.c_char.from_buffer(mapping), ctypes.c_char.from_buffer(pages)
+        length, mincore = ctypes.c_size_t(len(mapping)), ctypes.CDLL(None).mincore
+        failed = mincore(ctypes.byref(begin), length, ctypes.byref(found))
+        del begin, found  # a mapping that is pointed to can't be closed
+    return float("nan") if failed else sum(page & 1 for page in pages) / len(pages)
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Have the system forget a file's pages, so that the next load comes from the disk. Where it can't, nothing."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def multiply_rate(rows: int, hidden: int) -> float:
+    """Floating-point operations a second of fp32 products of `rows` rows with matrices that no cache holds: the best of
+    several."""
+    input, weight = torch.randn(rows, hidden), torch.randn(max(hidden, 2**25 // hidden), hidden)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        F.linear(input, weight)
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * weight.numel() / min(seconds)
+
+
+def measure_machine(arguments: argparse.Namespace) -> dict:
+    """What the machine can do: memory read, and fp32 products of as many rows as the prompts have."""
+    from neox_lib.bench.measure import memory_bandwidth
+    from neox_lib.bench.random_checkpoint import shape_named
+    from neox_lib.bench.table import describe_machine
+
+    bandwidth, hidden = memory_bandwidth(), shape_named(arguments.shape).hidden_size
+    say(describe_machine(bandwidth))
+    rates = {str(rows): multiply_rate(rows, hidden) for rows in (PROMPT, arguments.long_prompt)}
+    return {"bandwidth": bandwidth, "flops": rates, "machine": describe_machine(bandwidth), "system": platform.system()}
+
+
+def write(arguments: argparse.Namespace) -> dict:
+    from neox_lib.bench.random_checkpoint import shape_named, write_random
+
+    config = shape_named(arguments.shape)
+    say(f"writing {config.parameter_count():,} random weights, {config.weight_bytes(torch.float16) / 1e9:.1f} GB")
+    write_random(arguments.folder / "slim", config)
+    return {"bytes": config.weight_bytes(torch.float16)}
+
+
+def convert(arguments: argparse.Namespace) -> dict:
+    from neox_lib.bench.random_checkpoint import consume
+    from neox_lib.checkpoints.checkpoint import open_weights
+    from neox_lib.checkpoints.quantized import write_int8
+
+    slim, target = arguments.folder / "slim", arguments.folder / "int8"
+    say("converting to int8" + (", removing each layer's files once read" if arguments.delete_shards else ""))
+    if arguments.delete_shards:
+        weights = consume(slim)
+        file = write_int8(weights, target, freed_meanwhile=weights.nbytes // 2)
+    else:
+        file = write_int8(open_weights(slim), target)
+    return {"bytes": file.stat().st_size}
+
+
+def int8_of(folder: Path) -> Path:
+    """The int8 file of an earlier phase."""
+    from neox_lib.checkpoints.quantized import find_int8
+
+    file = find_int8(folder / "int8")
+    if file is None:
+        raise ValueError(f"{folder / 'int8'}: no int8 model there; run the phases write and convert first")
+    return file
+
+
+def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int, packed: bool = False) -> dict:
+    """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one.
+
+    Packing, where it is asked for, counts as part of the load.
+    """
+    from neox_lib.decoding.int8_packing import pack
+    from neox_lib.generation import stream_generate
+    from neox_lib.loading import create_model
+
+    file = int8_of(arguments.folder)
+    cached, started = in_page_cache(file), time.perf_counter()
+    model = create_model(file, device="cpu")
+    matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
+    output = model.final_linear.weight.numel()  # met by the last token only
+    read = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
+    if packed:
+        pack(model)
+    load = time.perf_counter() - started
+    say(f"loaded in {load:.2f} s with {cached:.0%} of the file in memory; prompt of {prompt} tokens")
+    ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    steps = []
+    for step in stream_generate(model, ids, new_tokens, stop_token_ids=()):
+        steps.append(step)
+        if len(steps) in (1, new_tokens):
+            say(f"token {len(steps)} after {step.seconds:.2f} s")
+    seconds = [step.seconds for step in steps]
+    result = {"cached": cached, "load": load, "prefill": seconds[0], "load_and_first_token": load + seconds[0]}
+    result |= {"prompt": prompt, "finite": all(abs(step.log_probability) < 1e9 for step in steps)}
+    if new_tokens > 2:
+        result["seconds_per_token"] = statistics.median(seconds[2:])  # the second still meets pages for the first time
+        result["seconds"] = seconds
+    result["read_per_token"] = read
+    result["flops"] = 2 * (prompt * (matrices - output) + output)
+    return result
+
+
+def run_cold(arguments: argparse.Namespace) -> dict:
+    file = int8_of(arguments.folder)
+    drop_from_page_cache(file)
+    return load_and_write(arguments, PROMPT, 1)
+
+
+def run_warm(arguments: argparse.Namespace) -> dict:
+    return load_and_write(arguments, PROMPT, NEW_TOKENS)
+
+
+def run_long(arguments: argparse.Namespace) -> dict:
+    return load_and_write(arguments, arguments.long_prompt, 1)
+
+
+def run_packed(arguments: argparse.Namespace) -> dict:
+    return load_and_write(arguments, PROMPT, NEW_TOKENS, packed=True)
+
+
+PHASE_WORK = (measure_machine, write, convert, run_cold, run_warm, run_long, run_packed)
+WORK = dict(zip(PHASES, PHASE_WORK, strict=True))
+
+
+def report(results: dict) -> list[str]:
+    """What was found, a line each; ratios against the machine's own speed, 1.0 where nothing is lost."""
+    lines = []
+    for phase in ("write", "convert"):
+        if found := results.get(phase):
+            speed = f"{found['bytes'] / 1e9:.2f} GB in {found['seconds_in_all']:.0f} s"
+            lines.append(f"{phase}: {speed}, peak memory {found['peak'] / 2**30:.2f} GiB")
+    machine = results.get("machine")
+    for phase in ("cold", "warm", "long", "packed"):
+        if found := results.get(phase):
+            line = f"{phase}: {found['cached']:.0%} of the file in memory, load {found['load']:.2f} s"
+            line += f", first token of a {found['prompt']}-token prompt {found['prefill']:.2f} s"
+            if machine and phase != "cold":
+                ideal = found["flops"] / machine["flops"][str(found["prompt"])]
+                line += f" ({found['prefill'] / ideal:.2f} x its arithmetic, {ideal:.2f} s)"
+            lines.append(f"{line}, together {found['load_and_first_token']:.2f} s")
+            if "seconds_per_token" in found:
+                line = f"{phase}: {found['seconds_per_token']:.3f} s a token"
+                if machine:
+                    ideal = found["read_per_token"] / machine["bandwidth"]
+                    line += f", {found['seconds_per_token'] / ideal:.2f} x {found['read_per_token'] / 1e9:.2f} GB at "
+                    line += f"{machine['bandwidth'] / 1e9:.1f} GB/s"
+                lines.append(line)
+            lines.append(f"{phase}: peak memory {found['peak'] / 2**30:.2f} GiB, logits finite: {found['finite']}")
+    return lines
+
+
+def add_result(folder: Path, phase: str, found: dict) -> dict:
+    """Put a phase's result among the others in FOLDER/results.json, and return them all."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    results[phase] = found
+    path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    return results
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Every phase in a process of its own; ends with the first that fails, and with its exit code."""
+    more = [f"--shape={arguments.shape}", f"--long-prompt={arguments.long_prompt}"]
+    more += ["--delete-shards"] if arguments.delete_shards else []
+    for phase in PHASES:
+        command = [sys.executable, "-m", "neox_lib.bench.full_size", phase, str(arguments.folder), *more]
+        code = subprocess.run(command).returncode
+        if code:
+            say(f"{phase} ended with exit code {code}")
+            return code
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one phase or all. What a user can mend is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m neox_lib.bench.full_size", description=__doc__)
+    parser.add_argument("phase", choices=("all", *PHASES))
+    parser.add_argument("folder", type=Path, help="holds slim/, int8/ and results.json; remove it afterwards")
+    parser.add_argument("--shape", default="neox_20b", help="neox_20b, middle, small, or a Pythia size (neox_20b)")
+    parser.add_argument(
+        "--delete-shards", action="store_true", help="remove each layer's files once they are converted"
+    )
+    parser.add_argument("--long-prompt", type=int, default=128, help="tokens of the long prompt (default: 128)")
+    arguments = parser.parse_args(words)
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if arguments.phase == "all":
+            return run_all(arguments)
+        started = time.perf_counter()
+        found = WORK[arguments.phase](arguments)
+    except (ValueError, OSError) as error:
+        print(f"full_size {arguments.phase}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    found |= {"seconds_in_all": time.perf_counter() - started, "peak": peak_resident()}
+    say(f"{arguments.phase} done, peak memory {found['peak'] / 2**30:.2f} GiB")
+    lines = report(add_result(arguments.folder, arguments.phase, found))
+    print("\n".join(line for line in lines if line.startswith(f"{arguments.phase}:")), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""How fast: our model against others' on the same random weights, in turns, and against the machine's memory."""
+
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neox_lib.bench.baselines import (
+    RIVALS,
+    ctranslate2_logits,
+    ctranslate2_twin,
+    hugging_face_generate,
+    hugging_face_twin,
+    is_installed,
+    make_rival,
+)
+from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model, shape_config
+from neox_lib.bench.table import (
+    HEADER,
+    LoadRow,
+    Row,
+    Timing,
+    describe_machine,
+    format_best,
+    format_load,
+    format_positions,
+    format_row,
+)
+from neox_lib.checkpoints.slim.writer import write_slim
+from neox_lib.decoding.packing import PackedWeight
+from neox_lib.loading import create_model
+from neox_lib.model import NeoXModel
+
+
+def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
+    """Bytes a second at which this machine reads memory that no cache holds: the best of several sums of a buffer."""
+    buffer = torch.ones(megabytes * 2**18)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - started)
+    return buffer.nbytes / min(seconds)
+
+
+def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
+    """Two generations, of 1 and of `new_tokens` tokens. Raises RuntimeError when one comes out shorter than asked."""
+    seconds = []
+    for asked in (1, new_tokens):
+        started = time.perf_counter()
+        written = generate(ids, asked)
+        seconds.append(time.perf_counter() - started)
+        if len(written) != asked:
+            raise RuntimeError(f"{len(written)} tokens came where {asked} were asked for: the speeds would be wrong")
+    return Timing(seconds[0], seconds[1], new_tokens)
+
+
+def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
+    """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
+
+    A packed weight counts with the bytes a number that it has in either layout.
+    """
+    embedding, config = model.word_embeddings.weight, model.config
+    tied = config.tie_word_embeddings
+    weights = sum(tensor.nbytes for tensor in model.parameters() if tied or tensor is not embedding)
+    layers = [each for each in model.modules() if isinstance(each, PackedWeight)]
+    packed = sum(each.itemsize * each.in_features * each.out_features for each in layers)
+    return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
+
+
+def choose_rivals(names: list[str]) -> list[str]:
+    """Those of the named libraries that are installed. Raises ValueError for one that is not known."""
+    unknown = set(names) - set(RIVALS)
+    if unknown:
+        raise ValueError(f"bench measures against {', '.join(RIVALS)}, not {', '.join(sorted(unknown))}")
+    return [name for name in names if is_installed(name)]
+
+
+def run_bench(
+    shapes: list[str],
+    dtypes: list[str],
+    prompts: list[int],
+    new_tokens: int = 65,
+    rounds: int = 3,
+    against: Sequence[str] = tuple(RIVALS),
+) -> Iterator[Row]:
+    """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and each rival's in turns.
+
+    Raises ValueError for a shape, dtype or rival that is not known.
+    """
+    unknown = set(dtypes) - set(OURS)
+    if unknown:
+        raise ValueError(f"bench knows the dtypes {', '.join(OURS)}, not {', '.join(sorted(unknown))}")
+    if new_tokens < 2 or rounds < 1:
+        raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
+    rivals = choose_rivals(list(against))
+    for shape in shapes:
+        model = random_model(shape_config(shape))
+        ours = {dtype: our_model(model, dtype) for dtype in dtypes}
+        sides = {("", dtype): our_generate(ours[dtype]) for dtype in dtypes}
+        wanted = [(rival, RIVALS[rival][dtype]) for rival in rivals for dtype in dtypes if dtype in RIVALS[rival]]
+        sides |= {(rival, dtype): make_rival(rival, model, dtype) for rival, dtype in dict.fromkeys(wanted)}
+        for prompt in prompts:
+            ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt))
+            timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in sides}
+            for generate in sides.values():
+                generate(ids[:, :8], 2)  # first calls set things up
+            for _ in range(rounds):
+                for key, generate in sides.items():
+                    timings[key].append(time_answer(generate, ids, new_tokens))
+            for dtype in dtypes:
+                read = bytes_per_token(ours[dtype], prompt, new_tokens)
+                for rival in [name for name in rivals if dtype in RIVALS[name]] or [""]:
+                    theirs = timings[rival, RIVALS[rival][dtype]] if rival else []
+                    yield Row(shape, prompt, dtype, rival, timings["", dtype], theirs, read)
+
+
+def time_load(shape: str, rounds: int = 3) -> LoadRow:
+    """Load fp16 weights from a temporary folder and write one token, which reads every weight that a load put off.
+
+    Ours from a slim folder of one rank, theirs from safetensors; in turns, from the file cache of the system.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    model = random_model(shape_config(shape)).half()
+    loaders: dict[str, Callable[[], Generate]] = {}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
+        slim, safetensors = Path(temporary, "slim"), Path(temporary, "safetensors")
+        write_slim(model, slim, ranks=1)
+        loaders["ours"] = lambda: our_generate(create_model(slim, device="cpu", dtype="float16"))
+        if is_installed("transformers"):
+            from transformers import GPTNeoXForCausalLM, logging
+
+            logging.disable_progress_bar()
+            hugging_face_twin(model, torch.float16).save_pretrained(safetensors)
+            read = {"dtype": torch.float16, "local_files_only": True}
+            loaders["theirs"] = lambda: hugging_face_generate(GPTNeoXForCausalLM.from_pretrained(safetensors, **read))
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for number in range(rounds + 1):
+            for side, load in loaders.items():
+                started = time.perf_counter()
+                load()(ids, 1)
+                if number > 0:  # the first round brings the files into the cache
+                    seconds[side].append(time.perf_counter() - started)
+    return LoadRow(shape, seconds["ours"], seconds["theirs"])
+
+
+def format_errors(shape: str, with_ctranslate2: bool, tokens: int = 128) -> str:
+    """How far int8 moves the logits of random weights from those of fp32, ours and CTranslate2's: mean and worst."""
+    model = random_model(shape_config(shape))
+    ids = torch.randint(model.config.tokenizer_vocab_size, (1, min(tokens, model.config.max_position_embeddings)))
+    with torch.inference_mode():
+        exact = model(ids)[0]
+        ours = our_model(model, "int8")(ids)[0]
+    sides = {"ours": ours}
+    if with_ctranslate2:
+        sides["ctranslate2"] = ctranslate2_logits(ctranslate2_twin(model, "int8"), ids)
+    errors = {name: (logits - exact).abs() / exact.std() for name, logits in sides.items()}
+    found = ", ".join(f"{name} {each.mean():.4f} and {each.max():.3f}" for name, each in errors.items())
+    return f"{shape}, int8 logits off by (mean and worst, in standard deviations of the logits): {found}"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print, line by line as results come."""
+    if arguments.quick:
+        arguments.shapes, arguments.prompts, arguments.new_tokens, arguments.rounds = ["tiny"], [8, 32], 5, 2
+    rivals = choose_rivals(arguments.against)
+    bandwidth = memory_bandwidth(64 if arguments.quick else 512)
+    print(describe_machine(bandwidth))
+    for missing in [name for name in arguments.against if name not in rivals]:
+        print(f"{missing} is not installed: not compared with it (pip install {missing})")
+    print(f"random weights, batch 1, {arguments.new_tokens} new tokens, median of {arguments.rounds} rounds in turns")
+    print(HEADER, flush=True)
+    rows = []
+    plan = (arguments.shapes, arguments.dtypes, arguments.prompts, arguments.new_tokens, arguments.rounds, rivals)
+    for row in run_bench(*plan):
+        rows.append(row)
+        print(format_row(row, bandwidth), flush=True)
+    if any(row.theirs for row in rows):
+        print(format_best(rows), flush=True)
+    if "int8" in arguments.dtypes:
+        print(format_errors(arguments.shapes[0], "ctranslate2" in rivals), flush=True)
+    if arguments.positions:
+        half = arguments.new_tokens // 2
+        prompts = [max(1, position - half) for position in arguments.positions]
+        plan = (arguments.shapes, arguments.dtypes, prompts, arguments.new_tokens, arguments.rounds, rivals)
+        print(format_positions(list(run_bench(*plan)), arguments.new_tokens), flush=True)
+    if not arguments.no_load:
+        print(format_load(time_load(arguments.shapes[0], arguments.rounds)))

@@ -1,0 +1,83 @@
+"""A slim checkpoint of random weights, of any size: for trying out what real weights of that shape would need."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neox_lib.checkpoints.checkpoint import SlimWeights, open_weights
+from neox_lib.checkpoints.saving import whole_or_gone
+from neox_lib.checkpoints.slim.layout import find_shards, parameter_shapes, place_of
+from neox_lib.checkpoints.slim.writer import write_tensors
+from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+
+SMALL = replace(tiny(), vocab_size=512, tokenizer_vocab_size=500, hidden_size=128, num_attention_heads=4)
+SMALL = replace(SMALL, num_hidden_layers=3, intermediate_size=512)
+MIDDLE = replace(neox_20b(), num_hidden_layers=2)  # 20B's own matrices, two layers of them
+BLOCK_NUMBERS = 2**24 + 37  # drawn once and used again from other places; odd, so that no two rows are alike
+
+
+def shape_named(name: str) -> NeoXConfig:
+    """ "neox_20b", "middle" (two of its layers), "small" (for tests), or a Pythia size such as "1.4b"."""
+    shapes = {"neox_20b": neox_20b(), "middle": MIDDLE, "small": SMALL}
+    return shapes[name] if name in shapes else pythia(name)
+
+
+def random_tensors(config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
+    """fp16 parameters in file order, one at a time: matrices of standard deviation 0.02, norms 1, biases 0.
+
+    Drawing 20 billion numbers takes minutes. So one block is drawn, and each matrix is copies of it that begin at a
+    place of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = parameter_shapes(config)
+    size = min(BLOCK_NUMBERS, 37 + max(math.prod(shape) for shape in shapes.values()))
+    block = torch.empty(size).normal_(std=0.02, generator=generator).half()
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            yield name, torch.full(shape, float(name.endswith("norm.weight")), dtype=torch.float16)
+            continue
+        numbers = torch.empty(math.prod(shape), dtype=torch.float16)
+        block = block.roll(zlib.crc32(name.encode()) % size)
+        for part in numbers.split(size):
+            part.copy_(block[: len(part)])
+        yield name, numbers.view(shape)
+
+
+def write_random(folder: str | Path, config: NeoXConfig) -> None:
+    """Write a random checkpoint in the slim layout, of one rank, a layer at a time. Raises CheckpointError when the
+    disk has no room for it, before anything is written, and when the folder holds a model.
+    """
+    folder = Path(folder)
+    with whole_or_gone(folder, config.weight_bytes(torch.float16)):
+        write_tensors(folder, config, random_tensors(config), ranks=1, spread_seed=None)
+
+
+@dataclass(frozen=True)
+class ConsumedWeights(SlimWeights):
+    """A slim folder whose files are removed as soon as their layer has been read: an interruption loses the model."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        shards, layers = find_shards(self.folder), self.config.num_hidden_layers
+        done = None
+        for name, tensor in super().tensors():
+            index = place_of(name, layers)[0]
+            if done is not None and done != index:
+                for path in shards.pop(done):
+                    path.unlink()
+            done = index
+            yield name, tensor
+        for path in [path for paths in shards.values() for path in paths]:
+            path.unlink()
+        (self.folder / "config.json").unlink(missing_ok=True)
+
+
+def consume(folder: str | Path) -> ConsumedWeights:
+    """Open a slim folder to be read once and removed on the way."""
+    weights = open_weights(folder)
+    assert isinstance(weights, SlimWeights)
+    return ConsumedWeights(weights.folder, weights.config, weights.dtype)

@@ -1,0 +1,155 @@
+"""What the bench found, and how it is shown: rows of timings, ratios, a table."""
+
+import contextlib
+import platform
+import statistics
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from neox_lib.bench.baselines import RIVALS, is_installed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one answer: `first` to its first token (the prefill), `whole` to the last of its `new_tokens`."""
+
+    first: float
+    whole: float
+    new_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of one decode step: the difference of the long and the short generation."""
+        return (self.whole - self.first) / (self.new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All rounds of one model shape, prompt length and dtype, against one rival or, where there is none, alone."""
+
+    shape: str
+    prompt: int
+    dtype: str
+    rival: str  # "transformers", "ctranslate2" or ""
+    ours: list[Timing]
+    theirs: list[Timing]
+    bytes_per_token: float  # what one decode step of ours has to read: weights, and keys and values
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """Seconds from a folder on disk to the first token, each round's."""
+
+    shape: str
+    ours: list[float]
+    theirs: list[float]
+
+
+def median(timings: list[Timing], of: str) -> float:
+    return statistics.median(getattr(timing, of) for timing in timings)
+
+
+def ratio(slow: list[Timing], fast: list[Timing], of: str) -> float:
+    """How many times the seconds of `fast` go into those of `slow`: the median over rounds, each compared in itself."""
+    return statistics.median(getattr(a, of) / getattr(b, of) for a, b in zip(slow, fast, strict=True))
+
+
+def describe_machine(bandwidth: float) -> str:
+    """What was measured on: the processor, threads, memory speed, and the versions."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    versions = f"torch {torch.__version__}"
+    versions += "".join(f", {library} {version(library)}" for library in RIVALS if is_installed(library))
+    return (
+        f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
+HEADER = (
+    f"{'':>38} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share"
+)
+
+
+def format_speed(seconds: float | None, of: str) -> str:
+    """Milliseconds of a prefill or an answer, tokens a second of a decode step, "-" for a side that is not there."""
+    if seconds is None:
+        return f"{'-':>8}"
+    if seconds <= 0:
+        return f"{'noise':>8}"
+    return f"{1 / seconds:>8.1f}" if of == "per_token" else f"{seconds * 1e3:>8.0f}"
+
+
+def format_row(row: Row, bandwidth: float) -> str:
+    """One line of the table: ours, theirs and the ratio, above 1 where ours is faster; "noise" where the difference of
+    the long and the short generation came out negative, as it can on a busy machine.
+    """
+    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<11} {row.rival or '-':<12}"]
+    for of in ("first", "per_token", "whole"):
+        seconds = [median(side, of) if side else None for side in (row.ours, row.theirs)]
+        cells += [format_speed(value, of) for value in seconds]
+        comparable = row.theirs and all(value is not None and value > 0 for value in seconds)
+        cells.append(f"{ratio(row.theirs, row.ours, of):>5.2f}x" if comparable else f"{'-':>6}")
+    step = median(row.ours, "per_token")
+    return " ".join(cells) + (f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}")
+
+
+def format_best(rows: list[Row]) -> str:
+    """A line for each shape, prompt and rival: each side in its fastest dtype, int8 apart."""
+    lines = []
+    for shape, prompt, rival in dict.fromkeys((row.shape, row.prompt, row.rival) for row in rows if row.theirs):
+        group = [row for row in rows if (row.shape, row.prompt, row.rival) == (shape, prompt, rival)]
+        for kind in ("float", "int8"):
+            found = [row for row in group if row.dtype.endswith("int8") == (kind == "int8")]
+            if found:
+                best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
+                lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {rival}: {', '.join(best)}")
+    return "\n".join(lines)
+
+
+MEASURES = {"first": "prefill", "per_token": "decode", "whole": "whole answer"}
+
+
+def best_ratio(rows: list[Row], of: str) -> str:
+    """How many times faster our fastest dtype is than theirs, "noise" where a difference came out negative."""
+    theirs, ours = (
+        min(sides, key=lambda side: median(side, of))
+        for sides in ([row.theirs for row in rows], [row.ours for row in rows])
+    )
+    return f"{ratio(theirs, ours, of):.2f}x" if min(median(theirs, of), median(ours, of)) > 0 else "noise"
+
+
+def format_positions(rows: list[Row], new_tokens: int) -> str:
+    """Of rows that differ in the prompt alone: milliseconds a token in the middle of what was written."""
+    lines = []
+    for shape, dtype, rival in dict.fromkeys((row.shape, row.dtype, row.rival) for row in rows):
+        group = [row for row in rows if (row.shape, row.dtype, row.rival) == (shape, dtype, rival)]
+        for side in ("ours", rival) if rival else ("ours",):
+            steps = [median(row.ours if side == "ours" else row.theirs, "per_token") * 1e3 for row in group]
+            places = ", ".join(
+                f"{step:.1f} ms at {row.prompt + new_tokens // 2}" for row, step in zip(group, steps, strict=True)
+            )
+            lines.append(f"{shape}, {dtype}, {side}: a token takes {places}; {steps[-1] / steps[0]:.2f} times as long")
+    return "\n".join(lines)
+
+
+def format_load(row: LoadRow) -> str:
+    ours = statistics.median(row.ours)
+    line = f"{row.shape}, load fp16 from disk and write one token: ours {ours:.2f} s"
+    if not row.theirs:
+        return line
+    faster = statistics.median(a / b for a, b in zip(row.theirs, row.ours, strict=True))
+    return f"{line}, theirs {statistics.median(row.theirs):.2f} s, {faster:.2f}x"
+
+
+def format_table(rows: list[Row], bandwidth: float) -> str:
+    """The table of all rows, with the comparisons across dtypes under it."""
+    lines = [HEADER, *(format_row(row, bandwidth) for row in rows), format_best(rows)]
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,60 @@
+"""The same model in other files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from neox_lib.checkpoints.checkpoint import Weights, open_weights
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.saving import whole_or_gone
+from neox_lib.checkpoints.slim.writer import check_ranks, write_tensors
+from neox_lib.tokenizer import find_tokenizer
+
+
+def open_source(source: str | Path, target: str | Path) -> tuple[Weights, Path | None]:
+    """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are one folder
+    and as `open_weights` does.
+    """
+    if Path(source).resolve() == Path(target).resolve():
+        raise CheckpointError(f"{target}: is the folder to read from; give another one to write to")
+    tokenizer = None
+    with contextlib.suppress(FileNotFoundError):
+        tokenizer = find_tokenizer(source)
+    return open_weights(source), tokenizer
+
+
+def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
+    """Write any checkpoint to the folder `target` in the slim layout, for `ranks` tensor-parallel ranks.
+
+    The model stays exactly the same. Holds one layer at a time. Raises CheckpointError for a source that can't be used,
+    ranks that don't divide the model, a target that already holds one, and a disk without room; whatever interrupts it,
+    the target is afterwards as it was.
+    """
+    target = Path(target)
+    weights, tokenizer = open_source(source, target)
+    check_ranks(weights.config, ranks)
+    with whole_or_gone(target, weights.nbytes):
+        write_tensors(target, weights.config, weights.tensors(), ranks, spread_seed=None)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, target / "tokenizer.json")
+
+
+def convert_to_huggingface(source: str | Path, target: str | Path) -> None:
+    """Write any checkpoint to the folder `target` as `transformers` has it: see `write_huggingface`.
+
+    Holds one tensor at a time, of a slim source one layer's mapped files. Raises CheckpointError as that does.
+    """
+    weights, tokenizer = open_source(source, target)
+    write_huggingface(weights, target, tokenizer)
+
+
+def convert_to_int8(source: str | Path, target: str | Path) -> Path:
+    """Quantize any checkpoint into `target`, a folder or a NAME.int8.safetensors, and return the file (`write_int8`).
+
+    The tokenizer goes beside it, where the source has one. Holds one tensor at a time. Raises CheckpointError as that
+    does.
+    """
+    weights, tokenizer = open_source(source, target)
+    return write_int8(weights, target, tokenizer)

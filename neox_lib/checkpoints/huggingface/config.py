@@ -1,0 +1,141 @@
+"""Hugging Face's `config.json`, read and written: the same model in the words of `transformers`, old and new."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.slim.config import real_tokens
+from neox_lib.config import NeoXConfig
+from neox_lib.tokenizer import create_tokenizer
+
+# What `transformers` fills in for a key that is not there (its GPTNeoXConfig), and the name of each activation here:
+# gelu_new, gelu_pytorch_tanh and the rest of them are the same tanh formula as gelu_fast, written down differently.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+}
+ACTIVATION_OF = dict.fromkeys(("gelu", "gelu_python"), "gelu") | dict.fromkeys(
+    ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_fast"
+)
+
+
+def read_huggingface_config(folder: Path) -> NeoXConfig:
+    """The config of a Hugging Face folder, in either dialect; what is absent has the default of `transformers`.
+
+    Raises CheckpointError, naming file and key, for another architecture and for what NeoXModel does not compute.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object, found {type(fields).__name__}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a Hugging Face checkpoint needs it. Fetch it again") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a config that can be read ({' '.join(str(error).split())})") from error
+    check_computable(path, fields)
+    try:
+        ours = {name: fields.get(name, default) for name, default in DEFAULTS.items()}
+        ours["rotary_pct"] = rotary_setting(path, fields, "rotary_pct", "partial_rotary_factor", 0.25)
+        ours["rotary_emb_base"] = rotary_setting(path, fields, "rotary_emb_base", "rope_theta", 10000)
+        ours["hidden_act"] = ACTIVATION_OF[fields.get("hidden_act", "gelu")]
+        vocab_size = NeoXConfig(**ours, tokenizer_vocab_size=1).vocab_size
+        return NeoXConfig(**ours, tokenizer_vocab_size=count_tokens(folder, fields, vocab_size))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a GPT-NeoX config: {error}") from error
+
+
+def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the key, for what this library would compute differently or not at all."""
+    found = fields.get("model_type")
+    if found != "gpt_neox":
+        raise CheckpointError(f'{path}: model_type is {found!r}; only models of type "gpt_neox" can be run here')
+    if not fields.get("attention_bias", True):
+        raise CheckpointError(f"{path}: attention_bias is {fields['attention_bias']!r}; only true can be run")
+    if fields.get("quantization_config"):
+        raise CheckpointError(f"{path}: quantization_config: quantized weights are not read; fetch those in float16")
+    activation = fields.get("hidden_act", "gelu")
+    if not isinstance(activation, str) or activation not in ACTIVATION_OF:
+        names = ", ".join(ACTIVATION_OF)
+        raise CheckpointError(f"{path}: hidden_act is {activation!r}; it must be one of {names} to be run")
+    head_dim = fields.get("head_dim")
+    hidden_size, heads = (fields.get(name, DEFAULTS[name]) for name in ("hidden_size", "num_attention_heads"))
+    if head_dim is not None and head_dim * heads != hidden_size:
+        raise CheckpointError(
+            f"{path}: head_dim is {head_dim!r}; {heads} heads of it do not make a hidden_size of {hidden_size}"
+        )
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise CheckpointError(f"{path}: {key} is of type {kind!r}; only plain rotary angles can be run")
+
+
+def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, default: float) -> float:
+    """A rotary setting under its older name or its newer one in `rope_parameters`. Raises CheckpointError for two."""
+    values = {old: fields.get(old)}
+    for key in ("rope_scaling", "rope_parameters"):
+        values[f"{key}.{new}"] = (fields.get(key) or {}).get(new)
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"{name} {value!r}" for name, value in given.items())
+        raise CheckpointError(f"{path}: {said} contradict each other; keep the one that the model was trained with")
+    return next(iter(given.values()), default)
+
+
+def count_tokens(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> int:
+    """How many rows stand for a token: as this library noted it, else as the tokenizer beside the weights has it.
+
+    Without either, the vocabularies that gpt-neox pads have 20B's 50,277 and others no padding.
+    """
+    if "tokenizer_vocab_size" in fields:
+        return fields["tokenizer_vocab_size"]
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return real_tokens(vocab_size)
+    tokens = max(create_tokenizer(path).get_vocab().values(), default=-1) + 1
+    if not 0 < tokens <= vocab_size:
+        raise CheckpointError(
+            f"{path}: its ids end at {tokens - 1} and config.json says vocab_size {vocab_size}; tokenizer and weights "
+            "belong to different models. Fetch both from one place"
+        )
+    return tokens
+
+
+def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a `config.json` that `transformers` 4 and 5 and converters built on them read alike.
+
+    Both dialects' keys are there. `eos_token_id` is said because the default of `transformers`, 2, is wrong for this
+    family. `tokenizer_vocab_size` is ours, and others leave it alone.
+    """
+    names = [*DEFAULTS, "hidden_act", "rotary_pct", "rotary_emb_base", "tokenizer_vocab_size"]
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        **{name: getattr(config, name) for name in names},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(config.rotary_emb_base),
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }

@@ -1,0 +1,109 @@
+"""Hugging Face's layout: which files a folder has, under which names they hold our parameters."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.slim.layout import parameter_shapes
+from neox_lib.checkpoints.tensor_files import Stored, describe_file
+from neox_lib.config import NeoXConfig
+
+# In the order in which `transformers` looks for them: a whole model in one file, or an index of its shards.
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = (WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+PREFIX = "gpt_neox."  # a causal model's; a bare base model's file lacks it
+THEIR_NAME = {"word_embeddings": "embed_in", "norm": "final_layer_norm"}
+OUTPUT_NAMES = ("embed_out.weight", "lm_head.weight")
+# Buffers that old files carry beside the parameters: the causal mask, its fill value, the rotary frequencies.
+BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def is_huggingface(folder: str | Path) -> bool:
+    """Whether a folder holds weights under the names of `transformers`, whole checkpoint or not."""
+    return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
+
+
+def their_name(name: str) -> str:
+    """A parameter's name in a file of `transformers`.
+
+    >>> their_name("layers.0.attention.dense.bias")
+    'gpt_neox.layers.0.attention.dense.bias'
+    >>> their_name("word_embeddings.weight"), their_name("final_linear.weight")
+    ('gpt_neox.embed_in.weight', 'embed_out.weight')
+    """
+    if name == "final_linear.weight":
+        return OUTPUT_NAMES[0]
+    first, _, rest = name.partition(".")
+    return f"{PREFIX}{THEIR_NAME.get(first, first)}.{rest}"
+
+
+def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
+
+    Raises CheckpointError, naming the file, for an index that can't be read or that names a file which is not there.
+    """
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        return [path], {}
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        places = {str(key): str(file) for key, file in weight_map.items()}
+        if not places:
+            raise ValueError("it names no tensor")
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{path}: not an index of shards ({reason}); fetch it again") from error
+    files = sorted(set(places.values()))
+    for file in files:
+        if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(f"{path}: names {file!r}; expected .safetensors or .bin files beside it")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file}: missing; {path.name} names it. Fetch it again")
+    return [folder / file for file in files], places
+
+
+def find_stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's weights by its key, buffers left out. Raises CheckpointError as `find_files` and
+    `describe_file` do, and when a shard lacks a key that the index promises or has one that it says elsewhere.
+    """
+    files, places = find_files(folder)
+    found: dict[str, Stored] = {}
+    for path in files:
+        for stored in describe_file(path, ignored=BUFFERS):
+            if places.get(stored.key, path.name) == path.name and (not places or stored.key in places):
+                found[stored.key] = stored
+    for key, file in places.items():
+        if key not in found and not key.endswith(BUFFERS):
+            raise CheckpointError(f"{folder / file}: lacks {key}, which the index promises; fetch the file again")
+    return found
+
+
+def match_names(folder: Path, config: NeoXConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Where each of our parameters lies, in file order. Raises CheckpointError, naming file and key, for a parameter
+    that is missing or has another shape, and for a tensor that this model has no place for.
+    """
+    where = next(iter(found.values())).path if len({stored.path for stored in found.values()}) == 1 else folder
+    bare = not any(key.startswith(PREFIX) for key in found)
+    output = next((key for key in OUTPUT_NAMES if key in found), OUTPUT_NAMES[0])
+    matched, rest = {}, dict(found)
+    for name, shape in parameter_shapes(config).items():
+        key = output if name == "final_linear.weight" else their_name(name).removeprefix(PREFIX if bare else "")
+        stored = rest.pop(key, None)
+        if stored is None:
+            advice = "a model without its output matrix writes no text" if key == output else "fetch the file again"
+            raise CheckpointError(f"{where}: lacks {key}, which the config asks for; {advice}")
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.path}: {key} has shape {list(stored.shape)}, expected {list(shape)} from config.json; file "
+                "and config belong to different models"
+            )
+        matched[name] = stored
+    if config.tie_word_embeddings:
+        rest.pop(output, None)
+    if rest:
+        key, stored = next(iter(rest.items()))
+        raise CheckpointError(f"{stored.path}: unexpected {key}; a GPT-NeoX model of this config has no such tensor")
+    return matched

@@ -1,0 +1,95 @@
+"""Hugging Face's layout, read: a folder as `transformers` or the Hub writes it, without `transformers`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.huggingface.config import read_huggingface_config
+from neox_lib.checkpoints.huggingface.layout import OUTPUT_NAMES, find_stored, match_names
+from neox_lib.checkpoints.slim.layout import part_of_file, place_of
+from neox_lib.checkpoints.slim.reader import LayerFile
+from neox_lib.checkpoints.tensor_files import Stored, TensorReader
+from neox_lib.config import NeoXConfig
+
+
+@dataclass(frozen=True)
+class HuggingFaceWeights:
+    """The weights of a Hugging Face folder.
+
+    Files may mix precisions. A matrix comes in the widest that any matrix has, so that `dtype` holds for them all and
+    nothing is rounded; biases and norms come as they are.
+    """
+
+    folder: Path
+    config: NeoXConfig
+    stored: Mapping[str, Stored]
+    output: Stored | None  # a tied model's output matrix, where its files repeat it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return reduce(torch.promote_types, (stored.dtype for stored in self.stored.values() if len(stored.shape) == 2))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.stored.values())
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        matrices = self.dtype
+        return {name: matrices if len(found.shape) == 2 else found.dtype for name, found in self.stored.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Weights.tensors`; shows a progress bar."""
+        reader, dtype, total = TensorReader(), self.dtype, self.nbytes
+        self.check_tied(reader)
+        words: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
+        with tqdm(total=total, disable=total < 100e6, **words) as bar:  # as the slim layout's
+            for name, stored in self.stored.items():
+                tensor = reader.read(stored)
+                yield name, tensor.to(dtype) if tensor.dim() == 2 else tensor
+                bar.update(stored.nbytes)
+
+    def check_tied(self, reader: TensorReader) -> None:
+        """Raise CheckpointError when a tied model's files hold an output matrix that is not its embedding."""
+        if self.output is None:
+            return
+        embedding = self.stored["word_embeddings.weight"]
+        if not torch.equal(reader.read(self.output), reader.read(embedding)):
+            raise CheckpointError(
+                f"{self.output.path}: {self.output.key} differs from {embedding.key}, and config.json says that both "
+                "are tied; if the model has an output matrix of its own, set tie_word_embeddings to false there"
+            )
+
+
+def open_huggingface(folder: str | Path) -> HuggingFaceWeights:
+    """Open a Hugging Face folder: reads its config, index and headers, but no weights.
+
+    Raises CheckpointError, naming the file, for anything that is not a whole GPT-NeoX checkpoint.
+    """
+    folder = Path(folder)
+    config = read_huggingface_config(folder)
+    found = find_stored(folder)
+    matched = match_names(folder, config, found)
+    output = next((found[key] for key in OUTPUT_NAMES if key in found), None) if config.tie_word_embeddings else None
+    return HuggingFaceWeights(folder, config, matched, output)
+
+
+def describe_huggingface(weights: HuggingFaceWeights) -> list[LayerFile]:
+    """Which file holds what, and its size; reads no weights. A row's rank is 0: these files are whole."""
+    layers = weights.config.num_hidden_layers
+    indices: dict[Path, list[int]] = {}
+    for name, stored in weights.stored.items():
+        indices.setdefault(stored.path, []).append(place_of(name, layers)[0])
+    rows = []
+    for path, found in sorted(indices.items()):
+        blocks = sorted({index - 2 for index in found if 2 <= index < layers + 2})
+        ends = {part_of_file(index, layers): None for index in found if not 2 <= index < layers + 2}
+        said = [f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"] if blocks else []
+        rows.append(LayerFile(path.name, 0, ", ".join([*said, *ends]), path.stat().st_size))
+    return rows

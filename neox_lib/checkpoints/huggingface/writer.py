@@ -1,0 +1,96 @@
+"""Hugging Face's layout, written: any of our models as a folder that `transformers` and what builds on it load."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from neox_lib.checkpoints.checkpoint import ModelWeights, Weights
+from neox_lib.checkpoints.files import write_text_atomically
+from neox_lib.checkpoints.huggingface.config import huggingface_fields
+from neox_lib.checkpoints.huggingface.layout import INDEX, WHOLE, their_name
+from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
+from neox_lib.checkpoints.saving import whole_or_gone
+from neox_lib.checkpoints.slim.layout import parameter_shapes
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
+from neox_lib.tokenizer import ENDOFTEXT, PADDING, create_tokenizer
+
+SHARD_BYTES = 5_000_000_000  # what `transformers` cut at for years; it reads shards of any size
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut where a shard would pass `limit` bytes; a tensor past it gets a shard of its own.
+
+    >>> plan_shards({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = []
+    filled = 0
+    for name, nbytes in sizes.items():
+        if not shards or filled + nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def write_weights(folder: Path, weights: Weights, dtypes: Mapping[str, torch.dtype], limit: int) -> None:
+    """The weights as one safetensors file, or as shards and then their index; one tensor in memory at a time."""
+    shapes = parameter_shapes(weights.config)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards, tensors = plan_shards(sizes, limit), weights.tensors()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        specs: dict[str, Spec] = {their_name(name): (dtypes[name], shapes[name]) for name in names}
+        renamed = ((their_name(name), tensor) for name, tensor in islice(tensors, len(names)))
+        write_safetensors(folder / file, specs, renamed, {"format": "pt"})
+        weight_map |= dict.fromkeys(specs, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_text_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_tokenizer(folder: Path, tokenizer: Path, config: NeoXConfig) -> None:
+    """The tokenizer's file as it is, and a `tokenizer_config.json` by which `AutoTokenizer` loads exactly that."""
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    known = create_tokenizer(tokenizer).get_vocab()
+    roles = {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT, "pad_token": PADDING}
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        **{role: token for role, token in roles.items() if token in known},
+    }
+    write_text_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def write_huggingface(
+    source: Weights | NeoXModel,
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Export a model, or an opened checkpoint, with the tokenizer JSON at `tokenizer` if one is given.
+
+    Numbers and precision stay as they are. `AutoModelForCausalLM` and `AutoTokenizer` load the folder, and so do the
+    programs that read what they read. Holds one tensor at a time beside the source. Raises CheckpointError when the
+    folder already holds a model, when the disk has no room, and for weights that can't be used; whatever interrupts
+    it, the folder is afterwards as it was.
+    """
+    weights, folder = ModelWeights(source) if isinstance(source, NeoXModel) else source, Path(folder)
+    dtypes = weights.dtypes()
+    with whole_or_gone(folder, weights.nbytes):
+        write_weights(folder, weights, dtypes, shard_bytes)
+        if tokenizer is not None:
+            write_tokenizer(folder, Path(tokenizer), weights.config)
+        tokens = {"bos_token_id": 0, "eos_token_id": 0}
+        write_text_atomically(folder / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
+        fields = huggingface_fields(weights.config, weights.dtype)
+        write_text_atomically(folder / "config.json", json.dumps(fields, indent=2) + "\n")

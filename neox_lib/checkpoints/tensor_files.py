@@ -1,0 +1,96 @@
+"""One file of weights as `transformers` writes it, .safetensors or .bin: what it holds, and its tensors."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, open_tensors
+
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Stored(NamedTuple):
+    """A tensor that lies in a file."""
+
+    path: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
+    """What a file holds, but for keys with an ignored ending; reads no weights.
+
+    Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for a tensor that is none
+    of weights in fp16, bf16 or fp32.
+    """
+    found: dict[str, tuple[torch.dtype | str, tuple[int, ...]]] = {}
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            for key in file.keys():  # noqa: SIM118  # the handle is no dict
+                part = file.get_slice(key)
+                dtype = str(part.get_dtype())
+                found[key] = (SAFETENSORS_DTYPES.get(dtype, dtype), tuple(part.get_shape()))
+    else:
+        for key, tensor in open_tensors(path).items():
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            found[key] = (tensor.dtype if plain else f"{tensor.layout} on {tensor.device}", tuple(tensor.shape))
+    stored = []
+    for key, (dtype, shape) in found.items():
+        if key.endswith(ignored):
+            continue
+        if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{path}: {key} is {dtype}, expected float16, bfloat16 or float32; quantized files are not read, so "
+                "fetch the weights as they were before quantizing"
+            )
+        stored.append(Stored(path, key, dtype, shape))
+    return stored
+
+
+def open_safetensors(path: Path):
+    """A handle on a .safetensors file, to be used in `with`. Raises CheckpointError, naming a file that is damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected weights. Fetch it again")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: truncated, damaged or unreadable ({reason}); expected a safetensors file. Fetch it again"
+        ) from error
+
+
+class TensorReader:
+    """Reads the tensors of files one after another, each memory-mapped where its format allows.
+
+    A .safetensors file is mapped anew for each tensor and let go with it, so that few of its pages stay resident. Of
+    .bin files, whose keys take longer to read, the last one stays open.
+    """
+
+    def __init__(self):
+        self.path: Path | None = None
+        self.tensors: dict[str, Tensor] = {}
+
+    def read(self, stored: Stored) -> Tensor:
+        """The tensor, on the CPU. Don't write into it. Raises CheckpointError when the file is not what it was."""
+        if stored.path.suffix == ".safetensors":
+            with open_safetensors(stored.path) as file:
+                tensor = file.get_tensor(stored.key) if stored.key in file.keys() else None  # noqa: SIM118
+        else:
+            if stored.path != self.path:
+                self.tensors = {}  # the old file's go before the new one's come
+                self.path, self.tensors = stored.path, open_tensors(stored.path)
+            tensor = self.tensors.get(stored.key)
+        if tensor is None or tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
+            raise CheckpointError(
+                f"{stored.path}: changed while it was read; {stored.key} is not what it was. Try again"
+            )
+        return tensor

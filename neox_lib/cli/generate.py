@@ -1,0 +1,98 @@
+"""`generate`: continue a text, token by token."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from neox_lib.model import NeoXModel
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="checkpoint folder, or a name on the Hub (default: the model that ships with us)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("generate", help="continue a text", description="Continue a text, token by token.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
+    add_model_arguments(parser)
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer JSON (default: the one in the model's folder)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach P")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
+    parser.add_argument("--no-cache", action="store_true", help="compute every token anew, to see what the cache saves")
+    parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
+    parser.add_argument(
+        "--pack", action="store_true", help="on a CPU, lay fp16 or int8 weights out anew first: for long texts"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:  # torchrun started several of us
+        from neox_lib.distributed import loading as rank_loading
+        from neox_lib.distributed import ranks
+
+        def work() -> None:
+            write(arguments, rank_loading.create_rank_model, ranks.read_once)
+
+        return ranks.run_as_rank(work, arguments.device)
+    from neox_lib.loading import create_model
+
+    return write(arguments, create_model, lambda stream: stream.read())
+
+
+def write(
+    arguments: argparse.Namespace, create_model: Callable[..., "NeoXModel"], read: Callable[[TextIO], str]
+) -> None:
+    """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far."""
+    from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
+    from neox_lib.hub.names import create_tokenizer
+    from neox_lib.sampling import Sampling
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    text = read(sys.stdin) if arguments.prompt == "-" else arguments.prompt or ""
+    tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
+    input_ids = prompt_ids(tokenizer, text)
+    model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+    if arguments.pack:
+        from neox_lib.decoding.int8_packing import pack
+
+        pack(model)
+    stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
+    steps = stream_generate(
+        model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop
+    )
+    seconds: list[float] = []
+    print(text, end="", flush=True)
+    try:
+        for step in steps:
+            seconds.append(step.seconds)
+            print(step.text, end="", flush=True)
+    finally:  # also after Ctrl-C: what was written stays, and so does its speed
+        print(flush=True)
+        print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
+
+
+def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
+    """One line: model, prefill milliseconds, tokens a second of the steps after the first."""
+    weight = model.layers[0].attention.dense.weight  # the embedding of an int8 model is not in int8
+    dtype = str(weight.dtype).removeprefix("torch.")
+    line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
+    ranks = getattr(model.config, "ranks", 1)  # of a model that several devices share
+    line += f", {ranks} ranks" if ranks > 1 else ""
+    if seconds:
+        line += f"; prefill of {prompt_tokens} tokens {seconds[0] * 1e3:.0f} ms"
+    if len(seconds) > 1:
+        line += f"; {len(seconds)} new tokens, {(len(seconds) - 1) / sum(seconds[1:]):.0f} tokens/s"
+    return line + "]"

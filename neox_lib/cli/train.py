@@ -1,0 +1,95 @@
+"""`train`: a small model of your own."""
+
+import argparse
+from pathlib import Path
+
+
+def window_schedule(text: str) -> tuple[float, tuple[int, ...]]:
+    """ "0.9:256,2048" -> (0.9, (256, 2048))."""
+    share, _, lengths = text.partition(":")
+    return float(share), tuple(int(length) for length in lengths.split(","))
+
+
+def add(commands) -> None:
+    description = (
+        "Train a model of the shipped one's shape on story files (<|endoftext|> alone on a line between stories) and "
+        "write it as a slim checkpoint. Called again with the same words it goes on where it was stopped."
+    )
+    parser = commands.add_parser("train", help="train a small model on stories", description=description)
+    parser.add_argument("folder", help="where the state and the finished model go")
+    parser.add_argument("--stories", nargs="+", required=True, type=Path, metavar="FILE", help="the main text")
+    parser.add_argument("--mix", nargs="*", default=[], type=Path, metavar="FILE", help="text for variety")
+    parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
+    parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
+    parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="another run, to begin with its weights")
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        type=window_schedule,
+        metavar="SHARE:LENGTHS",
+        help="window lengths that take turns from a share of the steps on, such as 0:256,256,2048 0.9:2048",
+    )
+    parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
+    parser.add_argument("--weight-decay", type=float, help="how hard the matrices are pulled towards zero")
+    parser.add_argument("--dropout", type=float, help="share of each branch's output that is dropped while training")
+    parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
+    parser.add_argument("--ranks", type=int, default=2, help="tensor-parallel ranks of the files (default: 2)")
+    parser.set_defaults(run=run)
+
+
+def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -> None:
+    """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew."""
+    import shutil
+
+    from neox_lib.config import tiny
+    from neox_lib.evaluation.likelihood import stories_of
+    from neox_lib.tokenizer import find_tokenizer, save_tokenizer, train_tokenizer
+
+    if (folder / "tokenizer.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if start_from is not None:
+        shutil.copy(find_tokenizer(start_from), folder / "tokenizer.json")
+        return
+    print("training the tokenizer")
+    texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
+    save_tokenizer(train_tokenizer(texts, tiny().vocab_size), folder / "tokenizer.json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import dataclasses
+    import shutil
+
+    import torch
+
+    from neox_lib.checkpoints.slim.writer import write_slim
+    from neox_lib.config import tiny
+    from neox_lib.course.figures import plots
+    from neox_lib.evaluation.likelihood import bits_per_byte, stories_of
+    from neox_lib.loading import create_model
+    from neox_lib.tokenizer import create_tokenizer
+    from neox_lib.training import loop as training
+
+    folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
+    if arguments.windows:
+        arguments.windows = tuple(arguments.windows)
+    words = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
+    given = {name: value for name, value in words.items() if value is not None}
+    plan = dataclasses.replace(training.TrainingPlan(), **given)
+    give_tokenizer(folder, arguments.stories, arguments.start_from)
+    tokenizer = create_tokenizer(folder)
+    stories, mix, validation = (
+        training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])
+    )
+    print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
+    config = dataclasses.replace(tiny(), tokenizer_vocab_size=tokenizer.get_vocab_size())
+    sample = training.spread_sample(validation, 16, config.max_position_embeddings)
+    model, history = training.train(config, plan, stories, mix, sample, folder, arguments.start_from)
+    plots.loss_curves(history).savefig(folder / "curves.png")
+    shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
+    write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
+    shutil.copy(folder / "tokenizer.json", finished)
+    held_out = stories_of(arguments.validation.read_text("utf-8"))
+    bits = bits_per_byte(create_model(finished), tokenizer, held_out)
+    print(f"{bits:.4f} bits per byte on {arguments.validation.name}, by the finished model in {finished}")

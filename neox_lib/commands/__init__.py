@@ -1,1 +1,0 @@
-"""What can be typed after `python -m neox_lib`: a module a command, none of them slow to import."""

@@ -1,0 +1,111 @@
+"""The checks of notebook 03: the mask, the split into heads, and attention itself."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neox_lib import attention as library
+from neox_lib.course.checks import describe, exercise, require, require_equal, story_with
+from neox_lib.course.figures.plots import seeded
+
+CPU = torch.device("cpu")
+
+# The notebook's three tokens: the, fox, ran. "fox" looks for an article, "ran" for an animal.
+QUERY = torch.tensor([[[[0.0, 0, 0, 0], [0, 2, 0, 0], [2, 0, 0, 0]]]])
+KEY = torch.tensor([[[[0.0, 2, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]]])
+VALUE = torch.tensor([[[[1.0, 0, 0, 0], [0, 10, 0, 0], [0, 0, 5, 0]]]])
+
+
+def attention_by_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention in fp64, one query at a time, without a mask: what the learner's version is held against.
+
+    Written apart from the library's, so that a fault promoted into that one is found too.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    before = key.shape[-2] - query.shape[-2]
+    rows = []
+    for index in range(query.shape[-2]):
+        seen = before + index + 1
+        scores = (key[..., :seen, :] * query[..., index : index + 1, :]).sum(-1) / query.shape[-1] ** 0.5
+        rows.append((scores.softmax(-1).unsqueeze(-1) * value[..., :seen, :]).sum(-2))
+    return torch.stack(rows, dim=-2)
+
+
+@exercise("attention.causal_mask")
+def causal_mask(yours: Callable[[int, int, torch.device], Tensor]) -> None:
+    """True where a query may look, with as many queries as keys and with fewer."""
+    for queries, keys in [(3, 3), (1, 4), (2, 5), (4, 9)]:
+        found, what = yours(queries, keys, CPU), f"my_causal_mask({queries}, {keys}, cpu)"
+        require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
+        require(found.dtype == torch.bool, f"{what} should hold True and False (torch.bool), but holds {found.dtype}")
+        shape = tuple(found.shape)
+        require(shape == (queries, keys), f"{what} should have shape {[queries, keys]}, but has {list(shape)}")
+        for query in range(queries):
+            for key in range(keys):
+                place = keys - queries + query
+                says, right = bool(found[query, key]), key <= place
+                require(
+                    says == right,
+                    f"{what}: query {query} stands at position {place} and {'may' if right else 'must not'} look at "
+                    f"position {key}, but your mask has {says} there",
+                )
+
+
+@exercise("attention.split_heads")
+def split_heads(yours: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Numbered columns land in the head and the role that the layout gives them; batch and tokens stay apart."""
+    numbered = torch.arange(12.0).expand(1, 3, 12)
+    found = yours(numbered, 2)
+    three = isinstance(found, tuple | list) and len(found) == 3
+    what = f"{len(found)} things" if isinstance(found, tuple | list) else describe(found)
+    require(three, f"my_split_heads should return a tuple of query, key and value, but it returned {what}")
+    for part, name in zip(found, ("query", "key", "value"), strict=True):
+        what = f"the {name} of my_split_heads on a [1, 3, 12] projection with 2 heads"
+        require(isinstance(part, Tensor), f"{what} should be a tensor, but is {describe(part)}")
+        shape = list(part.shape)
+        require(shape == [1, 2, 3, 2], f"{what} should have shape [B, H, T, D] = [1, 2, 3, 2], but has {shape}")
+    for head in range(2):
+        for role, name in enumerate(("query", "key", "value")):
+            first = (3 * head + role) * 2
+            columns = [int(number) for number in found[role][0, head, 0].tolist()]
+            require(
+                columns == [first, first + 1],
+                f"with 2 heads of size 2, the {name} of head {head} is made of columns {[first, first + 1]} of the "
+                f"projection, but yours took columns {columns}",
+            )
+    qkv = seeded(2, 5, 36)
+    for role, name in enumerate(("query", "key", "value")):
+        expected = torch.stack([qkv[:, :, (3 * head + role) * 4 :][:, :, :4] for head in range(3)], dim=1)
+        require_equal(yours(qkv, 3)[role], expected, f"the {name} of a random [2, 5, 36] projection with 3 heads")
+
+
+@exercise("attention.attention")
+def attention(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
+    """The heart: attention for every batch and head, any number of queries, in any precision; then a story."""
+    found = yours(QUERY, KEY, VALUE)
+    require(isinstance(found, Tensor), f"my_attention should return a tensor, but it returned {describe(found)}")
+    require_equal(
+        found[..., :1, :],
+        VALUE[..., :1, :],
+        "the output of the first of the notebook's three tokens, which sees only itself,",
+    )
+    expected = attention_by_rows(QUERY, KEY, VALUE)
+    hint = "(scores divided by sqrt(D) = 2?)"
+    require_equal(found[0, 0, 2], expected[0, 0, 2], f"the output of ran, the third token, {hint}", 1e-4)
+
+    query, key, value = (seeded(2, 3, 7, 16, seed=seed) for seed in range(3))
+    whole = yours(query, key, value)
+    require_equal(whole, attention_by_rows(query, key, value), "a random [2, 3, 7, 16] batch", 1e-4)
+    for new in (1, 3):
+        what = f"the last {new} of 7 queries against all 7 keys: the same queries in one pass"
+        require_equal(yours(query[:, :, -new:], key, value), whole[:, :, -new:], what, 1e-4)
+
+    large = 30 * torch.ones(1, 1, 4, 96, dtype=torch.float16)
+    small = value[:1, :1, :4].half()
+    mixed = yours(large, large, small)
+    require(mixed.dtype == torch.float16, f"fp16 values should give an fp16 output, but yours gives {mixed.dtype}")
+    finite = bool(mixed.isfinite().all())
+    require(finite, "queries and keys of 30s in fp16, head size 96: the output has NaN in it; are the scores in fp32?")
+    require_equal(mixed, attention_by_rows(large, large, small), "queries and keys of 30s in fp16", 2e-3)
+    return story_with(library.fused_attention, yours, "my_attention")

@@ -1,0 +1,99 @@
+"""The exercises of notebook 05: which file holds a parameter, how ranks merge, what fits into a memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neox_lib.checkpoints.slim import partition as sharding
+from neox_lib.checkpoints.slim.layout import place_of as library_place_of
+from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.course.checks import describe, exercise, require, require_equal, story_with
+from neox_lib.course.figures.plots import seeded
+
+GIB = 2**30
+
+
+@exercise("checkpoint_loading.place_of")
+def place_of(yours: Callable[[str, int], tuple[int, str]]) -> str:
+    """File index and key for every parameter name of a short and of a long model."""
+    block = ("attention.dense.bias", "input_layernorm.weight", "mlp.dense_h_to_4h.weight")
+    for layers in (6, 44):
+        inside = [f"layers.{index}.{key}" for index in (0, 1, layers - 1) for key in block]
+        for name in ["word_embeddings.weight", *inside, "norm.bias", "final_linear.weight"]:
+            found, what = yours(name, layers), f"my_place_of({name!r}, {layers})"
+            require(isinstance(found, tuple) and len(found) == 2, f"{what} should be a pair, but is {describe(found)}")
+            index, key = library_place_of(name, layers)
+            require(found[0] == index, f"{what} should name file index {index}, but names {found[0]!r}")
+            require(found[1] == key, f"{what} should name the key {key!r}, but names {found[1]!r}")
+    return "Every parameter of a 6-layer and of a 44-layer model has its file."
+
+
+def parts_for(key: str, ranks: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Parts that differ by rank: `[4, 6]` for a matrix, `[4]` for a vector."""
+    shape = (4, 6) if key.endswith("weight") and "norm" not in key else (4,)
+    return [seeded(*shape, seed=rank + 1).to(dtype) for rank in range(ranks)]
+
+
+def expected_merge(rule: str, parts: list[Tensor]) -> Tensor:
+    if rule in ("rows", "columns"):
+        return torch.cat(parts, dim=0 if rule == "rows" else 1)
+    total = torch.stack(parts).double().sum(dim=0)
+    return total if rule == "sum" else total / len(parts)
+
+
+@exercise("checkpoint_loading.merge_shards")
+def merge_shards(yours: Callable[[str, list[Tensor]], Tensor]) -> str:
+    """Each rule with two and three ranks, fp16 arithmetic, an unknown key; then the shipped model loads with it."""
+    keys = [f"attention.{key}" if key.startswith(("query", "dense.")) else key for key in sharding.MERGE_RULES]
+    keys = [f"mlp.{key}" if key.startswith(("dense_h", "dense_4h")) else key for key in keys]
+    for ranks in (2, 3):
+        for key in keys:
+            parts = parts_for(key, ranks)
+            expected = expected_merge(sharding.merge_rule(key), parts)
+            what = f"my_merge_shards({key!r}, {ranks} parts of shape {list(parts[0].shape)})"
+            require_equal(yours(key, parts), expected, what, tolerance=1e-5)
+    for key, wanted in (("attention.dense.bias", 1 + 2**-10), ("norm.bias", (1 + 2**-10) / 3)):
+        parts = [torch.tensor([value], dtype=torch.float16) for value in (1.0, 2**-11, 2**-11)]
+        found = yours(key, parts)
+        what = f"my_merge_shards({key!r}, three fp16 parts: 1, 1/2048 and 1/2048)"
+        require(found.dtype == torch.float16, f"{what} should be in the parts' dtype, float16, but is in {found.dtype}")
+        right = torch.tensor([wanted]).half()
+        why = f"{what} should be {right.item()}, but is {found.item()}: fp16 loses small parts; add up in fp32"
+        require(torch.equal(found, right), why)
+    key = "attention.masked_bias"
+    try:
+        yours(key, parts_for(key, 2))
+    except NotImplementedError:
+        raise
+    except Exception:  # whatever the learner raises: refusing is what is asked for
+        return story_with(sharding.merge_shards, yours, "merge_shards")
+    require(False, f"my_merge_shards({key!r}, ...) should raise an error: a tensor without a rule must not be guessed")
+    return ""
+
+
+@exercise("checkpoint_loading.longest_context")
+def longest_context(yours: Callable[[NeoXConfig, torch.dtype, int, int], int]) -> str:
+    """Three models, three memories: where all fits, where some fits, where the weights alone do not."""
+    margin, answers = 3 * GIB // 2, []
+    for name, config in {"tiny": tiny(), "Pythia 12B": pythia("12b"), "20B": neox_20b()}.items():
+        for dtype in (torch.float16, torch.int8):
+            for memory in (8, 24, 40):
+                room = memory * GIB - margin - config.weight_bytes(dtype)
+                fitting = room // config.kv_cache_bytes(1, torch.float16)
+                expected = max(0, min(config.max_position_embeddings, fitting))
+                what = f"my_longest_context of {name}, {dtype}, {memory} GiB, margin 1.5 GiB"
+                found = yours(config, dtype, memory * GIB, margin)
+                require(type(found) is int, f"{what} should be a whole number, but is {describe(found)}")
+                require_equal(found, expected, what + reason(found, config, fitting))
+                if name == "20B":
+                    answers.append(f"20B in {str(dtype).removeprefix('torch.')}, {memory} GiB: {found} tokens")
+    return "\n".join(answers)
+
+
+def reason(found: int, config: NeoXConfig, fitting: int) -> str:
+    if found < 0:
+        return " (where the weights do not fit, no token does)"
+    if found > config.max_position_embeddings:
+        return f" (the model's context ends at {config.max_position_embeddings})"
+    return " (a token keeps a key and a value in every layer)" if fitting > 0 and found > fitting else ""

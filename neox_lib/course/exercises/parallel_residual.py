@@ -1,0 +1,192 @@
+"""The exercises of notebook 04: the bent curve, the norm, the parallel block, and a count of parameters."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox_lib.block import Block
+from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.course.checks import PropertyFailed, exercise, numbers, require, require_equal, story_with
+from neox_lib.course.figures.plots import seeded
+from neox_lib.rotary import rotary_table
+
+SMALL = NeoXConfig(
+    vocab_size=40,
+    tokenizer_vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+)
+BLOCK_PARTS = ("input_layernorm", "post_attention_layernorm", "attention", "mlp")
+
+
+@exercise("parallel_residual.gelu")
+def gelu(yours: Callable[[Tensor], Tensor]) -> str:
+    """`yours(x)` is the tanh form of GELU, number by number, for a tensor of any shape."""
+    x = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0], dtype=torch.float64)
+    found, expected = yours(x), F.gelu(x, approximate="tanh")
+    if isinstance(found, Tensor) and found.shape == x.shape:
+        other = {
+            "the exact GELU, x * Phi(x)": F.gelu(x),
+            "x * sigmoid(1.702 * x), a coarser form": x * torch.sigmoid(1.702 * x),
+            "ReLU": x.relu(),
+            "the share alone: multiply it by x": expected / x,
+            "twice the GELU: the half is missing": 2 * expected,
+        }
+        for name, curve in other.items():
+            same = (found - curve).abs().nan_to_num().max().item() < 1e-6
+            require(not same, f"my_gelu({numbers(x)}) is {name}. 20B was trained with the tanh form")
+    require_equal(found, expected, f"my_gelu({numbers(x)})", tolerance=1e-6)
+    wide = seeded(2, 3, 4)
+    require_equal(yours(wide), F.gelu(wide, approximate="tanh"), "my_gelu of a [2, 3, 4] tensor", tolerance=1e-5)
+    return "It is the curve that 20B was trained with."
+
+
+@exercise("parallel_residual.layer_norm")
+def layer_norm(yours: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
+    """`yours(x, weight, bias, eps)` normalises each token over its C numbers: `[..., C]` -> `[..., C]`."""
+    x, ones, zeros = torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.ones(4), torch.zeros(4)
+    call = "my_layer_norm([[1, 1, 5, 5]], weight of ones, bias of zeros)"
+    found = yours(x, ones, zeros, 1e-5)
+    expected = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
+    if isinstance(found, Tensor) and found.shape == x.shape:
+        sample = (x - 3) / (16 / 3) ** 0.5
+        hint = "that is the variance divided by C - 1; LayerNorm divides by C (torch.var: correction=0)"
+        require((found - sample).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
+        hint = "that is divided by the variance, not by its square root"
+        require((found - (x - 3) / 4).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
+    require_equal(found, expected, call, tolerance=1e-4)
+    weight, bias = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.0, 10.0, 10.0])
+    what = "my_layer_norm([[1, 1, 5, 5]], weight [1, 2, 3, 4], bias [0, 0, 10, 10])"
+    require_equal(yours(x, weight, bias, 1e-5), torch.tensor([[-1.0, -2.0, 13.0, 14.0]]), what, tolerance=1e-3)
+    tokens = 3 * seeded(2, 5, 4) + 1
+    what = "each of the 2 x 5 tokens of a [2, 5, 4] tensor, normalised over its own 4 numbers,"
+    try:
+        found = yours(tokens, weight, bias, 1e-5)
+    except RuntimeError as error:  # [2, 5, 4] - [2, 5] has no meaning, while [1, 4] - [1] above had one
+        hint = "a mean over the last dimension has to keep it as [..., 1]"
+        raise PropertyFailed(f"{what} can't be computed: {hint} ({error})") from None
+    require_equal(found, F.layer_norm(tokens, [4], weight, bias), what, tolerance=1e-4)
+    flat = yours(torch.full((1, 4), 3.0), ones, zeros, 1e-5)
+    require_equal(flat, torch.zeros(1, 4), "a token of equal numbers, [[3, 3, 3, 3]],", tolerance=1e-6)
+    small = torch.tensor([[0.0, 0.0, 0.02, 0.02]])
+    what = "[[0, 0, 0.02, 0.02]] with eps = 0.0003, added to the variance before the root,"
+    require_equal(yours(small, ones, zeros, 3e-4), torch.tensor([[-0.5, -0.5, 0.5, 0.5]]), what, tolerance=1e-4)
+    return "It agrees with torch's, eps included."
+
+
+class OneLayerStore:
+    """A cache that remembers which layer asked for it, and keeps nothing."""
+
+    def __init__(self):
+        self.layers: list[int] = []
+
+    def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers.append(layer_index)
+        return key, value
+
+
+def possible_wirings(block: nn.Module, x: Tensor, table: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What a block gives when its parts are joined in each of the ways that people have tried: name -> output."""
+    first, second, attention, mlp = (getattr(block, name) for name in BLOCK_PARTS)
+    after = x + attention(first(x), *table)
+    parallel = after + mlp(second(x))
+    return {
+        "parallel": parallel,
+        "the sequential residual: your MLP reads what attention left. Both branches read x": after + mlp(second(after)),
+        "one norm for both: your MLP reads input_layernorm's output. It has a norm of its own": after + mlp(first(x)),
+        "one norm behind the other: your MLP's norm reads attention's norm. Both norms read x": after
+        + mlp(second(first(x))),
+        "each branch behind the other's norm: swap them": x + attention(second(x), *table) + mlp(first(x)),
+        "both branches without x itself: the block adds to what it reads": parallel - x,
+        "an MLP without a norm before it": after + mlp(x),
+        "attention alone: the MLP's part is missing": after,
+    }
+
+
+def random_block(yours: Callable[[NeoXConfig, int], nn.Module], layer_index: int) -> nn.Module:
+    """The learner's block of two heads, once its parts have the names of the files, with norms that differ."""
+    require(isinstance(yours, type), "a class is asked for: MyBlock(config, layer_index)")
+    block = yours(SMALL, layer_index)
+    expected = {name for name, _ in Block(SMALL, layer_index).named_parameters()}
+    found = {name for name, _ in block.named_parameters()}
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    require(not missing, f"a checkpoint fills parameters by name, and your block has no {', '.join(missing[:3])}")
+    require(not extra, f"no checkpoint holds your block's {', '.join(extra[:3])}")
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate(sorted(block.named_parameters())):
+            parameter.copy_(0.3 * seeded(*parameter.shape, seed=number))
+    return block.eval()
+
+
+@exercise("parallel_residual.block")
+@torch.no_grad()
+def parallel_block(yours: Callable[[NeoXConfig, int], nn.Module]) -> str:
+    """`yours(config, layer_index)` is a block whose two branches both read x, each through its own norm."""
+    block = random_block(yours, layer_index=1)
+    x = seeded(2, 5, SMALL.hidden_size)
+    table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, torch.device("cpu"), torch.float32)
+    before = x.clone()
+    found = block(x, *table)
+    require(torch.equal(x, before), "MyBlock changes its input: use x = x + ..., not x += ...")
+    wirings = possible_wirings(block, x, table)
+    expected = wirings.pop("parallel")
+    if isinstance(found, Tensor) and found.shape == expected.shape:
+        for name, output in wirings.items():
+            require((found - output).abs().max().item() > 1e-4, f"MyBlock on a [2, 5, 32] input is {name}")
+    require_equal(found, expected, "MyBlock on a [2, 5, 32] input", tolerance=1e-4)
+    store = OneLayerStore()
+    block(x, *table, store)
+    told = (
+        f"attention in MyBlock(config, layer_index=1), given a cache, asked it as layers {store.layers}, expected [1]"
+    )
+    require(store.layers == [1], f"{told}: pass on layer_index and cache")
+    if yours is Block:  # a story in place of itself would prove nothing
+        return "It is the library's own block."
+    return story_with(Block, yours, "block")
+
+
+def missing_part(config: NeoXConfig, difference: int) -> str:
+    """What a wrong count has left out or counted too often, if it is one of the usual parts; else nothing."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    parts = {
+        "the embedding or the output matrix": config.vocab_size * hidden,
+        "the biases of the four matrices in each block": layers * (5 * hidden + inner),
+        "the biases of attention in each block": layers * 4 * hidden,
+        "the biases of the MLP in each block": layers * (hidden + inner),
+        "one norm in each block": layers * 2 * hidden,
+        "both norms in each block": layers * 4 * hidden,
+        "the last norm": 2 * hidden,
+        "all norms": (4 * layers + 2) * hidden,
+        "the biases of all norms": (2 * layers + 1) * hidden,
+        "attention's dense matrix in each block": layers * hidden * hidden,
+        "155 padded rows of the vocabulary": (config.vocab_size - config.tokenizer_vocab_size) * hidden,
+    }
+    names = [name for name, size in parts.items() if size and size == abs(difference)]
+    if not names:
+        return ""
+    return f": that is {names[0]}, {'too much' if difference > 0 else 'missing'}"
+
+
+@exercise("parallel_residual.parameter_count")
+def parameter_count(yours: Callable[[NeoXConfig], int]) -> str:
+    """`yours(config)` is the number of trained numbers of the whole model."""
+    cases = {
+        "tiny()": tiny(),
+        "neox_20b()": neox_20b(),
+        'pythia("1b")': pythia("1b"),
+        "tiny() with intermediate_size=500": replace(tiny(), intermediate_size=500),
+        "tiny() with tie_word_embeddings=True (one matrix in two places counts once)": replace(
+            tiny(), tie_word_embeddings=True
+        ),
+    }
+    for name, config in cases.items():
+        found, expected = yours(config), config.parameter_count()
+        require(isinstance(found, int), f"my_parameter_count({name}) should be a whole number, but is {found!r}")
+        off = f"off by {found - expected:,}{missing_part(config, found - expected)}"
+        require(found == expected, f"my_parameter_count({name}) is {found:,}, expected {expected:,}, {off}")
+    return f"{neox_20b().parameter_count():,} for 20B, from its config alone."

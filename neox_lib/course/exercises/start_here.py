@@ -1,0 +1,49 @@
+"""The warm-up of notebook 00: from a row of scores to the next token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neox_lib.course.checks import describe, exercise, numbers, require
+from neox_lib.course.figures.plots import seeded
+from neox_lib.generation import prompt_ids, stream_generate
+from neox_lib.loading import create_model
+from neox_lib.sampling import Sampling
+from neox_lib.tokenizer import create_tokenizer
+
+PROMPT = "Once upon a time, a fox"
+ROWS = [[0.1, 2.5, -1.0], [-3.0, -0.5, -2.0], [1.0, -4.0, 2.0]]
+
+
+@dataclass(frozen=True)
+class YourChoice(Sampling):
+    """Chooses each new token by the learner's function: `pick` takes one row of scores `[V]`."""
+
+    pick: Callable[[Tensor], int] = lambda scores: int(scores.argmax())
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.tensor([self.pick(row) for row in logits], device=logits.device)
+
+
+@exercise("start_here.next_token")
+def next_token(yours: Callable[[Tensor], int]) -> str:
+    """The id with the highest score, as an int: short rows by hand, a long one, then the shipped model's own."""
+    for values in ROWS:
+        row = torch.tensor(values)
+        found, what = yours(row), f"my_next_token({numbers(row)})"
+        needs = "should be a token id, that is an int"
+        require(not isinstance(found, Tensor), f"{what} {needs}, but is a tensor; .item() takes the number out of one")
+        why = ": the place of the score is asked for, not the score" if isinstance(found, float) else ""
+        require(type(found) is int, f"{what} {needs}, but is {describe(found)}{why}")
+        best = int(row.argmax())
+        require(found == best, f"{what} should be {best}, where the highest score stands, but is {found}")
+    row = seeded(2048)
+    found, best = yours(row), int(row.argmax())
+    require(found == best, f"my_next_token of 2048 random scores should be {best}, but is {found}")
+    tokenizer, model = create_tokenizer(), create_model(device="cpu", dtype="float32")
+    chosen = YourChoice(pick=yours)
+    steps = stream_generate(model, prompt_ids(tokenizer, PROMPT), 20, tokenizer=tokenizer, sampling=chosen)
+    text = PROMPT + "".join(step.text for step in steps)
+    return f"The shipped model scored, your code chose, twenty times over:\n{text}"

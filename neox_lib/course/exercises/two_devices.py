@@ -1,0 +1,177 @@
+"""The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes on the wire."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox_lib.config import NeoXConfig, neox_20b, pythia
+from neox_lib.course.checks import exercise, require, require_equal, story
+from neox_lib.course.figures.plots import seeded
+from neox_lib.course.two_devices import CPU, BlockOnDevices, Wire, model_on_devices, shipped_parts, write
+from neox_lib.distributed.loading import build_rank
+from neox_lib.model import NeoXModel
+from neox_lib.rotary import rotary_table
+
+SMALL = NeoXConfig(
+    vocab_size=40,
+    tokenizer_vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+)
+
+
+class AskedStore:
+    """A cache that notes who asked it, and keeps nothing."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, int]] = []  # layer, heads
+
+    def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.asked.append((layer_index, key.shape[1]))
+        return key, value
+
+
+class StrictWire(Wire):
+    """A wire that takes one tensor from each device, and says so where it gets something else."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks = ranks
+
+    def all_reduce(self, partials: list[Tensor]) -> Tensor:
+        given = f"{len(partials)} tensors" if isinstance(partials, list | tuple) else f"a {type(partials).__name__}"
+        right = isinstance(partials, list | tuple) and len(partials) == self.ranks
+        require(right, f"all_reduce takes a list with one tensor from each of {self.ranks} devices, but got {given}")
+        return super().all_reduce(partials)
+
+
+@torch.no_grad()
+def random_blocks(ranks: int) -> tuple[nn.Module, list[nn.Module]]:
+    """The last block of a small random model, whole and in parts."""
+    model = NeoXModel(SMALL)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.copy_(0.3 * seeded(*parameter.shape, seed=number))
+    stored = [(name, [parameter.detach()]) for name, parameter in model.named_parameters()]
+    parts = [build_rank(SMALL, stored, rank, ranks, CPU, lambda name: torch.float32) for rank in range(ranks)]
+    return model.layers[1], [part.layers[1] for part in parts]
+
+
+def possible_sums(whole: nn.Module, blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
+    """What comes out of a block when the devices' parts are joined in ways that people have tried: words -> output."""
+    attended = [block.attention(block.input_layernorm(x), *table) for block in blocks]  # type: ignore[operator]
+    bent = [block.mlp(block.post_attention_layernorm(x)) for block in blocks]  # type: ignore[operator]
+    partials = [first + second for first, second in zip(attended, bent, strict=True)]
+    whole_attention, ranks = sum(attended), len(blocks)
+    late = [block.mlp(block.post_attention_layernorm(x + whole_attention)) for block in blocks]  # type: ignore[operator]
+    early = [
+        block.mlp(block.post_attention_layernorm(x + own))  # type: ignore[operator]
+        for block, own in zip(blocks, attended, strict=True)
+    ]
+    one_norm = [block.mlp(block.input_layernorm(x)) for block in blocks]  # type: ignore[operator]
+    return {
+        "x once for each device: x is whole on all of them, so add it after the sum": ranks * x + sum(partials),
+        "the sum without x: the block adds to what it reads": sum(partials),
+        "the mean of the partial sums: add them up": x + sum(partials) / ranks,
+        "one device's partial sum alone: the others are missing": x + partials[0],
+        "attention alone: the MLP's part is missing": x + whole_attention,
+        "the MLP alone: attention's part is missing": x + sum(bent),
+        "the sequential residual: the MLP reads what attention left. Both read x": x + whole_attention + sum(late),
+        "an MLP that reads one device's part of attention. Both branches read x": x + whole_attention + sum(early),
+        "one norm for both: the MLP reads through post_attention_layernorm": x + whole_attention + sum(one_norm),
+    }
+
+
+@exercise("two_devices.block")
+@torch.no_grad()
+def block(yours: BlockOnDevices) -> str:
+    """`yours(hidden, blocks, cos, sin, caches, all_reduce)` is the block of which each device has a part."""
+    for ranks in (2, 4):
+        whole, blocks = random_blocks(ranks)
+        x, wire, caches = seeded(2, 5, SMALL.hidden_size), StrictWire(ranks), [AskedStore() for _ in range(ranks)]
+        table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, CPU, torch.float32)
+        before, what = x.clone(), f"my_block on {ranks} devices and a [2, 5, 32] input"
+        found, expected = yours(x, blocks, *table, caches, wire.all_reduce), whole(x, *table)
+        require(torch.equal(x, before), f"{what} changes its input: use hidden + ..., not hidden += ...")
+        if isinstance(found, Tensor) and found.shape == expected.shape:
+            for words, output in possible_sums(whole, blocks, x, table).items():
+                require((found - output).abs().max().item() > 1e-4, f"{what} is {words}")
+        require_equal(found, expected, what, tolerance=1e-4)
+        asked, right = [cache.asked for cache in caches], [[(1, 4 // ranks)]] * ranks
+        told = f"{what}: the devices' caches were asked (layer, heads) {asked}, expected {right}"
+        require(asked == right, f"{told}: give each device's attention its own cache, once")
+        more = "The numbers are right. Add the two parts on each device before you send them"
+        require(wire.meetings == 1, f"{what} let the devices meet {wire.meetings} times, once is enough. {more}")
+    expected, wire = story(), Wire()
+    prompt = expected[: len("Once upon a time, a fox")]
+    written = write(model_on_devices(shipped_parts(2), yours, wire), prompt, 40)
+    require(written == expected, f"The shipped model wrote another story with your block:\n{written}")
+    return f"The shipped model wrote this on two devices, with your block, meeting {wire.meetings} times:\n{written}"
+
+
+@exercise("two_devices.embed")
+def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
+    """`yours(input_ids, rows, first)` gives the vectors of the tokens whose rows are here, zeros for the others."""
+    table, ids = torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5], [4.0, 4.5]]), torch.tensor([[2, 0, 3]])
+    for first, expected in (
+        (0, torch.tensor([[[0.0, 0.0], [1.0, 1.5], [0.0, 0.0]]])),
+        (2, torch.tensor([[[3.0, 3.5], [0.0, 0.0], [4.0, 4.5]]])),
+    ):
+        rows, given = table[first : first + 2].clone(), ids.clone()
+        what = f"my_embed([[2, 0, 3]], rows {first} and {first + 1} of four, first={first})"
+        try:
+            found = yours(given, rows, first)
+        except IndexError as error:
+            message = "a token whose row is elsewhere must not be looked up here: look up any row, then put zeros"
+            require(False, f"{what} raised IndexError ({error}): {message}")
+        if first == 2 and isinstance(found, Tensor) and found.shape == expected.shape:
+            wrapped = torch.equal(found[0, 1], rows[0])
+            require(not wrapped, f"{what} gives token 0 the vector of row -2, counted from the end: zeros are expected")
+        require_equal(found, expected, what)
+        require(torch.equal(given, ids), f"{what} changes the ids that it was given")
+        require(torch.equal(rows, table[first : first + 2]), f"{what} changes the rows that it was given")
+    large, many = seeded(12, 4), torch.randint(12, (2, 7), generator=torch.Generator().manual_seed(0))
+    total = sum(yours(many, large[first : first + 4], first) for first in (0, 4, 8))
+    require_equal(total, F.embedding(many, large), "the sum over three devices of four rows each", tolerance=1e-6)
+    return "Each token's vector comes from one device, and the sum is the embedding."
+
+
+def bytes_on_the_wire(config: NeoXConfig, tokens: int, ranks: int, dtype: torch.dtype) -> int:
+    """Bytes that each rank sends in one pass over `tokens` tokens of which the last is scored."""
+    meetings = 1 + config.num_hidden_layers * (1 if config.use_parallel_residual else 2)
+    all_reduces = meetings * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    scores = (ranks - 1) * config.vocab_size // ranks
+    return (all_reduces + scores) * dtype.itemsize
+
+
+@exercise("two_devices.bytes_sent")
+def bytes_sent(yours: Callable[[NeoXConfig, int, int, torch.dtype], int]) -> str:
+    """`yours(config, tokens, ranks, dtype)` is the number of bytes that each rank sends in one pass."""
+    sequential = NeoXConfig(use_parallel_residual=False)
+    cases: list[tuple[str, NeoXConfig, int, int, torch.dtype]] = [
+        ("neox_20b(), 1 token, 2 ranks, float16", neox_20b(), 1, 2, torch.float16),
+        ("neox_20b(), 2048 tokens, 2 ranks, float16", neox_20b(), 2048, 2, torch.float16),
+        ("neox_20b(), 1 token, 4 ranks, float16", neox_20b(), 1, 4, torch.float16),
+        ('pythia("1.4b"), 10 tokens, 2 ranks, float32', pythia("1.4b"), 10, 2, torch.float32),
+        ("20B with a sequential residual, 1 token, 2 ranks, float16", sequential, 1, 2, torch.float16),
+        ("neox_20b(), 1 token, 1 rank, float16", neox_20b(), 1, 1, torch.float16),
+    ]
+    for words, config, tokens, ranks, dtype in cases:
+        found, expected = yours(config, tokens, ranks, dtype), bytes_on_the_wire(config, tokens, ranks, dtype)
+        require(isinstance(found, int | float), f"my_bytes_sent({words}) should be a number, but is {found!r}")
+        hidden, scores = tokens * config.hidden_size * dtype.itemsize, config.vocab_size // ranks * dtype.itemsize
+        a_meeting, off = 2 * (ranks - 1) * hidden // ranks, found - expected
+        reasons = {
+            -a_meeting: ": the meeting of the embeddings is missing",
+            a_meeting: ": that is one meeting too many",
+            -(ranks - 1) * scores: ": the scores are missing",
+            (tokens - 1) * (ranks - 1) * scores: ": the last token alone is scored",
+        }
+        if not config.use_parallel_residual:
+            reasons[-config.num_hidden_layers * a_meeting] = ": a sequential block meets twice"
+        told = f"my_bytes_sent({words}) is {found:,}, expected {expected:,}"
+        require(off == 0, told + reasons.get(off, "") if off else "")
+    return f"20B on two devices: {bytes_on_the_wire(neox_20b(), 1, 2, torch.float16):,} bytes for a new token."

@@ -1,0 +1,81 @@
+"""The map of the model: the same drawing in every notebook, with the piece in hand lit up."""
+
+import itertools
+
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, Picture, new_figure
+
+# Name: (words, x, y, width, height), in units of the drawing, in the order in which a text meets them.
+PLACES = {
+    "tokenizer": ("01 tokenizer\ntext to ids", 0.15, 1.75, 1.75, 0.9),
+    "embedding": ("embedding\nids to vectors", 2.3, 1.75, 1.75, 0.9),
+    "rotary": ("02 rotary\npositions", 4.85, 2.3, 1.45, 0.8),
+    "attention": ("03 attention\nlooks back", 6.65, 2.3, 1.6, 0.8),
+    "mlp": ("04 MLP\nworks alone", 6.65, 1.2, 1.6, 0.8),
+    "output": ("norm, output\ntoken scores", 9.45, 1.75, 1.75, 0.9),
+    "generation": ("06 generation\nchoose, append", 11.6, 1.75, 1.85, 0.9),
+    "checkpoint": ("05 checkpoint: the numbers in all of these boxes", 2.3, 0.1, 8.9, 0.55),
+}
+ARROWS = [
+    [(1.9, 2.2), (2.3, 2.2)],
+    [(4.05, 2.2), (4.6, 2.2)],
+    [(4.6, 2.2), (4.6, 2.7), (4.85, 2.7)],
+    [(6.3, 2.7), (6.65, 2.7)],
+    [(4.6, 2.2), (4.6, 1.6), (6.65, 1.6)],
+    [(4.6, 2.2), (8.45, 2.2)],
+    [(8.25, 2.7), (8.62, 2.7), (8.62, 2.37)],
+    [(8.25, 1.6), (8.62, 1.6), (8.62, 2.03)],
+    [(8.79, 2.2), (9.45, 2.2)],
+    [(11.2, 2.2), (11.6, 2.2)],
+    [(12.5, 2.65), (12.5, 3.85), (3.2, 3.85), (3.2, 2.65)],
+]
+
+
+def model_map(*lit: str) -> Picture:
+    """GPT-NeoX from text to the next token; the places named in `lit` are coloured and framed in bold.
+
+    Raises KeyError for a place that the map does not have.
+    """
+    names = [PLACES[name][0].replace("\n", ": ") for name in lit]
+    figure = new_figure(11.5, 3.6)
+    axes = figure.add_subplot()
+    axes.set_xlim(0, 13.6)
+    axes.set_ylim(0, 4.2)
+    axes.axis("off")
+    block = FancyBboxPatch(
+        (4.42, 1.0), 4.5, 2.6, boxstyle="round,pad=0.05", facecolor="#f1f1f1", edgecolor="#777777", linestyle="--"
+    )
+    axes.add_patch(block)
+    axes.text(6.67, 3.37, "a block, one of 44 in 20B", ha="center", va="center", fontsize=FONT_SIZE)
+    axes.text(7.85, 3.98, "the new token", ha="center", va="center", fontsize=FONT_SIZE)
+    for points in ARROWS:
+        for start, end in itertools.pairwise(points):
+            style = "-|>" if end == points[-1] else "-"
+            patch = FancyArrowPatch(
+                start, end, arrowstyle=style, mutation_scale=14, shrinkA=0, shrinkB=0, color="black"
+            )
+            axes.add_patch(patch)
+    axes.text(8.62, 2.2, "+", ha="center", va="center", fontsize=FONT_SIZE + 5, fontweight="bold")
+    for name, (words, x, y, width, height) in PLACES.items():
+        draw_place(axes, words, (x, y, width, height), chosen=name in lit)
+    here = f"You are here: {'; '.join(names)}." if names else "No part is lit up."
+    alt = (
+        "Map of GPT-NeoX. Text goes through the tokenizer, the embedding, and a stack of blocks; in each, attention, "
+        "to which rotary positions belong, and an MLP read the same input and add to it. A last norm and the output "
+        "matrix score every token; generation chooses one, which goes in at the start again. The checkpoint holds the "
+        f"numbers of all of them. {here}"
+    )
+    return Picture(figure, alt)
+
+
+def draw_place(axes, words: str, place: tuple[float, float, float, float], chosen: bool) -> None:
+    """A box with words in it, `place` being x, y, width and height; bold and coloured when chosen."""
+    x, y, width, height = place
+    box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", zorder=3)
+    box.set(facecolor=ORANGE if chosen else "white", edgecolor="black" if chosen else BLUE)
+    box.set_linewidth(3 if chosen else 1.3)
+    axes.add_patch(box)
+    weight = "bold" if chosen else "normal"
+    centre = (x + width / 2, y + height / 2)
+    axes.text(*centre, words, ha="center", va="center", fontsize=FONT_SIZE - 1, fontweight=weight, zorder=4)

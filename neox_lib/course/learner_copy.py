@@ -1,0 +1,144 @@
+"""The learner's own copy of the notebooks: made once, never overwritten, told apart from a newer original.
+
+    python -m neox_lib.course.learner_copy             copy what is new, report what has changed
+    python -m neox_lib.course.learner_copy --refresh   also put each changed original beside the copy
+
+`notebooks/mine/.originals.json` holds the SHA-256 that each original had when it was copied. So "changed" means that
+the original's content is another one; dates, which a fresh clone sets anew, say nothing.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+RECORD = ".originals.json"
+PURPOSE = "Copy new notebooks to your own folder, report changed originals, and never overwrite what is yours."
+
+
+@dataclass
+class Report:
+    """What one run did, as paths relative to the notebooks folder: `beside` maps a changed original to its new file."""
+
+    copied: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    beside: dict[str, str] = field(default_factory=dict)
+
+
+def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
+    """Bring `mine` up to date with `originals` without changing any file that is in it.
+
+    A notebook or image that `mine` lacks is copied. One whose original has changed since is reported; with `refresh`
+    the original is put beside it as NAME.new.ipynb, and counts as delivered. A missing `originals` raises
+    FileNotFoundError; a damaged record only means that copies which differ are reported once more.
+    """
+    if not originals.is_dir():
+        raise FileNotFoundError(f"{originals}: no such folder; the notebooks come with a clone, not with a pip install")
+    mine.mkdir(parents=True, exist_ok=True)
+    record = read_record(mine / RECORD)
+    report = Report()
+    for name in lesson_files(originals):
+        content = (originals / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        copy = mine / name
+        if not os.path.lexists(copy):
+            write_new(copy, content)
+            report.copied.append(name)
+        elif record.get(name) != digest and copy.read_bytes() != content:
+            report.changed.append(name)
+            if not refresh:
+                continue
+            report.beside[name] = put_beside(copy, content).relative_to(mine).as_posix()
+        record[name] = digest
+    write_record(mine / RECORD, record)
+    return report
+
+
+def lesson_files(originals: Path) -> list[str]:
+    """The notebooks, what makes slides of them, and everything under images/, as sorted relative paths with `/`."""
+    images = (path for path in originals.glob("images/**/*") if path.is_file())
+    found = [path.relative_to(originals) for pattern in ("*.ipynb", "rise.css") for path in originals.glob(pattern)]
+    found += [path.relative_to(originals) for path in images]
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def put_beside(copy: Path, content: bytes) -> Path:
+    """Write `content` as NAME.new.ipynb next to the copy, or NAME.new2.ipynb ... if that name holds something else."""
+    number = 1
+    while True:
+        path = copy.with_name(f"{copy.stem}.new{number if number > 1 else ''}{copy.suffix}")
+        if not os.path.lexists(path):
+            write_new(path, content)
+            return path
+        if path.read_bytes() == content:
+            return path
+        number += 1
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. It stands on its own: files.py needs torch, and this must start in no time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_record(path: Path) -> dict[str, str]:
+    """The digests of the originals by relative path; empty where there is no record or it is damaged."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(path: Path, record: dict[str, str]) -> None:
+    content = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    write_new(path, content.encode("utf-8"))
+
+
+def describe(report: Report, originals: Path, mine: Path) -> str:
+    """The report in words, a line for each thing that the learner may want to know."""
+    lines = []
+    if report.copied:
+        lines.append(f"Copied to {mine}: {', '.join(report.copied)}. This is your copy; nothing here overwrites it.")
+    for name in report.changed:
+        if name in report.beside:
+            lines.append(f"{name}: the newer original is beside your copy, as {report.beside[name]}.")
+        else:
+            lines.append(f"{name}: the original has changed since you copied it. To get it too: make lab-refresh")
+    if not lines:
+        lines.append(f"{mine} is up to date." if lesson_files(originals) else f"No notebooks in {originals} yet.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m neox_lib.course.learner_copy", description=PURPOSE)
+    parser.add_argument("--refresh", action="store_true", help="put changed originals beside your copies")
+    parser.add_argument("--originals", type=Path, default=NOTEBOOKS, help="default: the notebooks folder of this clone")
+    parser.add_argument("--mine", type=Path, help="default: the folder mine inside it")
+    arguments = parser.parse_args()
+    mine = arguments.mine or arguments.originals / "mine"
+    try:
+        print(describe(update_copy(arguments.originals, mine, arguments.refresh), arguments.originals, mine))
+    except OSError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Questions that come before a surprising result: the learner bets, then reads why each option is right or wrong."""
+
+import html
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from neox_lib.course.progress import read_progress, record
+
+QUESTIONS = Path(__file__).parent / "questions"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A multiple-choice question. `options` holds (text, explanation) pairs; `answer` is the right one's number from 0.
+
+    As a cell's last expression it shows buttons where a kernel runs them; its text form, one fold for each option,
+    reads anywhere.
+    """
+
+    key: str
+    question: str
+    options: tuple[tuple[str, str], ...]
+    answer: int
+
+    def choose(self, number: int) -> str:
+        """Record a choice and return what is to be said about it, as HTML."""
+        record("predictions", self.key, letter(number))
+        right = "<b>Right.</b>" if number == self.answer else "<b>Not so.</b>"
+        return f"<p>{right} {self.options[number][1]}</p>" + self.folded(without=number)
+
+    def folded(self, without: int | None = None) -> str:
+        """Each option as a fold that holds its explanation."""
+        rows = []
+        for number, (text, explanation) in enumerate(self.options):
+            if number != without:
+                verdict = "<b>Right.</b>" if number == self.answer else "<b>Not so.</b>"
+                summary = f"<summary>{letter(number)}. {text}</summary>"
+                rows.append(f"<details>{summary}<p>{verdict} {explanation}</p></details>")
+        return "".join(rows)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        static = f"<p><b>Predict.</b> {self.question}</p>{self.folded()}"
+        options = [f"{letter(number)}. {text}" for number, (text, _) in enumerate(self.options)]
+        bundle = {"text/plain": "\n".join(["Predict. " + self.question, *options]), "text/html": static}
+        return (self.widget()._repr_mimebundle_() or {}) | bundle
+
+    def widget(self):
+        """Buttons that record the choice and then explain every option; an earlier choice is shown at once."""
+        import ipywidgets
+
+        choices = [(f"{letter(number)}. {plain(text)}", number) for number, (text, _) in enumerate(self.options)]
+        radio = ipywidgets.RadioButtons(options=choices, index=None, layout={"width": "max-content"})
+        shown = ipywidgets.HTML()
+        radio.observe(lambda change: setattr(shown, "value", self.choose(change["new"])), "value")
+        letters, earlier = [letter(number) for _, number in choices], read_progress()["predictions"].get(self.key)
+        if earlier in letters:
+            radio.value = letters.index(earlier)
+        return ipywidgets.VBox([ipywidgets.HTML(f"<p><b>Predict.</b> {self.question}</p>"), radio, shown])
+
+
+def plain(text: str) -> str:
+    """HTML as the words that it shows: the label of a button knows no tags.
+
+    >>> plain("<code>a</code> &lt; b")
+    'a < b'
+    """
+    return html.unescape(re.sub(r"</?[a-z]+>", "", text))
+
+
+def letter(number: int) -> str:
+    return chr(ord("A") + number)
+
+
+@cache
+def questions(chapter: str) -> dict[str, Prediction]:
+    """The questions of a notebook, by name. Raises ValueError when one has no right answer or an option without why."""
+    data = tomllib.loads((QUESTIONS / f"{chapter}.toml").read_text("utf-8"))
+    found = {}
+    for name, entry in data.items():
+        options = tuple((option["text"], option["why"]) for option in entry["options"])
+        right = [number for number, option in enumerate(entry["options"]) if option.get("right")]
+        if len(right) != 1 or len(options) < 2:
+            raise ValueError(
+                f"questions/{chapter}.toml: {name} needs at least two options and exactly one that is right"
+            )
+        found[name] = Prediction(f"{chapter}.{name}", entry["question"], options, right[0])
+    return found
+
+
+def predict(chapter: str, name: str) -> Prediction:
+    """The question `name` of a notebook, such as `predict("02_rotary_embeddings", "wrong_pairing")`.
+
+    Raises KeyError naming the questions that there are.
+    """
+    found = questions(chapter)
+    if name not in found:
+        raise KeyError(f"{chapter} has no question {name}; it has {', '.join(found)}")
+    return found[name]

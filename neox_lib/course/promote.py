@@ -1,0 +1,276 @@
+"""Promotion: what a notebook builds and what the library holds are the same text.
+
+A code cell tagged `promote`, with `"module": "rotary"` in its metadata, holds whole top-level definitions (functions,
+classes, constants). Promoting writes each one over the library's definition of that name. Texts are compared, not
+syntax trees, since comments teach too. Nothing here imports a piece, so that promotion also starts when one is broken.
+"""
+
+import ast
+import difflib
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+from neox_lib.course.imports import differing_names
+from neox_lib.course.learner_copy import NOTEBOOKS, write_new
+
+LIBRARY = Path(__file__).resolve().parents[1]
+
+
+class PromotionError(ValueError):
+    """A notebook and the library can't be brought together; the message says where and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One top-level definition: its name, its text with the comments right above it, and the lines that hold it."""
+
+    name: str
+    text: str
+    start: int  # first line, from 0
+    end: int  # line after the last
+
+    @property
+    def public(self) -> bool:
+        return not self.name.startswith("_")
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A definition as a cell of a notebook holds it."""
+
+    definition: Definition
+    module: str
+    notebook: Path
+    cell: int  # index in the notebook
+
+    @property
+    def where(self) -> str:
+        return f"{self.notebook.name}, cell {self.cell + 1}"
+
+
+def definition_name(node: ast.stmt) -> str | None:
+    """The one name that a statement defines, or None when it is no definition."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
+
+
+def definitions(source: str) -> list[Definition]:
+    """All top-level definitions of a Python text, in order. Raises SyntaxError for a text that is no Python."""
+    lines = source.splitlines()
+    found = []
+    for node in ast.parse(source).body:
+        name = definition_name(node)
+        if name is None:
+            continue
+        start = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
+        while start and lines[start - 1].startswith("#"):
+            start -= 1
+        end = node.end_lineno or node.lineno
+        found.append(Definition(name, "\n".join(lines[start:end]), start, end))
+    return found
+
+
+def cell_definitions(source: str, where: str) -> list[Definition]:
+    """The definitions of a promoted cell. Raises PromotionError when it holds anything else."""
+    try:
+        found = definitions(source)
+    except SyntaxError as error:
+        raise PromotionError(f"{where}: not valid Python: {error.msg} (line {error.lineno})") from None
+    held = {line for each in found for line in range(each.start, each.end)}
+    for number, line in enumerate(source.splitlines()):
+        if line.strip() and number not in held:
+            raise PromotionError(
+                f"{where}: a promoted cell holds whole top-level definitions and nothing else; move this line to "
+                f"another cell: {line.strip()}"
+            )
+    return found
+
+
+def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
+    """Notebook, cell index, module and text of every promoted cell, in the order of the series."""
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        if ".new" in path.name:
+            continue  # a newer original beside the learner's copy
+        try:
+            cells = nbformat.read(path, as_version=4).cells
+        except Exception as error:  # nbformat raises several kinds for a damaged file
+            raise PromotionError(f"{path}: not a notebook that can be read: {error}") from None
+        for index, cell in enumerate(cells):
+            if "promote" in cell.metadata.get("tags", []):
+                where = f"{path.name}, cell {index + 1}"
+                module = cell.metadata.get("module")
+                if module is None:
+                    raise PromotionError(f"{where}: tagged promote, but its metadata names no module")
+                yield path, index, module, cell.source
+
+
+def collect(folder: Path) -> list[Promoted]:
+    """All promoted definitions of the notebooks in a folder.
+
+    Raises PromotionError for a cell that is more than definitions, a module that does not exist, and a name that is
+    promoted twice.
+    """
+    found: dict[tuple[str, str], Promoted] = {}
+    for path, index, module, source in promoted_cells(folder):
+        if not module_path(module).is_file():
+            raise PromotionError(f"{path.name}, cell {index + 1}: there is no module {module} in neox_lib")
+        for definition in cell_definitions(source, f"{path.name}, cell {index + 1}"):
+            promoted = Promoted(definition, module, path, index)
+            earlier = found.setdefault((module, definition.name), promoted)
+            if earlier is not promoted:
+                raise PromotionError(f"{module}.{definition.name} is promoted twice: {earlier.where}; {promoted.where}")
+    return list(found.values())
+
+
+def file_name(module: str) -> str:
+    return f"neox_lib/{module.replace('.', '/')}.py"
+
+
+def module_path(module: str, library: Path | None = None) -> Path:
+    """The file of a module by its name in the package: "rotary", "scale.parallel"."""
+    return (library or LIBRARY) / f"{module.replace('.', '/')}.py"
+
+
+def replaced(source: str, wanted: list[Definition]) -> str:
+    """A module's text with these definitions in place of its own; a new one follows the one before it in the list."""
+    for position, definition in enumerate(wanted):
+        lines = source.splitlines()
+        places = {each.name: each for each in definitions(source)}
+        if definition.name in places:
+            old = places[definition.name]
+            lines[old.start : old.end] = definition.text.splitlines()
+        else:
+            before = next((places[each.name] for each in reversed(wanted[:position]) if each.name in places), None)
+            end = before.end if before else len(lines)
+            lines[end:end] = ["", "", *definition.text.splitlines()]
+        source = "\n".join(lines) + "\n"
+    return source
+
+
+def differences(folder: Path) -> list[str]:
+    """What tells the notebooks and the library apart, a text for each: diffs, missing and unpromoted definitions,
+    imports that bring another object. Empty when they agree."""
+    promoted = collect(folder)
+    found = []
+    for module in dict.fromkeys(each.module for each in promoted):
+        source = module_path(module).read_text("utf-8")
+        places = {each.name: each for each in definitions(source)}
+        ours = [each for each in promoted if each.module == module]
+        for each in ours:
+            library_text = places[each.definition.name].text if each.definition.name in places else ""
+            found += unified_diff(each, library_text)
+        names = {each.definition.name for each in ours}
+        found += [
+            f"{file_name(module)}: {name} is public, but no notebook promotes it"
+            for name, place in places.items()
+            if place.public and name not in names
+        ]
+        found += foreign_names(ours, promoted, source)
+    return found
+
+
+def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -> list[str]:
+    """Names in one module's promoted definitions that mean one thing in their notebook and another in its `source`."""
+    found = []
+    for notebook in dict.fromkeys(each.notebook for each in ours):
+        texts = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+        here = {each.definition.name: each.module for each in promoted if each.notebook == notebook}
+        used = [each.definition.text for each in ours if each.notebook == notebook]
+        for name, (library_has, notebook_has) in differing_names(ours[0].module, source, texts, here, used).items():
+            found.append(
+                f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
+                f"{file_name(ours[0].module)}; import it the same way in both, or inside the definition"
+            )
+    return found
+
+
+def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
+    if promoted.definition.text == library_text:
+        return []
+    lines = difflib.unified_diff(
+        library_text.splitlines(),
+        promoted.definition.text.splitlines(),
+        f"{file_name(promoted.module)} {promoted.definition.name}",
+        f"{promoted.where} {promoted.definition.name}",
+        lineterm="",
+    )
+    return ["\n".join(lines)]
+
+
+def promote(folder: Path = NOTEBOOKS) -> list[str]:
+    """Write every promoted definition into the library; returns the names of the modules that changed.
+
+    The result is imported in a fresh process. If that fails, or a write does, every module is as it was before, and
+    PromotionError says why in one line.
+    """
+    promoted = collect(folder)
+    before, after = {}, {}
+    for module in dict.fromkeys(each.module for each in promoted):
+        path, ours = module_path(module), [each for each in promoted if each.module == module]
+        before[path] = path.read_bytes()
+        text = replaced(before[path].decode("utf-8"), [each.definition for each in ours])
+        for foreign in foreign_names(ours, promoted, text):
+            raise PromotionError(foreign)
+        if text.encode("utf-8") != before[path]:
+            after[path] = text.encode("utf-8")
+    try:
+        for path, content in after.items():
+            write_new(path, content)
+        why = import_failure({each.module for each in promoted}) if after else None
+    except BaseException as error:
+        restore(before, after)
+        if isinstance(error, OSError):
+            raise PromotionError(f"could not write the library ({error}); it is as it was before") from None
+        raise
+    if why is not None:
+        restore(before, after)
+        raise PromotionError(f"the promoted code can't be imported ({why}); the library is as it was before")
+    return [module for module in dict.fromkeys(each.module for each in promoted) if module_path(module) in after]
+
+
+def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
+    for path in changed:
+        if path.read_bytes() != before[path]:
+            write_new(path, before[path])
+
+
+def import_failure(modules: Iterable[str] = ()) -> str | None:
+    """Import these and every module at the library's top in a fresh process; None, or what went wrong in one line."""
+    names = sorted({*modules, *(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))})
+    code = "import importlib\n" + "\n".join(f"importlib.import_module('neox_lib.{name}')" for name in names)
+    done = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def pull(folder: Path = NOTEBOOKS) -> list[str]:
+    """Write the library's text into the promoted cells; returns the notebooks that changed. Outputs stay as they are.
+
+    A definition that the library has lost raises PromotionError.
+    """
+    collect(folder)
+    changed = []
+    for path in dict.fromkeys(path for path, *_ in promoted_cells(folder)):
+        notebook = nbformat.read(path, as_version=4)
+        for index, cell in enumerate(notebook.cells):
+            if "promote" not in cell.metadata.get("tags", []):
+                continue
+            where = f"{path.name}, cell {index + 1}"
+            places = {each.name: each for each in definitions(module_path(cell.metadata.module).read_text("utf-8"))}
+            wanted = cell_definitions(cell.source, where)
+            for each in wanted:
+                if each.name not in places:
+                    raise PromotionError(f"{where}: {file_name(cell.metadata.module)} has no {each.name} to pull")
+            text = replaced(cell.source, [places[each.name] for each in wanted]).rstrip("\n")
+            if text != cell.source:
+                cell.source = text
+                changed += [path.name] if path.name not in changed else []
+        if path.name in changed:
+            write_new(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
+    return changed

@@ -1,0 +1,123 @@
+"""How far a learner is: exercises solved, predictions right, and pieces of their own that the library holds."""
+
+import html
+import importlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.predictions import QUESTIONS, letter, questions
+from neox_lib.course.progress import EXERCISES, read_progress
+from neox_lib.course.promote import cell_definitions, definitions, module_path
+
+HEADINGS = ("notebook", "exercises solved", "predictions right", "the library holds its text")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One notebook's state. Each pair counts what is done and what there is; `whole` is False where a part of it could
+    not be read, so that the counts are too low."""
+
+    notebook: str
+    exercises: tuple[int, int]
+    predictions: tuple[int, int]
+    promoted: tuple[int, int]
+    whole: bool = True
+
+    def cells(self) -> tuple[str, ...]:
+        counts = (self.exercises, self.predictions, self.promoted)
+        return self.notebook + ("" if self.whole else " (?)"), *(f"{done} of {n}" if n else "-" for done, n in counts)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The table over the series. As a cell's last expression it shows as HTML, and as text where there is none."""
+
+    rows: tuple[Row, ...]
+
+    def table(self) -> list[tuple[str, ...]]:
+        rows = self.rows
+        exercises, predictions = total_of(row.exercises for row in rows), total_of(row.predictions for row in rows)
+        promoted = total_of(row.promoted for row in rows)
+        total = Row("all together", exercises, predictions, promoted, all(row.whole for row in rows))
+        return [HEADINGS, *(row.cells() for row in self.rows), total.cells()]
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.table(), strict=True)]
+        lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in self.table())
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        head, *body = (tuple(map(html.escape, row)) for row in self.table())
+        top = "".join(f'<th scope="col">{word}</th>' for word in head)
+        rows = (f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{word}</td>" for word in row[1:]) for row in body)
+        body_rows = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{top}</tr></thead><tbody>{body_rows}</tbody></table>"
+
+
+def total_of(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    done, there_are = zip((0, 0), *counts, strict=True)
+    return sum(done), sum(there_are)
+
+
+def progress() -> Progress:
+    """How far you are, read from the progress file, the notebooks in the kernel's folder, and the library.
+
+    Never raises: what can't be read counts as not done, and its row says so by a question mark.
+    """
+    names = {path.stem for path in [*NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), *QUESTIONS.glob("*.toml")]}
+    return Progress(tuple(row_of(name) for name in sorted(names)))
+
+
+def row_of(notebook: str) -> Row:
+    counts, whole = [], True
+    for count in (solved, right, held):
+        try:
+            counts.append(count(notebook))
+        except Exception:  # a damaged notebook, a broken piece: the table is shown all the same
+            counts.append((0, 0))
+            whole = False
+    return Row(notebook, *counts, whole=whole)
+
+
+def text_of(notebook: str) -> str:
+    """The notebook's file in the kernel's folder, else the original; empty where there is neither."""
+    for path in (Path(f"{notebook}.ipynb"), NOTEBOOKS / f"{notebook}.ipynb"):
+        if path.is_file():
+            return path.read_text("utf-8")
+    return ""
+
+
+def solved(notebook: str) -> tuple[int, int]:
+    """Exercises passed and exercises there are: those of the modules that the notebook imports its checks from."""
+    text, outcomes = text_of(notebook), read_progress()["exercises"]
+    names = set(re.findall(r"from neox_lib\.lesson\.exercises import (\w+)", text))
+    modules = {f"neox_lib.course.exercises.{name}" for name in names}
+    for module in sorted(modules):
+        importlib.import_module(module)
+    keys = [key for key, module in EXERCISES.items() if module in modules]
+    return sum(outcomes.get(key) == "passed" for key in keys), len(keys)
+
+
+def right(notebook: str) -> tuple[int, int]:
+    """Predictions that were right and predictions there are."""
+    if not (QUESTIONS / f"{notebook}.toml").is_file():
+        return 0, 0
+    asked, chosen = questions(notebook).values(), read_progress()["predictions"]
+    return sum(chosen.get(each.key) == letter(each.answer) for each in asked), len(asked)
+
+
+def held(notebook: str) -> tuple[int, int]:
+    """Promoted definitions whose text the library holds, and how many the notebook promotes."""
+    text, same, there_are = text_of(notebook), 0, 0
+    for cell in json.loads(text)["cells"] if text else ():
+        if "promote" in cell["metadata"].get("tags", []):
+            module = module_path(cell["metadata"]["module"])
+            library = {each.name: each.text for each in definitions(module.read_text("utf-8"))}
+            for each in cell_definitions("".join(cell["source"]), notebook):
+                same += library.get(each.name) == each.text
+                there_are += 1
+    return same, there_are

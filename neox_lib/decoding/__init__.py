@@ -1,0 +1,4 @@
+"""Layers for a CPU that give each token at the speed of memory.
+
+Imports quantization and checkpoints; loading and everything below it may import it.
+"""

@@ -1,1 +1,0 @@
-"""What the lessons use: figures, checks, and the learner's own copy of the notebooks."""

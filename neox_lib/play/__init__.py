@@ -1,1 +1,0 @@
-"""What the playground keeps and computes, without any widget: text as tokens, roads, looks into the model, costs."""

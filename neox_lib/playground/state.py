@@ -1,0 +1,56 @@
+"""What one person's playground knows, as plain data: anything that shows it reads it here."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from neox_lib.model import NeoXModel
+from neox_lib.playground.costs import Costs
+from neox_lib.playground.looking import Candidate
+from neox_lib.playground.recall import Recall
+from neox_lib.playground.roads import Roads
+from neox_lib.playground.settings import Settings
+
+
+@dataclass
+class State:
+    """A model, a prompt, what has been written, and what is looked at.
+
+    `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
+    the road in hand; its length stands for the token that is still to come. `candidates` could stand at position
+    `scored`, which need not be the chosen one yet, and `taken` stands there. `attention` is what the chosen token looks
+    at, `[L, H, T]`, if `watching`.
+    """
+
+    model: NeoXModel
+    tokenizer: object
+    name: str = "model"
+    prompt: str = ""
+    settings: Settings = field(default_factory=Settings)
+    roads: Roads = field(default_factory=Roads)
+    phase: str = "idle"
+    status: str = "Ready."
+    error: str = ""
+    chosen: int = 0
+    candidates: list[Candidate] = field(default_factory=list)
+    taken: Candidate | None = None
+    scored: int | None = None
+    watching: bool = False
+    attention: Tensor | None = None
+    layer: int = 0
+    head: int = 0
+    costs: Costs = field(default_factory=Costs)
+    prefill_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    recall: Recall = field(init=False)
+
+    def __post_init__(self):
+        self.recall = Recall(self.model)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can hold."""
+        return self.model.config.max_position_embeddings
+
+    def forget_looks(self) -> None:
+        self.candidates, self.taken, self.scored, self.attention = [], None, None, None

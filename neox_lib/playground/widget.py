@@ -1,0 +1,100 @@
+"""The prompt playground, in which a class plays with a model."""
+
+from pathlib import Path
+
+from IPython.display import display
+
+from neox_lib.hub.names import create_tokenizer
+from neox_lib.loading import create_model
+from neox_lib.model import NeoXModel
+from neox_lib.playground import saved
+from neox_lib.playground.actions import perform
+from neox_lib.playground.page import Page
+from neox_lib.playground.picture import picture_html, picture_text, text_in_hand
+from neox_lib.playground.session import Session
+from neox_lib.playground.state import State
+
+
+class Playground:
+    """A prompt, the text that streams from it, and views of how it came about. Needs JupyterLab, Notebook or Voila.
+
+    `Playground()` plays with the shipped model, `Playground(path)` with any checkpoint (its tokenizer beside it, or
+    given as the second argument), `Playground(model, tokenizer)` with your own. Further arguments are settings, such
+    as `tokens=100`; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise,
+    ValueError for a model without a tokenizer or a setting that makes no sense.
+    """
+
+    def __init__(self, model=None, tokenizer=None, *, prompt: str = "Once upon a time, a fox", **settings):
+        if isinstance(model, NeoXModel):
+            if tokenizer is None:
+                raise ValueError("a model needs its tokenizer: Playground(model, tokenizer)")
+            name = "your model"
+        else:
+            path, name = model, "shipped model" if model is None else Path(model).absolute().name
+            model = create_model(path)
+            tokenizer = tokenizer if tokenizer is not None else create_tokenizer(path)
+        self.session = Session(model, tokenizer, name)
+        self.session.set(**settings)
+        self.session.set_prompt(prompt)
+        self.page = Page(self.state)
+        self.page.on_msg(lambda page, message, buffers: self.act(message))
+        self.page.on_closed = self.session.stop
+        self.session.show = self.page.publish
+
+    @classmethod
+    def open(cls, file: str | Path, model=None, tokenizer=None) -> "Playground":
+        """A playground as it was when the file was saved. Raises ValueError for a file that does not fit the model."""
+        play = cls(model, tokenizer)
+        saved.read_into(play.state, file)
+        play.page.publish()
+        return play
+
+    @property
+    def state(self) -> State:
+        return self.session.state
+
+    @property
+    def written(self) -> str:
+        """The text of the road in hand, its prompt included; the prompt before there is one."""
+        return text_in_hand(self.state)
+
+    def write(self, prompt: str | None = None) -> str:
+        """Generate and wait until it is done, for a cell that wants the text; the buttons never wait."""
+        if prompt is not None:
+            self.session.set_prompt(prompt)
+        self.session.generate()
+        self.session.worker.join()
+        return self.written
+
+    def save(self, file: str | Path) -> None:
+        """Write prompt, settings and all roads to a JSON file, which `Playground.open` restores."""
+        saved.save(self.state, file)
+
+    def act(self, message: dict) -> None:
+        """Do what the page asks for. Whatever goes wrong is shown there, and the playground works on."""
+        try:
+            if message.get("do") == "save":
+                self.page.send({"file": saved.to_json(self.state)})
+            else:
+                perform(self.session, message)
+        except Exception as error:  # in a callback it would be seen nowhere
+            self.state.error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self.page.publish()
+        self.page.has_heard(message.get("number"))
+
+    def close(self) -> None:
+        """Take the playground off the page; what streams ends."""
+        self.page.close()
+
+    def __repr__(self) -> str:
+        return f"Playground({self.state.name})"
+
+    def _ipython_display_(self) -> None:
+        """A still picture for everywhere, and after it the live page, which hides the picture where a kernel runs.
+
+        As one output, the picture would be lost in a saved notebook: Jupyter prefers a widget, even a dead one.
+        """
+        display({"text/html": picture_html(self.state), "text/plain": picture_text(self.state)}, raw=True)
+        found = self.page._repr_mimebundle_()
+        data, metadata = found if isinstance(found, tuple) else (found or {}, {})
+        display(data | {"text/plain": repr(self)}, metadata=metadata, raw=True)

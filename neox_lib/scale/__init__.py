@@ -1,1 +1,0 @@
-"""Taking the pieces to real weights: loading, fast layers, measuring."""

@@ -1,0 +1,218 @@
+"""The loop that made the shipped model: windows of stories, AdamW, a cosine, and a state to go on from."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from neox_lib.block import Block
+from neox_lib.checkpoints.files import write_atomically
+from neox_lib.config import NeoXConfig
+from neox_lib.evaluation.likelihood import stories_of, story_stream, surprise
+from neox_lib.model import NeoXModel
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What to train on and how fast to learn. The defaults made the shipped model.
+
+    `windows` holds (share of the steps done, window lengths): from that share on, the steps take these lengths in turn.
+    Short windows are cheap; without long ones among them the model would not hold over its whole context. A corpus that
+    is read many times over is learnt by heart; `dropout` and a larger `weight_decay` work against that.
+    """
+
+    total_tokens: int = 20_000_000
+    batch_tokens: int = 8192
+    mix_share: float = 0.25
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.0
+    warmup_steps: int = 200
+    windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.total_tokens // self.batch_tokens
+
+    def window_length(self, step: int) -> int:
+        lengths = [lengths for share, lengths in self.windows if step >= share * self.steps][-1]
+        return lengths[step % len(lengths)]
+
+    def learning_rate_at(self, step: int) -> float:
+        """A straight line up over the warm-up, then half a cosine down to zero."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def initialize(model: NeoXModel, seed: int) -> None:
+    """20B's own start (`configs/20B.yml`): small_init everywhere, wang_init for matrices that write to the residual.
+
+    Standard deviations sqrt(2 / 5C) (Nguyen & Salazar 2019) and 2 / (L sqrt(C)); biases 0, norms 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden_size, layers = model.config.hidden_size, model.config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            writes_residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+            deviation = 2 / layers / hidden_size**0.5 if writes_residual else (2 / (5 * hidden_size)) ** 0.5
+            parameter.normal_(0, deviation, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:
+    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`, the same ones for the same step.
+
+    Raises ValueError when the stories are shorter than a window.
+    """
+    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+    length = plan.window_length(step)
+    count = plan.batch_tokens // length
+    if len(stories) <= length:
+        raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
+    from_mix = round(count * plan.mix_share) if len(mix) > length else 0
+    rows = []
+    for stream, number in ((stories, count - from_mix), (mix, from_mix)):
+        starts = torch.randint(len(stream) - length, (number,), generator=generator) if number else []
+        rows += [stream[start : start + length + 1] for start in starts]
+    return torch.stack(rows)
+
+
+def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not pulled towards zero."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def add_dropout(model: NeoXModel, probability: float) -> None:
+    """While the model is in training mode, drop a share of what each layer's two branches add to the residual stream.
+
+    Hooks leave the pieces as they are: 20B was trained without dropout (`configs/20B.yml`), on text read once.
+    (Srivastava et al. 2014.)
+    """
+
+    def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        return F.dropout(output, probability, training=module.training)
+
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.attention.dense.register_forward_hook(drop)
+        block.mlp.dense_4h_to_h.register_forward_hook(drop)
+
+
+def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
+    """One update on windows `[B, length + 1]`, about 2,048 tokens at a time: they fit the processor's caches better.
+
+    Returns the loss before the update, in nats a token.
+    """
+    rows = max(1, 2048 // batch.shape[1])
+    total = 0.0
+    for part in batch.split(rows):
+        logits = model(part[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(batch))
+        loss.backward()
+        total += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def spread_sample(stream: Tensor, windows: int, length: int) -> Tensor:
+    """Up to `windows` pieces of `length` tokens, evenly spread over a stream `[N]`, joined; a short one as it is."""
+    pieces = min(windows, len(stream) // length)
+    starts = [(len(stream) - length) * index // max(1, pieces - 1) for index in range(pieces)]
+    return torch.cat([stream[start : start + length] for start in starts]) if pieces else stream
+
+
+def train(
+    config: NeoXConfig,
+    plan: TrainingPlan,
+    stories: Tensor,
+    mix: Tensor,
+    validation: Tensor,
+    folder: Path,
+    start_from: Path | None = None,
+) -> tuple[NeoXModel, list[dict]]:
+    """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
+
+    `folder/state.pt` is written every five minutes, and a second call goes on from there; `folder/history.json` holds
+    step, tokens, loss, validation loss (nats a token, in windows of the whole context) and seconds of training.
+    `start_from` is the folder of another run whose weights, not its optimizer, this one begins with. Raises ValueError
+    when the state in the folder was made with another config or plan.
+    """
+    model = NeoXModel(config)
+    initialize(model, plan.seed)
+    if start_from is not None:
+        model.load_state_dict(torch.load(start_from / "state.pt", weights_only=True)["model"])
+    if plan.dropout:
+        add_dropout(model, plan.dropout)
+    optimizer = make_optimizer(model, plan)
+    identity = json.dumps([dataclasses.asdict(config), dataclasses.asdict(plan)])
+    history, step, seconds = restore(folder / "state.pt", identity, model, optimizer)
+    saved_at = last = time.monotonic()
+    losses = []
+    with tqdm(total=plan.steps, initial=step, unit="step", mininterval=10) as bar:
+        while step < plan.steps:
+            batch = sample_batch(stories, mix, plan, step)
+            torch.manual_seed(plan.seed * 1_000_003 + step)
+            model.train()
+            losses.append(training_step(model, optimizer, batch, plan.learning_rate_at(step)))
+            step += 1
+            seconds, last = seconds + time.monotonic() - last, time.monotonic()
+            bar.update()
+            if step % 100 == 0 or step == plan.steps:
+                model.eval()
+                validation_loss = surprise(model, validation, config.max_position_embeddings).mean().item()
+                loss = sum(losses) / len(losses)
+                losses.clear()
+                history.append(
+                    {"step": step, "tokens": step * plan.batch_tokens, "loss": round(loss, 4)}
+                    | {"validation_loss": round(validation_loss, 4), "seconds": round(seconds)}
+                )
+                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{validation_loss:.3f}")
+            if time.monotonic() - saved_at > 300 or step == plan.steps:
+                save(folder, identity, model, optimizer, history, step, seconds)
+                saved_at = time.monotonic()
+    return model.eval(), history
+
+
+def save(folder: Path, identity: str, model, optimizer, history: list[dict], step: int, seconds: float) -> None:
+    """Write all that a later call needs to go on, in one move."""
+    state = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"history": history, "step": step, "seconds": seconds}
+    write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
+    write_atomically(folder / "history.json", lambda temporary: temporary.write_text(json.dumps(history, indent=1)))
+
+
+def restore(path: Path, identity: str, model, optimizer) -> tuple[list[dict], int, float]:
+    """Load a saved state into model and optimizer, if there is one; returns history, steps done and seconds spent."""
+    if not path.exists():
+        return [], 0, 0.0
+    state = torch.load(path, weights_only=True)
+    if state["identity"] != identity:
+        raise ValueError(f"{path} was made with another config or plan; give another folder to start anew")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"], state["step"], state["seconds"]
+
+
+def read_streams(tokenizer, paths: Iterable[Path]) -> Tensor:
+    """The token stream of some corpus files, `[N]`; empty without any."""
+    return story_stream(tokenizer, [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))])
