@@ -19,7 +19,7 @@ from neox_lib.course.figures.plots import Picture, TokenSpans, bars, heat_map, l
 from neox_lib.course.progress import EXERCISES, read_progress, record
 
 LIBRARY = Path(neox_lib.__file__).parent
-CHAPTERS = sorted(path.stem for path in (LIBRARY / "lesson" / "exercises").glob("[a-z]*.py"))
+CHAPTERS = sorted(path.stem for path in (LIBRARY / "course" / "exercises").glob("[a-z]*.py"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ PROMOTED = [
     "attention",
     "block",
     "model",
-    "sharding",
-    "checkpoint",
+    "checkpoints.slim.partition",
+    "checkpoints.slim.reader",
     "cache",
     "generation",
-    "streaming",
-    "scale.quantization",
-    "scale.parallel",
+    "playground.streaming",
+    "quantization.int8",
+    "distributed.tensor_parallel",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

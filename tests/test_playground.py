@@ -430,7 +430,7 @@ def test_a_file_that_is_no_json_is_refused(shipped, tmp_path):
 def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play, monkeypatch):
     done(play, do="generate", prompt='<script>alert(1)</script> & "so"')
     shown = []
-    monkeypatch.setattr("neox_lib.playground.display", lambda data, **options: shown.append(data))
+    monkeypatch.setattr("neox_lib.playground.widget.display", lambda data, **options: shown.append(data))
     play._ipython_display_()
     data, live = shown
     assert set(data) == {"text/plain", "text/html"}

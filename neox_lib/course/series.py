@@ -94,7 +94,7 @@ def text_of(notebook: str) -> str:
 def solved(notebook: str) -> tuple[int, int]:
     """Exercises passed and exercises there are: those of the modules that the notebook imports its checks from."""
     text, outcomes = text_of(notebook), read_progress()["exercises"]
-    names = set(re.findall(r"from neox_lib\.lesson\.exercises import (\w+)", text))
+    names = set(re.findall(r"from neox_lib\.course\.exercises import (\w+)", text))
     modules = {f"neox_lib.course.exercises.{name}" for name in names}
     for module in sorted(modules):
         importlib.import_module(module)
