@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neox_lib.cache import KVCache
-from neox_lib.model import NeoXModel, check_token_ids
+from neox_lib.model import NeoXModel, Stopped, check_token_ids
 from neox_lib.sampling import GREEDY, Sampling
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, encode_text, token_to_bytes
 
@@ -70,10 +70,6 @@ class Step:
         return self.log_probabilities[0]
 
 
-class PrefillStopped(Exception):
-    """Raised between two layers when `on_progress` asks to stop."""
-
-
 def next_token_logits(
     model: NeoXModel,
     input_ids: Tensor,
@@ -85,20 +81,19 @@ def next_token_logits(
 
     With a cache the T tokens follow what it holds and go through in pieces of at most `chunk_size`, which bounds the
     memory of a long prompt. Only the last position meets the output matrix. Padded rows, tokens that do not exist, are
-    cut off. `on_progress(done, total)` hears of each layer; returning False raises PrefillStopped.
+    cut off. `on_progress(done, total)` hears of each layer; returning False raises Stopped.
     """
     chunks = input_ids.split(chunk_size, dim=1) if cache is not None else (input_ids,)
     layers = model.config.num_hidden_layers
-    hidden = None
+    logits = None
     for index, chunk in enumerate(chunks):
 
-        def report(done: int, before: int = index * layers) -> None:
-            if on_progress is not None and on_progress(before + done, len(chunks) * layers) is False:
-                raise PrefillStopped
+        def report(depth: int, hidden: Tensor, before: int = index * layers) -> bool | None:
+            return None if on_progress is None or depth == 0 else on_progress(before + depth, len(chunks) * layers)
 
-        hidden = model.hidden_states(chunk, cache, after_layer=report)
-    assert hidden is not None
-    return model.final_linear(hidden[:, -1])[:, : model.config.tokenizer_vocab_size].float()
+        logits = model(chunk, cache, last_only=True, on_layer=report)
+    assert logits is not None
+    return logits[:, -1, : model.config.tokenizer_vocab_size].float()
 
 
 class _Row:
@@ -144,7 +139,7 @@ def _steps(
         started = time.perf_counter()
         try:  # score: [B, V]
             logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
-        except PrefillStopped:
+        except Stopped:
             return
         chosen = sampling.choose(logits, generator)  # choose: [B]
         log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]  # [B]

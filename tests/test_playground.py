@@ -349,17 +349,15 @@ def test_recall_reads_only_what_it_does_not_know(shipped):
     model, tokenizer = shipped
     ids = prompt_ids(tokenizer, PROMPT)[0].tolist()
     recall, lengths = Recall(model), []
-    original = model.hidden_states
-    model.hidden_states = lambda new, *more, **options: (lengths.append(new.shape[1]), original(new, *more, **options))[
-        1
-    ]
+    original = model.forward
+    model.forward = lambda new, *more, **options: (lengths.append(new.shape[1]), original(new, *more, **options))[1]
     try:
         recall.logits_after(ids)
         recall.logits_after(ids[:4])
         recall.logits_after([*ids, 5])
         recall.logits_after([*ids[:3], 9, 9])
     finally:
-        del model.hidden_states
+        del model.forward
     assert lengths == [len(ids), 1, 1, 2]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from neox_lib.generation import ENDOFTEXT_ID, PrefillStopped, Step, stream_generate
+from neox_lib.generation import ENDOFTEXT_ID, Step, stream_generate
+from neox_lib.model import Stopped
 from neox_lib.playground.looking import LookStopped, attention_of_last, candidate, likeliest
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
@@ -115,7 +116,7 @@ def glance(state: State, stopping: threading.Event) -> None:
     state.recall.keep(road.ids)
     try:
         logits = state.recall.logits_after(road.ids[:position], lambda *_: not stopping.is_set())
-    except PrefillStopped:
+    except Stopped:
         return
     keep_scores(state, position, logits)
 
@@ -139,6 +140,6 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
             keep_scores(state, position, state.recall.logits_after(road.ids[:position], report))
         if state.watching:
             state.attention = attention_of_last(state.model, road.ids[: position + 1], report)
-    except (PrefillStopped, LookStopped):
+    except (Stopped, LookStopped):
         return say("idle", "Stopped looking.")
     say("idle", status or "Ready.")

@@ -64,7 +64,7 @@ class Recall:
     ) -> torch.Tensor:
         """Scores for the token after `ids`: `[1, V]`, fp32. Costs one token's pass where the text is known.
 
-        Raises PrefillStopped when `on_progress` returns False.
+        Raises Stopped when `on_progress` returns False.
         """
         known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
         cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))
