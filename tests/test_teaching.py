@@ -301,10 +301,10 @@ def shipped():
 )
 def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
     """Nothing is as long as the minute in which a demonstration shows something else."""
-    from neox_lib.generation import next_token_logits, prompt_ids
+    from neox_lib.generation import prefill, prompt_ids
 
     model, tokenizer = shipped
-    found = next_token_logits(model, prompt_ids(tokenizer, prompt), None)[0].softmax(dim=-1).topk(len(shares))
+    found = prefill(model, prompt_ids(tokenizer, prompt))[0].softmax(dim=-1).topk(len(shares))
     percents = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     assert {tokenizer.decode([token_id]): round(100 * share) for token_id, share in percents} == shares
     assert f"`{prompt.strip()}`" in WORDS and all(f"*{token.strip()}*" in WORDS for token in shares)
