@@ -312,7 +312,7 @@ def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
 
 def test_the_heads_look_where_the_plan_says(shipped):
     from neox_lib.generation import prompt_ids
-    from neox_lib.model import model_attention_weights
+    from neox_lib.inspection.attention import model_attention_weights
 
     model, tokenizer = shipped
     (text,) = re.findall(r"`(Tom and his sister Lily [^`]+)`", WORDS)
