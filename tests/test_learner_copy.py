@@ -152,10 +152,10 @@ def test_an_empty_notebooks_folder_still_gives_a_folder_to_open(tmp_path):
 def test_the_command_starts_without_loading_torch(folders):
     """`make lab` promises to open at once, and must open while a promoted piece is broken."""
     code = (
-        "import sys; from neox_lib.course import learner_copy; learner_copy.main(); "
+        "import sys; from neox_lib.__main__ import main; main(sys.argv[1:]); "
         "print([name for name in ('torch', 'neox_lib.checkpoints.files', 'neox_lib.model') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, "--originals", str(folders[0])]
+    command = [sys.executable, "-c", code, "learner-copy", "--originals", str(folders[0])]
     root = Path(learner_copy.__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.splitlines()[-1] == "[]"
@@ -163,7 +163,7 @@ def test_the_command_starts_without_loading_torch(folders):
 
 
 def test_a_missing_notebooks_folder_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "neox_lib.course.learner_copy", "--originals", str(tmp_path / "absent")]
+    command = [sys.executable, "-m", "neox_lib", "learner-copy", "--originals", str(tmp_path / "absent")]
     root = Path(learner_copy.__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert result.returncode == 2

@@ -1,13 +1,9 @@
 """The learner's own copy of the notebooks: made once, never overwritten, told apart from a newer original.
 
-    python -m neox_lib.course.learner_copy             copy what is new, report what has changed
-    python -m neox_lib.course.learner_copy --refresh   also put each changed original beside the copy
-
 `notebooks/mine/.originals.json` holds the SHA-256 that each original had when it was copied. So "changed" means that
 the original's content is another one; dates, which a fresh clone sets anew, say nothing.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -18,7 +14,6 @@ from pathlib import Path
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 RECORD = ".originals.json"
-PURPOSE = "Copy new notebooks to your own folder, report changed originals, and never overwrite what is yours."
 
 
 @dataclass
@@ -125,20 +120,3 @@ def describe(report: Report, originals: Path, mine: Path) -> str:
     if not lines:
         lines.append(f"{mine} is up to date." if lesson_files(originals) else f"No notebooks in {originals} yet.")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m neox_lib.course.learner_copy", description=PURPOSE)
-    parser.add_argument("--refresh", action="store_true", help="put changed originals beside your copies")
-    parser.add_argument("--originals", type=Path, default=NOTEBOOKS, help="default: the notebooks folder of this clone")
-    parser.add_argument("--mine", type=Path, help="default: the folder mine inside it")
-    arguments = parser.parse_args()
-    mine = arguments.mine or arguments.originals / "mine"
-    try:
-        print(describe(update_copy(arguments.originals, mine, arguments.refresh), arguments.originals, mine))
-    except OSError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
