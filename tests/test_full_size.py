@@ -95,10 +95,9 @@ def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
     In one process here; `all` starts one for each.
     """
     monkeypatch.setitem(PHASES, "machine", lambda _: {"bandwidth": 1e10, "flops": {"8": 1e9, "40": 1e9}})
+    more = ["--shape", "small", "--long-prompt", "40", "--delete-shards"]
     for phase in PHASES:
-        assert (
-            main(["full-size", phase, str(tmp_path), "--shape", "small", "--long-prompt", "40", "--delete-shards"]) == 0
-        )
+        assert main(["full-size", phase, str(tmp_path), *more]) == 0
         assert capsys.readouterr().err.count("\n") >= 1, "a phase at full size takes minutes and must say so"
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert list(results) == list(PHASES)

@@ -88,6 +88,11 @@ class RankConfig(NeoXConfig):
 
     ranks: int = 1
 
+    def __post_init__(self):
+        if type(self.ranks) is not int or self.ranks < 1:
+            raise ValueError(f"ranks must be a positive whole number, got {self.ranks!r}")
+        super().__post_init__()
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // (self.num_attention_heads * self.ranks)
