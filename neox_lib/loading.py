@@ -123,6 +123,7 @@ def load_weights(weights: Weights, device: str | torch.device, dtype_of: Callabl
         own = tensor.to(device, dtype_of(name), copy=True, memory_format=torch.contiguous_format)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(own, requires_grad=False))
+    model.rotary.fill(torch.device(device))
     if weights.config.tie_word_embeddings:
         model.final_linear.weight = model.word_embeddings.weight
     return model.eval()

@@ -74,7 +74,9 @@ def disagree(folder: Path) -> dict:
     model = create_rank_model(folder, dtype="float32")
     if dist.get_rank() == 1:
         model.norm.weight.mul_(1.01)
-    return {"hidden": model.hidden_states(torch.tensor(PROMPT)), "logits": model(torch.tensor(PROMPT))} | texts(model)
+    streams = []
+    logits = model(torch.tensor(PROMPT), on_layer=lambda depth, hidden: streams.append(hidden))
+    return {"hidden": model.norm(streams[-1]), "logits": logits} | texts(model)
 
 
 def grow(folder: Path) -> int:

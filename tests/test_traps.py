@@ -126,7 +126,7 @@ def test_parity_notices_and_shapes_do_not(twins, token_ids, monkeypatch, trap):
     ours, theirs = twins(config)
     equals_hugging_face(ours, theirs, ids)
     monkeypatch.setattr(target, wrong)
-    ours.rotary.table = None  # the table is made anew
+    ours.rotary.fill(torch.device("cpu"))  # with the wrong angles, where they are wrong
     shapes_fit(ours, ids)
     notices(equals_hugging_face, ours, theirs, ids)
 

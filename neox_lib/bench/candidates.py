@@ -41,6 +41,7 @@ def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
         copy = NeoXModel(model.config)
     state = {name: tensor.to(precision.dtype_of(name)) for name, tensor in model.state_dict().items()}
     copy.load_state_dict(state, assign=True)
+    copy.rotary.fill(model.norm.weight.device)
     if model.config.tie_word_embeddings:
         copy.final_linear.weight = copy.word_embeddings.weight
     return use_fast_linear(copy.requires_grad_(False).eval())

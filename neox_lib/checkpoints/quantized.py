@@ -175,6 +175,7 @@ def build_int8(config: NeoXConfig, tensors: Mapping[str, Tensor]) -> NeoXModel:
             setattr(model.get_submodule(parent), child, layer)
         elif leaf != "scale" and f"{path}.scale" not in tensors:
             setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.rotary.fill(model.norm.weight.device)
     if config.tie_word_embeddings:
         model.final_linear.weight = model.word_embeddings.weight
     return use_fast_linear(model).eval()

@@ -161,7 +161,9 @@ def differ_a_little(prompt: str, new_tokens: int) -> dict:
     if dist.get_rank() == 1:
         model.norm.weight.mul_(1.001)
     ids = prompt_ids(create_tokenizer(), prompt)
-    return {"hidden": model.hidden_states(ids), "scores": model(ids), "story": write(model, prompt, new_tokens)}
+    streams: list[Tensor] = []
+    scores = model(ids, on_layer=lambda depth, hidden: streams.append(hidden))
+    return {"hidden": model.norm(streams[-1]), "scores": scores, "story": write(model, prompt, new_tokens)}
 
 
 def leave_early() -> None:

@@ -65,6 +65,7 @@ def build_rank(
             if isinstance(module, nn.Linear) and leaf == "weight":
                 module.out_features, module.in_features = part.shape
         setattr(module, leaf, part)
+    model.rotary.fill(device)
     if config.tie_word_embeddings:
         model.final_linear.weight = model.word_embeddings.weight
     first = rank * len(model.word_embeddings.weight)

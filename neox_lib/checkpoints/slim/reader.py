@@ -117,6 +117,7 @@ def load_slim(
         tensor = tensor.to(device, dtype(name) if callable(dtype) else dtype)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.rotary.fill(torch.device(device))
     if config.tie_word_embeddings:
         check_tied(find_shards(folder), config)
         model.final_linear.weight = model.word_embeddings.weight
