@@ -9,6 +9,18 @@ from pathlib import Path
 import torch
 
 ACTIVATIONS = ("gelu_fast", "gelu")
+# The fields of each kind, by name: an annotation may be a string, and a check that asks for types would pass all.
+WHOLE_NUMBERS = (
+    "vocab_size",
+    "tokenizer_vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+NUMBERS = ("rotary_pct", "rotary_emb_base", "layer_norm_eps")
+FLAGS = ("use_parallel_residual", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,18 @@ class NeoXConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive whole number, got {value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in FLAGS:
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"

@@ -1,4 +1,7 @@
-"""One loop that writes text: prefill, then choose and append; each step is streamed as it is made."""
+"""One loop that writes text: prefill, then choose and append; each step is streamed as it is made.
+
+Built in notebook 06.
+"""
 
 import codecs
 import time

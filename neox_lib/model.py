@@ -1,4 +1,7 @@
-"""The whole model: token ids in, a score for every possible next token out."""
+"""The whole model: token ids in, a score for every possible next token out.
+
+Built in notebook 04.
+"""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -1,4 +1,7 @@
-"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles."""
+"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles.
+
+Built in notebook 02.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,7 @@
-"""Byte-level BPE: text becomes bytes, and frequent neighbours become one token."""
+"""Byte-level BPE: text becomes bytes, and frequent neighbours become one token.
+
+Built in notebook 01.
+"""
 
 import json
 import unicodedata

@@ -1,6 +1,7 @@
 """The command line: what a newcomer types, and what they read when something is wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import neox_lib
-from neox_lib.__main__ import main
+from neox_lib import cli
+from neox_lib.__main__ import main, parse
 from neox_lib.checkpoints.slim.reader import load_slim
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.cli.info import format_bytes
@@ -158,8 +160,22 @@ def test_help_needs_no_piece_of_the_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("generate", "info", "train", "convert", "bench"):
-        assert command in done.stdout
+    shown = set(re.findall(r"^    ([a-z][a-z-]+) ", done.stdout, re.MULTILINE))
+    verbs = {path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("[a-z]*.py")}
+    assert shown == verbs, "every module of cli is a command, and every command is in the help"
+
+
+@pytest.mark.parametrize("words", [["slides", "02"], ["playground"]], ids=" ".join)
+def test_what_a_server_understands_is_passed_on_to_it(words):
+    """JupyterLab and Voila have hundreds of options; ours would not know them."""
+    further = ["--no-browser", "--port", "8890", "--ServerApp.ip=0.0.0.0"]
+    assert parse([*words, *further]).further == further
+
+
+def test_no_other_command_swallows_a_mistyped_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--quick"])
+    assert ended.value.code == 2 and "unrecognized arguments: --quick" in capsys.readouterr().err
 
 
 def test_a_reader_that_closes_the_pipe_gets_no_traceback(checkpoint):

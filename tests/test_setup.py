@@ -137,11 +137,14 @@ def test_both_licences_are_stated():
 
 
 def test_the_commands_of_the_readme_exist():
-    texts = README + (ROOT / "notebooks" / "README.md").read_text("utf-8") + MAKEFILE
+    others = ("CONTRIBUTING.md", "notebooks/README.md", "notebooks/TEACHING.md")
+    texts = README + MAKEFILE + "".join((ROOT / name).read_text("utf-8") for name in others)
     named = set(re.findall(r"(?:`|^|\n|echo ')make ([a-z][a-z-]*)", texts))
     targets = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
     assert {"story", "test", "lab", "lab-refresh"} <= named
     assert named <= targets
+    verbs = set(re.findall(r"-m neox_lib ([a-z][a-z-]+)", texts))
+    assert verbs <= {path.stem.replace("_", "-") for path in (ROOT / "neox_lib" / "cli").glob("[a-z]*.py")}
 
 
 def test_ci_runs_make_test():
@@ -408,5 +411,5 @@ def test_the_wheel_carries_the_library_and_its_assets(tmp_path):
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "neox_lib/assets/tiny/deeper/weights.pt" in names
-    assert "neox_lib/course/learner_copy.py" in names
+    assert "neox_lib/course/learner_copy.py" in names and "neox_lib/course/questions/00_start_here.toml" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"neox_lib"}

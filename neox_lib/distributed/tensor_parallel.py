@@ -1,7 +1,9 @@
 """Tensor parallelism: one model on several devices, each with some of the heads, of the MLP and of the vocabulary.
 
+Built in notebook 09.
+
 Every rank runs the same program on the same tokens, with its own part of each matrix, cut as the release's files are
-(`sharding.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
+(`partition.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
 embeddings, once in each block (twice where the residual is sequential) and once for the scores. Each has the same
 hidden states, and the very same scores, so all of them choose the same next token.
 
@@ -87,6 +89,11 @@ class RankConfig(NeoXConfig):
     """
 
     ranks: int = 1
+
+    def __post_init__(self):
+        if type(self.ranks) is not int or self.ranks < 1:
+            raise ValueError(f"ranks must be a positive whole number, got {self.ranks!r}")
+        super().__post_init__()
 
     @property
     def head_dim(self) -> int:

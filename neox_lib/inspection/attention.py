@@ -1,4 +1,7 @@
-"""At what each token looks: the attention weights of a whole text, or of its last token only."""
+"""At what each token looks: the attention weights of a whole text, or of its last token only.
+
+Built in notebook 04.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""The slim layout, read: files of one layer and one rank each, a whole model in memory."""
+"""The slim layout, read: files of one layer and one rank each, a whole model in memory.
+
+Built in notebook 05.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
