@@ -94,7 +94,7 @@ def make_venv() -> None:
 def set_up() -> None:
     """Install the lock and this project into .venv, then leave the mark that make looks for."""
     version = ".".join(map(str, sys.version_info[:3]))
-    print(f"Setting up .venv with Python {version}. The first time takes some minutes and SIZE.", flush=True)
+    print(f"Setting up .venv with Python {version}. The first time takes some minutes and 1.6 GB.", flush=True)
     READY.unlink(missing_ok=True)
     make_venv()
     if wants_cpu_build() and index_answers(CPU_INDEX):
