@@ -1,8 +1,8 @@
 """Make .venv from requirements.lock, all that a learner needs. `make` runs this, and so can you: python3 .ci/set_up.py
 
-With the argument `test` it adds requirements-test.lock, what tests and site need on top; with `tokenizer` it only fetches
-the real 20B tokenizer, for notebook 01 and the tests. Uses only the standard library, since it runs before anything is
-installed.
+With the argument `test` it adds requirements-test.lock, what tests and site need on top; with `tokenizer` it only
+fetches the real 20B tokenizer, for notebook 01 and the tests. Uses only the standard library, since it runs before
+anything is installed.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def set_up() -> None:
 
 
 def add_test_packages() -> None:
-    """Install the second lock into a .venv that is set up. pip gets both, so that neither moves a version of the other."""
+    """Install the second lock into a .venv that is set up. pip gets both: neither may move a version of the other."""
     print("Installing what the tests and the site need, from requirements-test.lock ...", flush=True)
     TEST_READY.unlink(missing_ok=True)
     if pip("install", "-r", str(LOCK), "-r", str(TEST_LOCK)):
