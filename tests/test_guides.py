@@ -26,7 +26,9 @@ SUITE = "runs the tests themselves, or the notebooks"
 NOT_RUN = {
     "make lab": SERVER,
     "make playground": SERVER,
-    'make playground PLAYGROUND_ARGS="--Voila.ip=0.0.0.0 --port=8866 --token=a-word-for-the-class --no-browser"': SERVER,
+    'make playground PLAYGROUND_ARGS="--Voila.ip=0.0.0.0 --port=8866 --token=a-word-for-the-class --no-browser"': (
+        SERVER
+    ),
     "make slides NOTEBOOK=02": SERVER,
     "jupyter lab notebooks/mine": SERVER,
     "python -m neox_lib playground": SERVER,
@@ -89,7 +91,7 @@ def copy_of_the_repository(folder: Path) -> None:
     ignored = shutil.ignore_patterns(
         ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "mine", "tests"
     )
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     for name in ("requirements.lock", "requirements-test.lock", "pyproject.toml", ".ci/set_up.py"):
         os.utime(folder / name, (1, 1))  # older than the marks: or make would set up
     environment, here = folder / ".venv", Path(sys.prefix)
