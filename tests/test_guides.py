@@ -88,9 +88,7 @@ TYPED = [command for command in COMMANDS if command not in NOT_RUN]
 
 def copy_of_the_repository(folder: Path) -> None:
     """The files of this repository, with an environment that is set up: links to the one that runs the tests."""
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "mine", "tests"
-    )
+    left_out = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "mine", "tests")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     for name in ("requirements.lock", "requirements-test.lock", "pyproject.toml", ".ci/set_up.py"):
         os.utime(folder / name, (1, 1))  # older than the marks: or make would set up
