@@ -5,6 +5,7 @@ import os
 import sys
 
 from neox_lib.cli import bench, class_report, convert, doctor, download, generate, info, promote, student, train
+from neox_lib.cli.messages import show_messages
 
 COMMANDS = (generate, info, train, convert, download, bench, promote, student, class_report, doctor)
 
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(words: list[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
     arguments = build_parser().parse_args(words)
+    show_messages()
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

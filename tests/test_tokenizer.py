@@ -11,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from neox_lib.loading import create_tokenizer
 from neox_lib.tokenizer import (
     CHARACTER_TO_BYTE,
     ENDOFTEXT,
     PADDING,
     WHITESPACE_RUNS,
     BPETokenizer,
-    create_tokenizer,
     encode_text,
     pretokenize,
     read_tokenizer,

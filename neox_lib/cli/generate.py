@@ -57,7 +57,7 @@ def write(
 ) -> None:
     """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far."""
     from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
-    from neox_lib.hub.names import create_tokenizer
+    from neox_lib.loading import create_tokenizer
     from neox_lib.sampling import Sampling
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
