@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from neox_lib.loading import create_tokenizer
 from neox_lib.tokenizer import (
     CHARACTER_TO_BYTE,
     ENDOFTEXT,
@@ -19,7 +20,6 @@ from neox_lib.tokenizer import (
     WHITESPACE_RUNS,
     BPETokenizer,
     apply_merges,
-    create_tokenizer,
     encode_text,
     pretokenize,
     read_tokenizer,
