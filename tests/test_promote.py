@@ -250,7 +250,14 @@ def test_an_import_by_an_old_name_means_what_stands_there_now(moved):
 def test_a_piece_that_uses_what_is_gone_is_refused_with_what_to_use(moved):
     edit_notebook(moved, "import math", "import math\n\nfrom neox_lib.wing import height as tall")
     edit_notebook(moved, "WIDTH * height", "WIDTH * tall")
-    with pytest.raises(PromotionError, match=r"wing\.height is gone.* use small\.area\. make lab-refresh"):
+    with pytest.raises(PromotionError, match=r"wing\.height is gone; use neox_lib\.small\.area\. make lab-refresh"):
+        promote.promote(moved / "notebooks")
+
+
+def test_a_piece_that_is_gone_is_refused_with_what_to_use(moved):
+    write_notebook(moved / "notebooks", "02_wing.ipynb", cell("def height():\n    return 1  # mine", "wing"))
+    (moved / "neox_lib" / "wing.py").write_text("")
+    with pytest.raises(PromotionError, match=r"02_wing.*, cell 2: .*wing\.height is gone; use neox_lib\.small\.area"):
         promote.promote(moved / "notebooks")
 
 
