@@ -17,8 +17,9 @@ from typing import Any
 
 import nbformat
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import plain_python
-from neox_lib.course.learner_copy import NOTEBOOKS, write_new
+from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.slide_heights import LONGEST_CODE, cell_height, picture_size
 
 PAGE = 660  # of 720 pixels: margins of 20, and 20 in hand for letters that are wider than those counted with
@@ -142,7 +143,7 @@ def main() -> None:
             continue
         differ = True
         if not arguments.check:
-            write_new(path, text.encode("utf-8"))
+            write_bytes_atomically(path, text.encode("utf-8"))
         print(f"{path.name}: {'its slides are not as the rule says' if arguments.check else 'slides written'}")
     if arguments.check and differ:
         sys.exit("To write them: python -m neox_lib.course.slides")
