@@ -94,16 +94,3 @@ class NeoXModel(nn.Module):
         if last_only:
             hidden = hidden[:, -1:]
         return self.final_linear(self.norm(hidden))
-
-
-def model_attention_weights(model: NeoXModel, input_ids: Tensor) -> Tensor:
-    """Who looks at whom, in every layer and head: ids `[B, T]` -> `[L, B, H, T, T]`, fp32, rows sum to 1."""
-    check_token_ids(input_ids, model.config.vocab_size)
-    cos, sin = model.rotary.rows(0, input_ids.shape[1], like=model.norm.weight)
-    hidden = model.word_embeddings(input_ids).to(model.norm.weight.dtype)
-    weights = []
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
-        hidden = layer(hidden, cos, sin)
-    return torch.stack(weights)

@@ -31,7 +31,7 @@ class RotaryTable(nn.Module):
 
     Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
     computed, anew for each device. `half()` and `to(dtype)` leave them in fp32, so that a model that is turned to half
-    precision and back has lost nothing. A model built on the meta device needs `fill` before it can run.
+    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table.
     """
 
     cos: Tensor
@@ -49,7 +49,8 @@ class RotaryTable(nn.Module):
     def fill(self, device: torch.device) -> None:
         """Compute both buffers on `device`."""
         length, rotary_ndims = self.max_positions, self.rotary_ndims
-        self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
+        with torch.inference_mode(False):  # the table outlives the call, and training may use it next
+            self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
 
     def _apply(self, fn, recurse: bool = True):
         """What `to`, `half`, `cuda` and their like do to a module: only a new device matters here, never a dtype."""
@@ -59,13 +60,15 @@ class RotaryTable(nn.Module):
         return self
 
     def rows(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s dtype.
+        """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
 
         Raises ValueError past the context: the model has never seen a later position.
         """
         end = start + tokens
         if end > self.max_positions:
             raise ValueError(f"{start} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
+        if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
+            self.fill(like.device)
         return self.cos[start:end].to(like.dtype), self.sin[start:end].to(like.dtype)
 
 

@@ -78,7 +78,10 @@ def token_to_bytes(token: str) -> bytes:
 def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join neighbours, always the pair that was learned first (its rank is lowest), until no learned pair is left.
 
-    Pairs wait in a heap and neighbours are linked lists, so that a word of a million letters takes seconds, not days.
+    To look at all pairs again after each merge would take days for a word of a million letters. Here a pair waits in a
+    heap, which always has its smallest entry at hand: (rank, place of the left symbol). `before` and `after` give the
+    places of a symbol's neighbours, so a merge moves nothing: the left symbol takes the right one in, two links change,
+    and only the pairs on either side are new. An entry whose symbols have meanwhile joined others is passed over.
 
     >>> apply_merges(["l", "o", "w", "e", "r"], {("l", "o"): 0, ("lo", "w"): 1, ("e", "r"): 2})
     ['low', 'er']
@@ -97,7 +100,7 @@ def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[
         rank, left = heappop(waiting)
         right = after[left]
         if right == end or ranks.get((symbols[left], symbols[right])) != rank:
-            continue  # one of the two has joined another neighbour since
+            continue  # out of date: another pair stands here now
         symbols[left], symbols[right] = symbols[left] + symbols[right], ""
         after[left] = after[right]
         before[after[left]] = left

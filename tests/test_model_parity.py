@@ -7,7 +7,8 @@ import torch
 
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
-from neox_lib.model import Stopped, model_attention_weights
+from neox_lib.inspection.attention import model_attention_weights
+from neox_lib.model import Stopped
 
 BASE = NeoXConfig(
     vocab_size=128,

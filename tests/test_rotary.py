@@ -89,6 +89,17 @@ def test_a_model_built_without_memory_gets_its_table_filled():
     assert torch.equal(model.rotary.sin, NeoXModel(SMALL).rotary.sin)
 
 
+def test_a_loader_that_knows_nothing_of_the_table_gets_it_all_the_same():
+    """A learner's own loader puts parameters into a meta model; what it has never heard of must not be missing."""
+    whole, ids = NeoXModel(SMALL), torch.tensor([[3, 1, 4]])
+    with torch.device("meta"):
+        model = NeoXModel(SMALL)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    with torch.inference_mode():
+        assert torch.equal(model(ids), whole(ids))
+    assert not model.rotary.cos.is_inference(), "autograd would refuse it in the next training step"
+
+
 def test_the_table_is_a_buffer_that_no_checkpoint_holds():
     """A saved table would be an unexpected key for every other implementation, and for our own strict loaders."""
     model = NeoXModel(SMALL)

@@ -61,7 +61,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     """What each token shows; the last one also what never became a character."""
     decoder = StreamDecoder(tokenizer)
     shown = [decoder.push(token_id) for token_id in ids]
-    return [*shown[:-1], shown[-1] + decoder.flush()]
+    return [*shown[:-1], shown[-1] + decoder.end()]
 
 
 def size_of(tokenizer) -> int:

@@ -5,6 +5,7 @@ import random
 import time
 import unicodedata
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
@@ -18,6 +19,7 @@ from neox_lib.tokenizer import (
     PADDING,
     WHITESPACE_RUNS,
     BPETokenizer,
+    apply_merges,
     encode_text,
     pretokenize,
     read_tokenizer,
@@ -228,6 +230,29 @@ def test_a_lone_surrogate_is_a_clear_error_on_both_paths(ours, fast, text):
     for encode in (ours.encode, lambda text: encode_text(ours, text), lambda text: encode_text(fast, text)):
         with pytest.raises(ValueError, match="lone surrogate"):
             encode(text)
+
+
+def readable_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The algorithm as it is told: of all learned pairs join the one of lowest rank, the leftmost of equals; repeat."""
+    symbols = list(symbols)
+    while learned := [(ranks[pair], place) for place, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        _, place = min(learned)
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    return symbols
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abc", max_size=60), st.text("abc", max_size=40), st.randoms(use_true_random=False), st.booleans())
+def test_the_heap_does_what_the_readable_loop_does(read, word, chance, shuffled):
+    """Links and out-of-date entries are easy to get wrong; what they have to give is three lines of Python.
+
+    Ranks in any order, too: then a merge can bring up a pair that goes before those that wait.
+    """
+    learned = train_merges([read], 12)
+    if shuffled:
+        chance.shuffle(learned)
+    ranks = {pair: rank for rank, pair in enumerate(learned)}
+    assert apply_merges(list(word), ranks) == readable_merges(list(word), ranks)
 
 
 @pytest.mark.parametrize("letters", ["a", "ab", "abcdefghijklmnopqrstuvwxyz"], ids=["one", "two", "any"])

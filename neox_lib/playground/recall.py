@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from neox_lib.cache import KVCache
-from neox_lib.generation import next_token_logits
+from neox_lib.generation import prefill
 from neox_lib.model import NeoXModel
 
 GROWTH = 256  # tokens by which the room grows
@@ -71,7 +71,7 @@ class Recall:
         cache.truncate(min(cache.length, len(ids) - 1))
         new = torch.tensor([ids[cache.length :]], device=self.model.norm.weight.device)
         try:
-            return next_token_logits(self.model, new, cache, on_progress=on_progress)
+            return prefill(self.model, new, cache, on_progress=on_progress)
         finally:
             if known:  # the rows behind are still there: the pass wrote its own again and no other
                 cache.length = len(known)
