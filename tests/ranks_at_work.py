@@ -92,9 +92,14 @@ def grow(folder: Path) -> int:
 
 def pages_touched(folder: Path) -> dict[str, float]:
     """The share of each layer file's pages that this process has read while it loaded its part (Linux)."""
-    opened = []
-    real = reader.open_layer
-    reader.open_layer = lambda *words: opened.append(real(*words)) or opened[-1]
+    opened, real = [], reader.open_layer
+
+    def held_open(*words):
+        layer = real(*words)
+        opened.append(dict(layer))
+        return layer
+
+    reader.open_layer = held_open
     create_rank_model(folder, dtype="float32")
     text, shares = Path("/proc/self/smaps").read_text(), {}
     for name, size, resident in re.findall(r"(layer_\S+\.pt)\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", text):

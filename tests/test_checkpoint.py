@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neox_lib.checkpoints import files
+from neox_lib.checkpoints import build, files
 from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.convert import convert_to_slim
 from neox_lib.checkpoints.files import CheckpointError
@@ -358,7 +358,7 @@ WRONG_RULES = {
     "norms of rank 0": lambda patch: patch.setitem(sharding.MERGE, "average", rank_zero_only),
     "norms summed": lambda patch: patch.setitem(sharding.MERGE, "average", sharding.add_up),
     "ranks in reverse": lambda patch: patch.setitem(sharding.MERGE, "rows", lambda parts: torch.cat(parts[::-1])),
-    "qkv in thirds": lambda patch: patch.setattr(reader, "merge_shards", flat_thirds),
+    "qkv in thirds": lambda patch: patch.setattr(build, "merge_shards", flat_thirds),
 }
 
 

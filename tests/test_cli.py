@@ -108,6 +108,16 @@ def test_convert_to_another_number_of_ranks_keeps_the_model(checkpoint, tmp_path
     assert main(["generate", "the", "--model", str(tmp_path / "four"), "--tokens", "3"]) == 0, "tokenizer came along"
 
 
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch, capsys):
+    """The next call would take it for the run's own."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text("the fox and the hen " * 500)
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("no space left on device")))
+    assert main(["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     """A reader can train a model of their own with one command, and going on after the end changes nothing."""
     stories = tmp_path / "stories.txt"

@@ -426,7 +426,7 @@ REFUSED = {
         lambda folder: quantize(folder, torch.float8_e4m3fn),
         r"dense\.weight is F8_E4M3, expected float16",
     ),
-    "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is I8, expected float16"),
+    "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is torch\.int8, expected float16"),
     "a pickle that runs code": (hostile, r"pytorch_model\.bin: refused, and nothing in it was run"),
     "truncated bin": (truncated_bin, r"pytorch_model\.bin: truncated, damaged .*expected a \.bin file of weights"),
     "tokenizer of another model": (

@@ -195,15 +195,15 @@ def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_wri
     (house / "neox_lib" / "other.py").write_text("A = 1\n")
     write_notebook(house / "notebooks", "02_other.ipynb", cell("A = 2", "other"))
     edit_notebook(house, "WIDTH = 3", "WIDTH = 4")
-    calls, write_new = [], promote.write_new
+    calls, write = [], promote.write_bytes_atomically
 
     def full_disk(path, content):
         calls.append(path)
         if len(calls) == failing_write:
             raise OSError("no space left on device")
-        write_new(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(promote, "write_new", full_disk)
+    monkeypatch.setattr(promote, "write_bytes_atomically", full_disk)
     with pytest.raises(PromotionError, match="no space left"):
         promote.promote(house / "notebooks")
     assert module_text(house) == MODULE

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import nbformat
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import differing_names
-from neox_lib.course.learner_copy import NOTEBOOKS, write_new
+from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.moved import current, is_older_text, successor
 
 LIBRARY = Path(__file__).resolve().parents[1]
@@ -252,7 +253,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
             after[path] = text.encode("utf-8")
     try:
         for path, content in after.items():
-            write_new(path, content)
+            write_bytes_atomically(path, content)
         why = import_failure({each.module for each in promoted}) if after else None
     except BaseException as error:
         restore(before, after)
@@ -268,7 +269,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
 def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
     for path in changed:
         if path.read_bytes() != before[path]:
-            write_new(path, before[path])
+            write_bytes_atomically(path, before[path])
 
 
 def import_failure(modules: Iterable[str] = ()) -> str | None:
@@ -302,5 +303,5 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
                 cell.source = text
                 changed += [path.name] if path.name not in changed else []
         if path.name in changed:
-            write_new(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
+            write_bytes_atomically(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
     return changed
