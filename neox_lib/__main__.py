@@ -22,6 +22,7 @@ from neox_lib.cli import (
     student,
     train,
 )
+from neox_lib.cli.messages import show_messages
 
 COMMANDS = {
     "to learn": (generate, playground, learner_copy, promote),
@@ -70,6 +71,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
     arguments = parse(words)
+    show_messages()
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

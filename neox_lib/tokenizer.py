@@ -15,8 +15,6 @@ from pathlib import Path
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from neox_lib.checkpoints.files import SHIPPED_MODEL, write_text_atomically
-
 ENDOFTEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 WHITESPACE_RUNS = [" " * length for length in range(24, 1, -1)]  # the order of 20B's ids 50254 .. 50276
@@ -253,33 +251,7 @@ def save_tokenizer(tokenizer: BPETokenizer, path: str | Path) -> None:
     for token in sorted(tokenizer.added, key=tokenizer.added.__getitem__):
         special = token in tokenizer.special
         fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
-    write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")
-
-
-def find_tokenizer(path: str | Path | None) -> Path:
-    """The tokenizer file meant by a path: the file itself, or a model folder's; without a path, the shipped one.
-
-    20B's release keeps its `20B_tokenizer.json` one level above the weights. Raises FileNotFoundError for none.
-    """
-    path = SHIPPED_MODEL / "tokenizer.json" if path is None else Path(path)
-    if path.is_dir():
-        places = [path / "tokenizer.json", path / "20B_tokenizer.json", path.absolute().parent / "20B_tokenizer.json"]
-        path = next((place for place in places if place.is_file()), places[0])
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
-    return path
-
-
-def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) that `find_tokenizer` finds; its ids are `BPETokenizer.encode`'s.
-
-    Raises FileNotFoundError when there is no such file and ValueError when it is no tokenizer.
-    """
-    path = find_tokenizer(path)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path}: not a tokenizer file: {error}") from error
+    Path(path).write_bytes((fast.to_str(pretty=True) + "\n").encode("utf-8"))
 
 
 def encode_text(tokenizer: Tokenizer | BPETokenizer, text: str) -> list[int]:

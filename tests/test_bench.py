@@ -35,7 +35,7 @@ SMALL = NeoXConfig(
 @pytest.fixture
 def small_shapes(monkeypatch):
     """Every shape is a small one: the bench's way is under test, not the machine."""
-    monkeypatch.setattr(bench, "shape_config", lambda shape: SMALL)
+    monkeypatch.setattr(bench, "preset", lambda shape: SMALL)
 
 
 def without_rivals(monkeypatch):

@@ -10,13 +10,14 @@ from neox_lib import cli
 from neox_lib.__main__ import main
 from neox_lib.bench import full_size
 from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache, peak_resident, report
-from neox_lib.bench.random_checkpoint import SMALL, consume, random_tensors, shape_named, write_random
-from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.bench.random_checkpoint import SMALL, ConsumedCheckpoint, random_tensors, shape_named, write_random
 from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.checkpoints.quantized import load_int8, write_int8
+from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.layout import is_slim
-from neox_lib.checkpoints.slim.reader import load_slim
 from neox_lib.config import neox_20b
+from neox_lib.loading import create_model
+from tests.small_models import load
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_shapes_are_the_real_ones():
 
 def test_random_weights_behave_like_those_of_a_fresh_model(slim):
     """Spread 0.02, no two matrices or rows alike, finite logits: else the speed of infinities would be measured."""
-    model = load_slim(slim, dtype=torch.float32)
+    model = load(slim, dtype=torch.float32)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     for name, matrix in matrices.items():
         assert 0.015 < matrix.std() < 0.025 and matrix.mean().abs() < 0.002, name
@@ -68,25 +69,25 @@ def test_shards_are_removed_as_they_are_converted(tmp_path):
     """The room of a layer comes back before the last layer is read; the int8 model is the one of the kept shards."""
     write_random(tmp_path / "kept", SMALL)
     write_random(tmp_path / "slim", SMALL)
-    left, weights = [], consume(tmp_path / "slim")
-    for name, _ in weights.tensors():
+    left, checkpoint = [], ConsumedCheckpoint(tmp_path / "slim")
+    for name, _ in checkpoint.tensors():
         left.append((name, len(list((tmp_path / "slim").glob("layer_*")))))
     counts = [count for _, count in left]
     assert counts[0] == 6 and counts == sorted(counts, reverse=True) and counts[-1] == 1
     assert not list((tmp_path / "slim").iterdir()) and not is_slim(tmp_path / "slim")
     write_random(tmp_path / "again", SMALL)
-    removed = write_int8(consume(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
-    kept = write_int8(open_weights(tmp_path / "kept"), tmp_path / "b")
+    removed = write_int8(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
+    kept = write_int8(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
     assert removed.read_bytes() == kept.read_bytes()
 
 
 def test_room_that_comes_back_meanwhile_counts(slim, tmp_path, monkeypatch):
-    needed = open_weights(slim).nbytes // 2
+    needed = open_checkpoint(slim).nbytes // 2
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: needed // 2)
     with pytest.raises(CheckpointError, match="the disk has"):
-        write_int8(open_weights(slim), tmp_path / "out")
-    write_int8(open_weights(slim), tmp_path / "out", freed_meanwhile=needed)
-    assert load_int8(tmp_path / "out")(torch.arange(9)[None]).isfinite().all()
+        write_int8(open_checkpoint(slim), tmp_path / "out")
+    write_int8(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
+    assert create_model(tmp_path / "out", device="cpu")(torch.arange(9)[None]).isfinite().all()
 
 
 def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):

@@ -195,15 +195,15 @@ def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_wri
     (house / "neox_lib" / "other.py").write_text("A = 1\n")
     write_notebook(house / "notebooks", "02_other.ipynb", cell("A = 2", "other"))
     edit_notebook(house, "WIDTH = 3", "WIDTH = 4")
-    calls, write_new = [], promote.write_new
+    calls, write = [], promote.write_bytes_atomically
 
     def full_disk(path, content):
         calls.append(path)
         if len(calls) == failing_write:
             raise OSError("no space left on device")
-        write_new(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(promote, "write_new", full_disk)
+    monkeypatch.setattr(promote, "write_bytes_atomically", full_disk)
     with pytest.raises(PromotionError, match="no space left"):
         promote.promote(house / "notebooks")
     assert module_text(house) == MODULE
@@ -250,7 +250,14 @@ def test_an_import_by_an_old_name_means_what_stands_there_now(moved):
 def test_a_piece_that_uses_what_is_gone_is_refused_with_what_to_use(moved):
     edit_notebook(moved, "import math", "import math\n\nfrom neox_lib.wing import height as tall")
     edit_notebook(moved, "WIDTH * height", "WIDTH * tall")
-    with pytest.raises(PromotionError, match=r"wing\.height is gone.* use small\.area\. make lab-refresh"):
+    with pytest.raises(PromotionError, match=r"wing\.height is gone; use neox_lib\.small\.area\. make lab-refresh"):
+        promote.promote(moved / "notebooks")
+
+
+def test_a_piece_that_is_gone_is_refused_with_what_to_use(moved):
+    write_notebook(moved / "notebooks", "02_wing.ipynb", cell("def height():\n    return 1  # mine", "wing"))
+    (moved / "neox_lib" / "wing.py").write_text("")
+    with pytest.raises(PromotionError, match=r"02_wing.*, cell 2: .*wing\.height is gone; use neox_lib\.small\.area"):
         promote.promote(moved / "notebooks")
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from neox_lib.attention import causal_mask, explicit_attention, fused_attention, split_heads
 from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
+from neox_lib.loading import create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.rotary import apply_rotary, rotary_angles
-from neox_lib.tokenizer import BPETokenizer, create_tokenizer, read_tokenizer
+from neox_lib.tokenizer import BPETokenizer, read_tokenizer
 
 SMALL = NeoXConfig(
     vocab_size=128,

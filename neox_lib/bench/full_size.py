@@ -109,17 +109,17 @@ def write(rehearsal: Rehearsal) -> dict:
 
 
 def convert(rehearsal: Rehearsal) -> dict:
-    from neox_lib.bench.random_checkpoint import consume
-    from neox_lib.checkpoints.checkpoint import open_weights
+    from neox_lib.bench.random_checkpoint import ConsumedCheckpoint
     from neox_lib.checkpoints.quantized import write_int8
+    from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
     slim, target = rehearsal.folder / "slim", rehearsal.folder / "int8"
     say("converting to int8" + (", removing each layer's files once read" if rehearsal.delete_shards else ""))
     if rehearsal.delete_shards:
-        weights = consume(slim)
-        file = write_int8(weights, target, freed_meanwhile=weights.nbytes // 2)
+        checkpoint = ConsumedCheckpoint(slim)
+        file = write_int8(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2)
     else:
-        file = write_int8(open_weights(slim), target)
+        file = write_int8(SlimCheckpoint(slim), target)
     return {"bytes": file.stat().st_size}
 
 

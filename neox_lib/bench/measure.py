@@ -19,13 +19,14 @@ from neox_lib.bench.baselines import (
     is_installed,
     make_rival,
 )
-from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model, shape_config
+from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model
 from neox_lib.bench.table import (
     LoadRow,
     Row,
     Timing,
 )
 from neox_lib.checkpoints.slim.writer import write_slim
+from neox_lib.config import preset
 from neox_lib.decoding.packing import PackedWeight
 from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
@@ -94,7 +95,7 @@ def run_bench(
         raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
     rivals = choose_rivals(list(against))
     for shape in shapes:
-        model = random_model(shape_config(shape))
+        model = random_model(preset(shape))
         ours = {dtype: our_model(model, dtype) for dtype in dtypes}
         sides = {("", dtype): our_generate(ours[dtype]) for dtype in dtypes}
         wanted = [(rival, RIVALS[rival][dtype]) for rival in rivals for dtype in dtypes if dtype in RIVALS[rival]]
@@ -120,7 +121,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
     Ours from a slim folder of one rank, theirs from safetensors; in turns, from the file cache of the system.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    model = random_model(shape_config(shape)).half()
+    model = random_model(preset(shape)).half()
     loaders: dict[str, Callable[[], Generate]] = {}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
         slim, safetensors = Path(temporary, "slim"), Path(temporary, "safetensors")
@@ -145,7 +146,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
 
 def format_errors(shape: str, with_ctranslate2: bool, tokens: int = 128) -> str:
     """How far int8 moves the logits of random weights from those of fp32, ours and CTranslate2's: mean and worst."""
-    model = random_model(shape_config(shape))
+    model = random_model(preset(shape))
     ids = torch.randint(model.config.tokenizer_vocab_size, (1, min(tokens, model.config.max_position_embeddings)))
     with torch.inference_mode():
         exact = model(ids)[0]

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     Where torchrun started several of us, each is one rank of a model that all of them share.
     """
     from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
-    from neox_lib.hub.names import create_tokenizer
+    from neox_lib.loading import create_tokenizer
     from neox_lib.sampling import Sampling
 
     if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:

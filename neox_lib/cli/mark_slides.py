@@ -16,14 +16,15 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from neox_lib.course.learner_copy import NOTEBOOKS, write_new
+    from neox_lib.checkpoints.atomic import write_bytes_atomically
+    from neox_lib.course.learner_copy import NOTEBOOKS
     from neox_lib.course.slides import marked
 
     paths = arguments.notebooks or sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     differing = {path: text for path in paths if (text := marked(path)) is not None}
     for path, text in differing.items():
         if not arguments.check:
-            write_new(path, text.encode("utf-8"))
+            write_bytes_atomically(path, text.encode("utf-8"))
         print(f"{path.name}: {'its slides are not as the rule says' if arguments.check else 'slides written'}")
     if arguments.check and differing:
         print("To write them: python -m neox_lib mark-slides")

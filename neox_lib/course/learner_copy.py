@@ -8,11 +8,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.stale import Stale, stale_names
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -49,7 +49,7 @@ def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
         digest = hashlib.sha256(content).hexdigest()
         copy = mine / name
         if not os.path.lexists(copy):
-            write_new(copy, content)
+            write_bytes_atomically(copy, content)
             report.copied.append(name)
         elif record.get(name) != digest and copy.read_bytes() != content:
             report.changed.append(name)
@@ -86,29 +86,11 @@ def put_beside(copy: Path, content: bytes) -> Path:
     while True:
         path = copy.with_name(f"{copy.stem}.new{number if number > 1 else ''}{copy.suffix}")
         if not os.path.lexists(path):
-            write_new(path, content)
+            write_bytes_atomically(path, content)
             return path
         if path.read_bytes() == content:
             return path
         number += 1
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. It stands on its own: files.py needs torch, and this must start in no time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_record(path: Path) -> dict[str, str]:
@@ -122,7 +104,7 @@ def read_record(path: Path) -> dict[str, str]:
 
 def write_record(path: Path, record: dict[str, str]) -> None:
     content = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    write_new(path, content.encode("utf-8"))
+    write_bytes_atomically(path, content.encode("utf-8"))
 
 
 def describe(report: Report, originals: Path, mine: Path) -> str:

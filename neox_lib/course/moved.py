@@ -41,6 +41,11 @@ MODULES = {
 
 # Names that did not stay with the others of their module.
 NAMES = {
+    "checkpoint.BUFFERS": "checkpoints.files.BUFFERS",
+    "checkpoint.LayerFile": "checkpoints.checkpoint.LayerFile",
+    "files.write_text_atomically": "checkpoints.atomic.write_text_atomically",
+    "layout.empty_model": "checkpoints.build.empty_model",
+    "layout.parameter_shapes": "config.parameter_shapes",
     "model.model_attention_weights": "inspection.attention.model_attention_weights",
     "scale.fits.preset": "config.preset",
     "scale.named.create_tokenizer": "loading.create_tokenizer",
@@ -50,11 +55,17 @@ NAMES = {
 
 # Names that are no more, and what does their work.
 GONE = {
+    "checkpoint.describe_slim": "checkpoints.slim.reader.inventory",
+    "checkpoint.load_slim": "loading.create_model",
+    "checkpoint.read_tensors": "checkpoints.slim.reader.SlimCheckpoint",
+    "checkpoint.stored_dtype": "checkpoints.slim.reader.SlimCheckpoint",
     "generation.PrefillStopped": "model.Stopped",
     "generation._Row": "generation.generate_tokens",
     "generation._steps": "generation.generate_tokens",
     "generation.next_token_logits": "generation.prefill",
     "sampling.fewest_reaching": "sampling.top_p_mask",
+    "scale.int8_file.load_int8": "loading.create_model",
+    "scale.weights.open_weights": "checkpoints.opening.open_checkpoint",
 }
 
 # Of every promoted definition that the originals held before: the first 8 digits of its text's SHA-256. In a copy such
@@ -95,6 +106,11 @@ def current(name: str) -> str:
 def current_origin(origin: str) -> str:
     """The same for a name from anywhere: only those of neox_lib can have moved."""
     return f"neox_lib.{current(origin[9:])}" if origin.startswith("neox_lib.") else origin
+
+
+def successor(name: str) -> str | None:
+    """What does the work of a name that is gone, called as before or as if it had moved; None for any other name."""
+    return {current(old): new for old, new in GONE.items()}.get(current(name))
 
 
 def is_older_text(text: str) -> bool:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import nbformat
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import differing_names
-from neox_lib.course.learner_copy import NOTEBOOKS, write_new
-from neox_lib.course.moved import GONE, current, is_older_text
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.moved import current, is_older_text, successor
 
 LIBRARY = Path(__file__).resolve().parents[1]
 
@@ -199,17 +200,21 @@ def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -
         here = {each.definition.name: each.module for each in promoted if each.notebook == notebook}
         used = [each.definition.text for each in ours if each.notebook == notebook]
         for name, (library_has, notebook_has) in differing_names(ours[0].module, source, texts, here, used).items():
-            if (gone := (notebook_has or "").removeprefix("neox_lib.")) in GONE:
-                found.append(
-                    f"{notebook.name}: {gone} is gone from neox_lib; use {GONE[gone]}. make lab-refresh puts the new "
-                    "original beside your copy"
-                )
-                continue
             found.append(
-                f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
+                gone((notebook_has or "").removeprefix("neox_lib."), notebook.name)
+                or f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
                 f"{file_name(ours[0].module)}; import it the same way in both, or inside the definition"
             )
     return found
+
+
+def gone(name: str, where: str) -> str | None:
+    """A line on a name that the library has no more; None for any other name."""
+    instead = successor(name)
+    if instead is None:
+        return None
+    remedy = "make lab-refresh puts the new original beside your copy"
+    return f"{where}: neox_lib.{name} is gone; use neox_lib.{instead}. {remedy}"
 
 
 def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
@@ -237,6 +242,9 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
     before, after = {}, {}
     for module in dict.fromkeys(each.module for each in promoted):
         path, ours = module_path(module), [each for each in promoted if each.module == module and each not in older]
+        for each in ours:
+            if why := gone(f"{module}.{each.definition.name}", each.where):
+                raise PromotionError(why)
         before[path] = path.read_bytes()
         text = replaced(before[path].decode("utf-8"), [each.definition for each in ours])
         for foreign in foreign_names(ours, promoted, text):
@@ -245,7 +253,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
             after[path] = text.encode("utf-8")
     try:
         for path, content in after.items():
-            write_new(path, content)
+            write_bytes_atomically(path, content)
         why = import_failure({each.module for each in promoted}) if after else None
     except BaseException as error:
         restore(before, after)
@@ -261,7 +269,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
 def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
     for path in changed:
         if path.read_bytes() != before[path]:
-            write_new(path, before[path])
+            write_bytes_atomically(path, before[path])
 
 
 def import_failure(modules: Iterable[str] = ()) -> str | None:
@@ -295,5 +303,5 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
                 cell.source = text
                 changed += [path.name] if path.name not in changed else []
         if path.name in changed:
-            write_new(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
+            write_bytes_atomically(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
     return changed

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from neox_lib.course.imports import imported_names
-from neox_lib.course.moved import GONE, step
+from neox_lib.course.moved import step, successor
 
 
 @dataclass
@@ -26,6 +26,6 @@ def stale_names(cells: Iterable[dict]) -> Stale:
         names = [module] if isinstance(module, str) else []
         if cell.get("cell_type") == "code":
             names += imported_names("".join(cell.get("source", "")))
-        stale.gone |= {name: GONE[name] for name in names if name in GONE}
+        stale.gone |= {name: instead for name in names if (instead := successor(name)) is not None}
         stale.moved |= dict(filter(None, map(step, names)))
     return stale

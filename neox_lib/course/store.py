@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from neox_lib.course.learner_copy import write_new
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.slides import mark_slides
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -41,4 +41,4 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata.language_info = {"name": "python"}
     mark_slides(notebook)  # whose height depends on the outputs
-    write_new(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))
+    write_bytes_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))

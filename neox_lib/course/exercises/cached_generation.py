@@ -11,10 +11,9 @@ from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
 from neox_lib.course.checks import exercise, require, require_equal, story_with
 from neox_lib.generation import prompt_ids
-from neox_lib.loading import create_model
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
-from neox_lib.tokenizer import create_tokenizer
 
 BOUND = 1e-3  # fp32 rounding moves these logits by about 1e-5, a wrong cache by whole units
 ONE_LAYER = NeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
