@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_lib import config as config_module
-from neox_lib.config import PYTHIA_SHAPES, NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.checkpoints.build import empty_model
+from neox_lib.config import PYTHIA_SHAPES, NeoXConfig, neox_20b, parameter_shapes, preset, pythia, tiny
 from neox_lib.distributed import tensor_parallel
 from neox_lib.model import NeoXModel
 from neox_lib.playground import settings as settings_module
+from tests.small_models import BASE, family
 
 # Biderman et al. 2023 (https://arxiv.org/abs/2304.01373), table 1 and the model cards: all, and without embeddings
 PUBLISHED_PYTHIA_COUNTS = {
@@ -245,3 +247,20 @@ def test_an_unknown_pythia_lists_the_known_ones():
     """The sizes are hard to guess: 410m, not 400m."""
     with pytest.raises(ValueError, match=r"'400m'.*160m, 410m"):
         pythia("400m")
+
+
+@pytest.mark.parametrize("config", [*family(BASE).values(), tiny(), pythia("1b"), neox_20b()], ids=str)
+def test_the_shapes_are_those_of_the_model_in_its_order(config):
+    """Loaders, writers and the byte counts go by these names; the model itself is not built for them."""
+    built = {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
+    assert list(parameter_shapes(config).items()) == list(built.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("neox_20b", neox_20b()), ("20b", neox_20b()), ("tiny", tiny()), ("pythia-1.4b", pythia("1.4b"))],
+)
+def test_a_preset_has_the_name_that_people_use(name, config):
+    assert preset(name) == config
+    with pytest.raises(ValueError, match="no Pythia of size 'large'"):
+        preset("large")

@@ -1,7 +1,13 @@
 """create_model: what it takes, where it puts it, in which precision, and what it says when it can't."""
 
+import contextlib
 import re
+import shutil
 import types
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +15,14 @@ import torch
 
 import neox_lib
 from neox_lib import loading, precision
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError, open_tensors
 from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.writer import write_slim
+from neox_lib.checkpoints.tensor_files import open_safetensors
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.course.checks import in_place_of
+from neox_lib.distributed.loading import build_rank
 from neox_lib.generation import greedy_generate
 from neox_lib.loading import choose_device, create_model
 from neox_lib.model import NeoXModel
@@ -28,6 +38,49 @@ CONFIG = NeoXConfig(
     intermediate_size=256,
     max_position_embeddings=128,
 )
+
+
+@contextlib.contextmanager
+def counted(monkeypatch) -> Iterator[tuple[Counter, Counter]]:
+    """While this is entered: how often each file of weights is opened, and each of our classes is made."""
+    files, made = Counter(), Counter()
+
+    def counting(open_file):
+        return lambda path: files.update([Path(path).name]) or open_file(path)
+
+    def noting(cls, method):
+        real = getattr(cls, method)
+        monkeypatch.setattr(
+            cls, method, lambda self, *words, **more: made.update([type(self)]) or real(self, *words, **more)
+        )
+
+    noting(NeoXModel, "__init__")
+    noting(NeoXConfig, "__post_init__")
+    with contextlib.ExitStack() as stack:
+        for open_file in (open_tensors, open_safetensors):
+            stack.enter_context(in_place_of(open_file, counting(open_file)))
+        yield files, made
+
+
+@pytest.mark.parametrize("kind", ["the shipped model", "the same, quantized", "tied", "an int8 file", "one rank"])
+def test_each_file_is_opened_once_and_one_model_is_built(kind, tmp_path, monkeypatch, random_model):
+    """A path leads to a model in a straight line; what is done twice is slow at 20B and hard to follow at any size."""
+    path = tmp_path / "model"
+    if kind == "an int8 file":
+        write_int8(open_checkpoint(SHIPPED_MODEL), path)
+    elif kind == "tied":
+        write_slim(random_model(replace(CONFIG, tie_word_embeddings=True)), path, ranks=2)
+    else:
+        shutil.copytree(SHIPPED_MODEL, path)
+    expected = {file.name: 1 for file in path.iterdir() if file.suffix in (".pt", ".safetensors")}
+    with counted(monkeypatch) as (files, made):
+        if kind == "one rank":
+            checkpoint = open_checkpoint(path)
+            build_rank(checkpoint.config, checkpoint.parts(), 1, 2, CPU, lambda name: torch.float32)
+        else:
+            create_model(path, device="cpu", dtype="int8" if "quantized" in kind else "auto")
+    assert files == expected
+    assert made[NeoXModel] == 1 and made[NeoXConfig] == 1
 
 
 @pytest.fixture(scope="module")
