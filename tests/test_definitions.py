@@ -14,6 +14,7 @@ PROMOTED = [
     "model",
     "checkpoints.slim.partition",
     "checkpoints.slim.reader",
+    "checkpoints.build",
     "cache",
     "generation",
     "inspection.attention",
