@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     if changed and not arguments.pull:
         if stale := promote.older_copies(folder, changed):
             print(
-                f"{', '.join(stale)}: these copies were written for an older library. If it fails now, git checkout neox_lib "
-                "takes your pieces back."
+                f"{', '.join(stale)}: these copies were written for an older library. If it fails now, git checkout "
+                "neox_lib takes your pieces back."
             )
         print("Restart the kernels of other notebooks: they still hold the old pieces.")
     return 0
