@@ -237,6 +237,7 @@ def test_a_copy_of_before_promotes_into_where_its_pieces_stand_now(moved):
     edit_notebook(moved, "# why not", "# mine")
     edit_notebook(moved, "WIDTH = 3", "WIDTH = 4")
     assert promote.promote(moved / "notebooks") == ["sizes", "small"]
+    assert promote.older_copies(moved / "notebooks", ["small"]) == ["01_small.ipynb"], "it may not fit any more"
     assert "# mine" in module_text(moved) and "WIDTH = 4" in (moved / "neox_lib" / "sizes.py").read_text()
 
 

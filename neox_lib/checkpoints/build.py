@@ -1,4 +1,7 @@
-"""From a model without numbers to a model that runs: the one place where parameters are put into a model."""
+"""From a model without numbers to a model that runs: the one place where parameters are put into a model.
+
+Built in notebook 05.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 

@@ -28,17 +28,23 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(found) if found else "Notebooks and library agree.")
         return 1 if found else 0
     changed = promote.pull(folder) if arguments.pull else promote.promote(folder)
-    print(f"Changed: {', '.join(changed)}." if changed else "Nothing to change: notebooks and library agree.")
-    if arguments.pull:
-        return 0
-    older = promote.of_older_originals(promote.collect(folder))
+    older = [] if arguments.pull else promote.of_older_originals(promote.collect(folder))
+    if changed:
+        print(f"Changed: {', '.join(changed)}.")
+    else:
+        print("Nothing to change." if older else "Nothing to change: notebooks and library agree.")
     if older:
         names = ", ".join(f"{each.module}.{each.definition.name}" for each in older[:3])
         more = f" and {len(older) - 3} more" if len(older) > 3 else ""
         print(
-            f"Left out, as your copy is older than the library and you did not change them: {names}{more}. "
+            f"Left out, since the library's text is newer and yours is the old original's: {names}{more}. "
             "make lab-refresh puts the new originals beside your copy."
         )
-    if changed:
+    if changed and not arguments.pull:
+        if stale := promote.older_copies(folder, changed):
+            print(
+                f"{', '.join(stale)}: these copies were written for an older library. If it fails now, git checkout "
+                "neox_lib takes your pieces back."
+            )
         print("Restart the kernels of other notebooks: they still hold the old pieces.")
     return 0

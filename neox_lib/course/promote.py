@@ -17,7 +17,7 @@ import nbformat
 
 from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import differing_names
-from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.learner_copy import NOTEBOOKS, stale_copies
 from neox_lib.course.moved import current, is_older_text, successor
 
 LIBRARY = Path(__file__).resolve().parents[1]
@@ -143,6 +143,14 @@ def of_older_originals(promoted: Iterable[Promoted]) -> list[Promoted]:
     cells = list(promoted_cells(NOTEBOOKS)) if older else []
     texts = {each.text for path, _, _, source in cells for each in cell_definitions(source, path.name)}
     return [each for each in older if each.definition.text not in texts]
+
+
+def older_copies(folder: Path, modules: Iterable[str]) -> list[str]:
+    """The notebooks that promote into these modules and still use names of before: their pieces may not fit now."""
+    pieces = collect(folder)
+    left_out = of_older_originals(pieces)
+    names = {each.notebook.name for each in pieces if each.module in modules and each not in left_out}
+    return sorted(names & stale_copies(folder).keys())
 
 
 def file_name(module: str) -> str:
