@@ -210,8 +210,8 @@ def test_the_spelling_is_right(tmp_path):
     """A typo in a lesson costs more trust than one in code."""
     for path in PATHS:
         (tmp_path / f"{path.stem}.md").write_text(prose(path), encoding="utf-8")
-    for path in (NOTEBOOKS.parent / "README.md", *NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("guides/*.md")):
-        (tmp_path / f"{path.parent.name}_{path.name}").write_text(path.read_text("utf-8"), encoding="utf-8")
+    for path in (*NOTEBOOKS.parent.glob("*.md"), *NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("guides/*.md")):
+        (tmp_path / f"{path.parent.name}-{path.name}").write_text(path.read_text("utf-8"), encoding="utf-8")
     checker = shutil.which("codespell", path=str(Path(sys.executable).parent))
     assert checker, "codespell comes with requirements-test.lock"
     done = subprocess.run([checker, str(tmp_path)], capture_output=True, text=True)
