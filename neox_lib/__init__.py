@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from neox_lib.cache import KVCache
     from neox_lib.config import NeoXConfig
     from neox_lib.generation import greedy_generate, greedy_generate_text, stream_generate
-    from neox_lib.hub.names import create_tokenizer
-    from neox_lib.loading import create_model
+    from neox_lib.loading import create_model, create_tokenizer
     from neox_lib.model import NeoXModel
     from neox_lib.sampling import Sampling
 
@@ -22,7 +21,7 @@ HOME = {
     "NeoXModel": "model",
     "Sampling": "sampling",
     "create_model": "loading",
-    "create_tokenizer": "hub.names",
+    "create_tokenizer": "loading",
     "greedy_generate": "generation",
     "greedy_generate_text": "generation",
     "stream_generate": "generation",

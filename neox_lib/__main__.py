@@ -4,22 +4,74 @@ import argparse
 import os
 import sys
 
-from neox_lib.cli import bench, class_report, convert, doctor, download, generate, info, promote, student, train
+from neox_lib.cli import (
+    bench,
+    class_report,
+    convert,
+    doctor,
+    download,
+    full_size,
+    generate,
+    info,
+    learner_copy,
+    mark_slides,
+    playground,
+    promote,
+    slides,
+    store_outputs,
+    student,
+    train,
+)
+from neox_lib.cli.messages import show_messages
 
-COMMANDS = (generate, info, train, convert, download, bench, promote, student, class_report, doctor)
+COMMANDS = {
+    "to learn": (generate, playground, learner_copy, promote),
+    "models and weights": (info, download, convert, train, bench, full_size),
+    "to teach": (doctor, slides, student, class_report),
+    "for authors": (mark_slides, store_outputs),
+}
+
+
+class GroupedHelp(argparse.HelpFormatter):
+    """Writes a heading above the first command of each group."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog)
+        self._action_max_length = 18  # or the longest names stand on a line of their own
+
+    def _format_action(self, action: argparse.Action) -> str:
+        headings = {commands[0].__name__.split(".")[-1]: heading for heading, commands in COMMANDS.items()}
+        heading = headings.get(action.dest.replace("-", "_"))
+        return (f"\n  {heading}\n" if heading else "") + super()._format_action(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m neox_lib", description="Run and rebuild GPT-NeoX models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
+    parser = argparse.ArgumentParser(
+        prog="python -m neox_lib",
+        description="Run and rebuild GPT-NeoX models. COMMAND --help says more about each.",
+        formatter_class=GroupedHelp,
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for group in COMMANDS.values():
+        for command in group:
+            command.add(commands)
     return parser
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """What was typed. What a command that passes arguments on doesn't know itself stands in `further`."""
+    parser = build_parser()
+    arguments, further = parser.parse_known_args(words)
+    if further and not getattr(arguments, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    arguments.further = further
+    return arguments
 
 
 def main(words: list[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
-    arguments = build_parser().parse_args(words)
+    arguments = parse(words)
+    show_messages()
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

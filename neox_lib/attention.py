@@ -1,4 +1,7 @@
-"""Causal self-attention as GPT-NeoX lays it out: queries, keys and values interleaved head by head."""
+"""Causal self-attention as GPT-NeoX lays it out: queries, keys and values interleaved head by head.
+
+Built in notebook 03.
+"""
 
 from typing import Protocol
 

@@ -1,4 +1,7 @@
-"""One layer of GPT-NeoX: attention and an MLP that both read the same input."""
+"""One layer of GPT-NeoX: attention and an MLP that both read the same input.
+
+Built in notebook 04.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

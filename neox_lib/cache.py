@@ -1,4 +1,7 @@
-"""The KV cache: keys and values of the tokens so far, so that a new token costs one token's work."""
+"""The KV cache: keys and values of the tokens so far, so that a new token costs one token's work.
+
+Built in notebook 06.
+"""
 
 import torch
 from torch import Tensor

@@ -9,6 +9,18 @@ from pathlib import Path
 import torch
 
 ACTIVATIONS = ("gelu_fast", "gelu")
+# The fields of each kind, by name: an annotation may be a string, and a check that asks for types would pass all.
+WHOLE_NUMBERS = (
+    "vocab_size",
+    "tokenizer_vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+NUMBERS = ("rotary_pct", "rotary_emb_base", "layer_norm_eps")
+FLAGS = ("use_parallel_residual", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,18 @@ class NeoXConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive whole number, got {value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in FLAGS:
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"
@@ -71,12 +87,7 @@ class NeoXConfig:
 
     def parameter_count(self) -> int:
         """Number of trained numbers in the model (a tied output matrix counts once)."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
-        mlp = hidden * inner + inner + inner * hidden + hidden
-        norms = 2 * 2 * hidden
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
-        return embeddings + self.num_hidden_layers * (attention + mlp + norms) + 2 * hidden
+        return sum(math.prod(shape) for shape in parameter_shapes(self).values())
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that the weights take when every one of them is stored as `dtype`."""
@@ -103,6 +114,28 @@ class NeoXConfig:
             return cls(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a NeoX config: {error}") from error
+
+
+def parameter_shapes(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of all parameters, in file order, as a `NeoXModel` has them, without building one.
+
+    A tied model has no output matrix of its own.
+    """
+    hidden, inner, table = config.hidden_size, config.intermediate_size, (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"word_embeddings.weight": table}
+    for index in range(config.num_hidden_layers):
+        block = f"layers.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{block}.{norm}.weight": (hidden,), f"{block}.{norm}.bias": (hidden,)}
+        for linear, outputs, inputs in (
+            ("attention.query_key_value", 3 * hidden, hidden),
+            ("attention.dense", hidden, hidden),
+            ("mlp.dense_h_to_4h", inner, hidden),
+            ("mlp.dense_4h_to_h", hidden, inner),
+        ):
+            shapes |= {f"{block}.{linear}.weight": (outputs, inputs), f"{block}.{linear}.bias": (outputs,)}
+    shapes |= {"norm.weight": (hidden,), "norm.bias": (hidden,)}
+    return shapes if config.tie_word_embeddings else shapes | {"final_linear.weight": table}
 
 
 def neox_20b() -> NeoXConfig:
@@ -150,3 +183,22 @@ def tiny() -> NeoXConfig:
         num_attention_heads=6,
         intermediate_size=768,
     )
+
+
+def preset(name: str) -> NeoXConfig:
+    """ "neox_20b", "tiny" (the shipped model's) or a Pythia such as "1.4b". Raises ValueError for another name."""
+    known = {"neox_20b": neox_20b, "20b": neox_20b, "tiny": tiny}
+    return known[name]() if name in known else pythia(name.removeprefix("pythia-"))
+
+
+def format_bytes(count: float) -> str:
+    """A byte count with a binary unit, as memory is counted.
+
+    >>> format_bytes(41109135360), format_bytes(7045632), format_bytes(512)
+    ('38.3 GiB', '6.7 MiB', '512 B')
+    """
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{value:,.1f} {units[0]}"

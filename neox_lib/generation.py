@@ -1,19 +1,110 @@
-"""One loop that writes text: score, choose, append, and stream each step as it is made."""
+"""One loop that writes text: prefill, then choose and append; each step is streamed as it is made.
+
+Built in notebook 06.
+"""
 
 import codecs
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neox_lib.cache import KVCache
-from neox_lib.model import NeoXModel, check_token_ids
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel, Stopped, check_token_ids
 from neox_lib.sampling import GREEDY, Sampling
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, encode_text, token_to_bytes
 
 ENDOFTEXT_ID = 0  # the release's own; Hugging Face's class default, 2, is another token
+
+
+def next_token_scores(logits: Tensor, config: NeoXConfig) -> Tensor:
+    """The last position's scores, of tokens that exist: logits `[B, T, V]` -> `[B, tokenizer_vocab_size]`, fp32.
+
+    The padded rows behind them stand for no token. Cut off, they can't be chosen and take no share of the probability.
+    """
+    return logits[:, -1, : config.tokenizer_vocab_size].float()
+
+
+@dataclass
+class Progress:
+    """Counts finished layers over all the passes of a prefill: an `on_layer` of the model.
+
+    `report(done, total)` is told of each; returning False stops the pass.
+    """
+
+    report: Callable[[int, int], bool | None]
+    total: int
+    done: int = 0
+
+    def __call__(self, depth: int, hidden: Tensor) -> bool | None:
+        if depth == 0:  # a pass begins, and nothing of it is done
+            return None
+        self.done += 1
+        return self.report(self.done, self.total)
+
+
+def prefill(
+    model: NeoXModel,
+    input_ids: Tensor,
+    cache: KVCache | None = None,
+    chunk_size: int = 1024,
+    on_progress: Callable[[int, int], bool | None] | None = None,
+) -> Tensor:
+    """Read a prompt and score the token after it: ids `[B, T]` -> `[B, tokenizer_vocab_size]`, fp32.
+
+    With a cache the T tokens follow what it holds and go through in chunks of at most `chunk_size`, which bounds the
+    memory that a long prompt takes. `on_progress(layers done, layers in all)` is called after each layer; when it
+    returns False, Stopped is raised and the cache holds the chunks that went through.
+    """
+    chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
+    layers = len(chunks) * model.config.num_hidden_layers
+    progress = None if on_progress is None else Progress(on_progress, layers)
+    for chunk in chunks:
+        logits = model(chunk, cache, last_only=True, on_layer=progress)
+    return next_token_scores(logits, model.config)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: NeoXModel,
+    input_ids: Tensor,
+    sampling: Sampling = GREEDY,
+    stop_token_ids: tuple[int, ...] = (ENDOFTEXT_ID,),
+    cache: KVCache | None = None,
+    chunk_size: int = 1024,
+    on_progress: Callable[[int, int], bool | None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prefill, then choose and append: the next token of each row and its log-probability, `[B]` both, step by step.
+
+    Goes on until each row has given a token of `stop_token_ids`; whoever wants fewer tokens stops asking. A finished
+    row repeats its stop token with log-probability 0. Gives nothing if `on_progress` stops the prefill.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=input_ids.device)
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    tokens = input_ids[:, -1]  # [B]: what each row wrote last
+    unread = input_ids
+    if cache is not None:  # the last token is read again even if it is held: its scores were not kept
+        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
+        unread = input_ids[:, cache.length :]
+    try:
+        scores = prefill(model, unread, cache, chunk_size, on_progress)  # [B, V]
+    except Stopped:
+        return
+    while True:
+        chosen = sampling.choose(scores, generator)
+        log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+        tokens = tokens.where(finished, chosen)
+        yield tokens, log_probabilities.masked_fill(finished, 0)
+        finished |= torch.isin(tokens, stops)
+        if finished.all():
+            return
+        new = tokens[:, None]
+        unread = new if cache is not None else torch.cat([unread, new], dim=1)  # append
+        scores = next_token_scores(model(unread, cache, last_only=True), model.config)
 
 
 class StreamDecoder:
@@ -30,16 +121,18 @@ class StreamDecoder:
         self.tokenizer = tokenizer
         self.silent = {tokenizer.token_to_id(token) for token in (ENDOFTEXT, PADDING)}
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ended = False
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; none for a control token."""
+        """The characters that this token completes; none for a control token, or once the text has ended."""
         token = self.tokenizer.id_to_token(token_id)
-        if token_id in self.silent or token is None:
+        if self.ended or token_id in self.silent or token is None:
             return ""
         return self.utf8.decode(token_to_bytes(token))
 
-    def flush(self) -> str:
-        """What waits, as U+FFFD: for the end of the text."""
+    def end(self) -> str:
+        """End the text: what still waits, as U+FFFD."""
+        self.ended = True
         return self.utf8.decode(b"", final=True)
 
 
@@ -70,93 +163,28 @@ class Step:
         return self.log_probabilities[0]
 
 
-class PrefillStopped(Exception):
-    """Raised between two layers when `on_progress` asks to stop."""
-
-
-def next_token_logits(
-    model: NeoXModel,
-    input_ids: Tensor,
-    cache: KVCache | None,
-    chunk_size: int = 1024,
-    on_progress: Callable[[int, int], bool | None] | None = None,
-) -> Tensor:
-    """Scores for the token after the last one: ids `[B, T]` -> `[B, tokenizer_vocab_size]`, fp32.
-
-    With a cache the T tokens follow what it holds and go through in pieces of at most `chunk_size`, which bounds the
-    memory of a long prompt. Only the last position meets the output matrix. Padded rows, tokens that do not exist, are
-    cut off. `on_progress(done, total)` hears of each layer; returning False raises PrefillStopped.
-    """
-    chunks = input_ids.split(chunk_size, dim=1) if cache is not None else (input_ids,)
-    layers = model.config.num_hidden_layers
-    hidden = None
-    for index, chunk in enumerate(chunks):
-
-        def report(done: int, before: int = index * layers) -> None:
-            if on_progress is not None and on_progress(before + done, len(chunks) * layers) is False:
-                raise PrefillStopped
-
-        hidden = model.hidden_states(chunk, cache, after_layer=report)
-    assert hidden is not None
-    return model.final_linear(hidden[:, -1])[:, : model.config.tokenizer_vocab_size].float()
-
-
-class _Row:
-    """One text of a batch while it is written: whether it has ended, and the characters that wait for their rest."""
-
-    def __init__(self, tokenizer, stop_token_ids: tuple[int, ...]):
-        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
-        self.stop_token_ids = stop_token_ids
-        self.ended_with: int | None = None
-
-    def take(self, token_id: int, log_probability: float, last: bool) -> tuple[int, str, float]:
-        """Token, text and log-probability of this row's next step; after its end it only repeats its stop token."""
-        if self.ended_with is not None:
-            return self.ended_with, "", 0.0
-        if token_id in self.stop_token_ids:
-            self.ended_with = token_id
-        text = ""
-        if self.decoder is not None:
-            text = self.decoder.push(token_id)
-            if last or self.ended_with is not None:
-                text += self.decoder.flush()
-        return token_id, text, log_probability
-
-
-@torch.inference_mode()
-def _steps(
-    model: NeoXModel,
-    input_ids: Tensor,
+def decode_text(
+    tokens: Iterator[tuple[Tensor, Tensor]],
     max_new_tokens: int,
-    rows: list[_Row],
-    sampling: Sampling,
-    cache: KVCache | None,
-    chunk_size: int,
-    on_progress: Callable[[int, int], bool | None] | None,
+    decoders: Sequence[StreamDecoder],
+    stop_token_ids: tuple[int, ...],
 ) -> Iterator[Step]:
-    """The loop: score, choose, append. `stream_generate` has checked what it is given."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    unseen = input_ids  # [B, T]: what the model has yet to read
-    if cache is not None:  # the last token goes through once more if need be: its scores were not kept
-        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
-        unseen = input_ids[:, cache.length :]
-    for number in range(max_new_tokens):
+    """At most `max_new_tokens` of `generate_tokens`' steps, each with its texts and the seconds that it took.
+
+    There is a decoder for each row, or none at all: then the texts are empty.
+    """
+    for remaining in reversed(range(max_new_tokens)):
         started = time.perf_counter()
-        try:  # score: [B, V]
-            logits = next_token_logits(model, unseen, cache, chunk_size, on_progress if number == 0 else None)
-        except PrefillStopped:
+        step = next(tokens, None)
+        if step is None:
             return
-        chosen = sampling.choose(logits, generator)  # choose: [B]
-        log_probabilities = logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]  # [B]
-        last = number == max_new_tokens - 1
-        of_rows = zip(rows, chosen.tolist(), log_probabilities.tolist(), strict=True)
-        taken = [row.take(token_id, log_probability, last) for row, token_id, log_probability in of_rows]
-        token_ids, texts, values = (list(column) for column in zip(*taken, strict=True))
-        new = torch.tensor(token_ids, device=input_ids.device)[:, None]  # [B, 1]
-        unseen = new if cache is not None else torch.cat([unseen, new], dim=1)  # append
-        yield Step(token_ids, texts, values, time.perf_counter() - started)
-        if all(row.ended_with is not None for row in rows):
-            return
+        token_ids, log_probabilities = (each.tolist() for each in step)
+        texts = [""] * len(token_ids)
+        for row, decoder in enumerate(decoders):
+            texts[row] = decoder.push(token_ids[row])
+            if remaining == 0 or token_ids[row] in stop_token_ids:
+                texts[row] += decoder.end()
+        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started)
 
 
 def stream_generate(
@@ -197,8 +225,9 @@ def stream_generate(
         cache = KVCache(model.config, batch, prompt + max_new_tokens, weight.device, weight.dtype)
     if cache is not None:
         cache.check_room(batch, prompt + max(0, max_new_tokens - 1))  # the last new token never goes through the model
-    rows = [_Row(tokenizer, stop_token_ids) for _ in input_ids]
-    return _steps(model, input_ids, max_new_tokens, rows, sampling, cache, chunk_size, on_progress)
+    tokens = generate_tokens(model, input_ids, sampling, stop_token_ids, cache, chunk_size, on_progress)
+    decoders = [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in input_ids]
+    return decode_text(tokens, max_new_tokens, decoders, stop_token_ids)
 
 
 def prompt_ids(tokenizer, text: str) -> Tensor:

@@ -1,4 +1,7 @@
-"""The whole model: token ids in, a score for every possible next token out."""
+"""The whole model: token ids in, a score for every possible next token out.
+
+Built in notebook 04.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -36,6 +39,14 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"token id {wrong} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
 
 
+# on_layer(depth, hidden): the residual stream [B, T, C] behind `depth` layers; returning False ends the pass
+OnLayer = Callable[[int, Tensor], bool | None]
+
+
+class Stopped(Exception):
+    """Raised by a pass through the model, between two layers, when its `on_layer` returns False."""
+
+
 class NeoXModel(nn.Module):
     """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix.
 
@@ -55,45 +66,34 @@ class NeoXModel(nn.Module):
             self.final_linear.weight = self.word_embeddings.weight
         self.rotary = RotaryTable(config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base)
 
-    def hidden_states(
+    def forward(
         self,
         input_ids: Tensor,
         cache: SequenceCache | None = None,
-        after_layer: Callable[[int], None] | None = None,
+        *,
+        last_only: bool = False,
+        on_layer: OnLayer | None = None,
     ) -> Tensor:
-        """What the last norm gives for each token: ids `[B, T]` -> `[B, T, C]`. Takes ids as they are, unchecked.
-
-        `after_layer(n)` is called when n layers are done; what it raises ends the pass and leaves the cache's length.
-        """
-        tokens = input_ids.shape[1]
-        cos, sin = self.rotary.rows(cache.length if cache is not None else 0, tokens, like=self.norm.weight)
-        hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, cache)
-            if after_layer is not None:
-                after_layer(index + 1)
-        if cache is not None:
-            cache.advance(tokens)
-        return self.norm(hidden)
-
-    def forward(self, input_ids: Tensor, cache: SequenceCache | None = None) -> Tensor:
         """Scores for the token after each position: ids `[B, T]` -> logits `[B, T, V]`.
 
-        With a cache the T tokens follow the ones it holds. Raises ValueError for ids outside the vocabulary, a wrong
-        rank or dtype, and more tokens than the context.
+        With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`: only the last position meets
+        the output matrix. `on_layer(depth, hidden)` sees the residual stream `[B, T, C]` in front of each layer, depth
+        0 .. L-1, and in front of the last norm, depth L; when it returns False the pass ends with Stopped and the
+        cache's length stays. Raises ValueError for ids outside the vocabulary, a wrong rank or dtype, and more tokens
+        than the context.
         """
         check_token_ids(input_ids, self.config.vocab_size)
-        return self.final_linear(self.hidden_states(input_ids, cache))
-
-
-def model_attention_weights(model: NeoXModel, input_ids: Tensor) -> Tensor:
-    """Who looks at whom, in every layer and head: ids `[B, T]` -> `[L, B, H, T, T]`, fp32, rows sum to 1."""
-    check_token_ids(input_ids, model.config.vocab_size)
-    cos, sin = model.rotary.rows(0, input_ids.shape[1], like=model.norm.weight)
-    hidden = model.word_embeddings(input_ids).to(model.norm.weight.dtype)
-    weights = []
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        weights.append(layer.attention.weights(layer.input_layernorm(hidden), cos, sin))
-        hidden = layer(hidden, cos, sin)
-    return torch.stack(weights)
+        tokens = input_ids.shape[1]
+        cos, sin = self.rotary.rows(0 if cache is None else cache.length, tokens, like=self.norm.weight)
+        hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
+        for depth, layer in enumerate(self.layers):
+            if on_layer is not None and on_layer(depth, hidden) is False:
+                raise Stopped
+            hidden = layer(hidden, cos, sin, cache)
+        if on_layer is not None and on_layer(len(self.layers), hidden) is False:
+            raise Stopped
+        if cache is not None:
+            cache.advance(tokens)
+        if last_only:
+            hidden = hidden[:, -1:]
+        return self.final_linear(self.norm(hidden))

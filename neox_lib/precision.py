@@ -1,18 +1,103 @@
-"""The memory calculator: what a model needs in each precision, whether that fits, and how fast to expect it.
+"""What a model needs in each precision, which precision it is held in here, and how fast to expect it.
 
-A decode step reads every weight once and the cache, so a machine can at most do as many tokens a second as it can read
-them in a second; a CPU comes to some 60 to 95 % of that (`python -m neox_lib bench` measures it).
+A decode step reads every weight once and the cache, so a machine can at most do as many tokens per second as it can
+read them in a second; a CPU comes to some 60 to 95 % of that (`python -m neox_lib bench` measures it).
 """
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from neox_lib.checkpoints.checkpoint import Checkpoint
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.quantized import int8_bytes
-from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.config import NeoXConfig, format_bytes
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+SMALL_MODEL_PARAMETERS = 100_000_000
 SPARE = 500_000_000  # bytes for the activations, Python and torch
+DTYPES = WEIGHT_DTYPES | {"int8": torch.int8}  # that a model can be held in, by the name that a user types
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model is held: the dtype of its matrices, that of everything else, and what to tell the user about it.
+
+    Biases and norms are a thousandth of the weights. On a CPU they, the activations and the KV cache stay in fp32
+    whatever the matrices are, because half-precision attention is slow there (16 times, behind 1,024 tokens).
+    """
+
+    matrices: torch.dtype
+    others: torch.dtype
+    notice: str = ""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a parameter, by its name: only matrices, the embeddings among them, may be in half precision."""
+        return self.others if name.endswith((".bias", "norm.weight")) else self.matrices
+
+
+def weight_bytes(config: NeoXConfig, dtype: torch.dtype, embedding: torch.dtype = torch.float16) -> int:
+    """Bytes of a model with matrices in `dtype`; beside int8 the word embeddings are in `embedding`. Biases and norms
+    count as if they were in the matrices' dtype, except beside int8.
+    """
+    return int8_bytes(config, embedding) if dtype == torch.int8 else config.weight_bytes(dtype)
+
+
+def choose_precision(checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype) -> Precision:
+    """The rule for dtype="auto", in one place: the file's own on a GPU; on a CPU fp32 for small models, else as stored.
+
+    A CPU spends a decode step on reading weights, so half the bytes make up to twice the speed; below 100 million
+    parameters that matters less than fp32's exactness. Raises ValueError for a dtype that is none of ours, and for
+    another than int8 where the weights are stored so.
+    """
+    matrices = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and matrices not in DTYPES.values():
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or one of these torch dtypes, got {dtype!r}")
+    stored, on_cpu = checkpoint.dtype, device.type == "cpu"
+    if stored == torch.int8 or matrices == torch.int8:
+        if matrices not in (None, torch.int8):
+            raise ValueError(
+                f"{checkpoint} holds int8 weights; dtype must be auto or int8, got {dtype!r}: load their source"
+            )
+        return Precision(torch.int8, torch.float32 if on_cpu else checkpoint.float_dtype)
+    if matrices is not None:
+        return Precision(matrices, torch.float32 if on_cpu else matrices)
+    if not on_cpu:
+        return Precision(stored, stored)
+    if checkpoint.config.parameter_count() <= SMALL_MODEL_PARAMETERS or stored == torch.float32:
+        return Precision(torch.float32, torch.float32)
+    return Precision(stored, torch.float32, f"matrices in {stored} for speed and memory, the rest in float32")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device) -> Precision:
+    """The same precision where the weights fit into a CPU's free memory, or where even int8 does not; else int8."""
+    free, needed, small = free_memory(device), weight_bytes(config, precision.matrices), int8_bytes(config)
+    if device.type != "cpu" or needed <= free or small > free:
+        return precision
+    notice = (
+        f"{format_bytes(needed)} in {precision.matrices} do not fit into {format_bytes(free)}: int8, "
+        f"{format_bytes(small)}"
+    )
+    return Precision(torch.int8, precision.others, notice)
+
+
+def check_memory(config: NeoXConfig, precision: Precision, device: torch.device) -> None:
+    """Raise CheckpointError, before anything is read, when the weights cannot fit: with the numbers and what would."""
+    needed, free = weight_bytes(config, precision.matrices), free_memory(device)
+    if needed <= free:
+        return
+    sizes = {name: weight_bytes(config, dtype) for name, dtype in DTYPES.items()}
+    smaller = [f"{name} ({format_bytes(size)})" for name, size in sizes.items() if size < min(needed, free)]
+    advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype of ours fits; use a smaller model"
+    raise CheckpointError(
+        f"the weights need {format_bytes(needed)} in {precision.matrices} and {device} has {format_bytes(free)} free: "
+        f"{advice}"
+    )
 
 
 @dataclass(frozen=True)
@@ -36,33 +121,19 @@ class Need:
         return bandwidth / (self.read + share * self.cache)
 
 
-def preset(name: str) -> NeoXConfig:
-    """ "neox_20b", "tiny" (the shipped model's) or a Pythia such as "1.4b". Raises ValueError for another name."""
-    known = {"neox_20b": neox_20b, "20b": neox_20b, "tiny": tiny}
-    return known[name]() if name in known else pythia(name.removeprefix("pythia-"))
-
-
 def needs(config: NeoXConfig, tokens: int, half: torch.dtype = torch.float16) -> list[Need]:
     """A row for each precision: bytes with a text of `tokens`, as this library holds it on a CPU, cache in fp32.
 
-    `half` is the 16-bit dtype of the embedding beside int8. Of the input embedding a token reads one row. A tied output
-    matrix is the embedding, and all of it is read.
+    `half` is the 16-bit dtype, also of the embedding beside int8. Of the input embedding a token reads one row. A tied
+    output matrix is the embedding, and all of it is read.
     """
     cache, rows = config.kv_cache_bytes(tokens, torch.float32), []
-    for name, dtype in PRECISIONS.items():
-        weights = int8_bytes(config, half) if dtype == torch.int8 else config.weight_bytes(dtype)
-        looked_up = half if dtype == torch.int8 else dtype
+    for dtype in (torch.float32, half, torch.int8):
+        name = next(name for name, known in DTYPES.items() if known == dtype)
+        weights, looked_up = weight_bytes(config, dtype, half), half if dtype == torch.int8 else dtype
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * looked_up.itemsize
         rows.append(Need(name, weights, cache, weights - embedding))
     return rows
-
-
-def gib(count: float) -> str:
-    """
-    >>> gib(41109135360), gib(7045632)
-    ('38.29 GiB', '6.7 MiB')
-    """
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
 def format_needs(config: NeoXConfig, tokens: int, free: int, bandwidth: float) -> str:
@@ -73,6 +144,7 @@ def format_needs(config: NeoXConfig, tokens: int, free: int, bandwidth: float) -
         longest = need.longest(free, tokens)
         fits = "yes" if longest == tokens else f"up to {longest} tokens" if longest else "no"
         speed = f"{need.tokens_per_second(bandwidth, longest / tokens):.3g}" if longest else "-"
-        lines.append(f"{need.precision:<10} {gib(need.weights):>10} {gib(need.cache):>21}   {fits:<20} {speed:>17}")
-    lines.append(f"{gib(free)} of memory are free here, read at {bandwidth / 1e9:.0f} GB/s")
+        sizes = f"{format_bytes(need.weights):>10} {format_bytes(need.cache):>21}"
+        lines.append(f"{need.precision:<10} {sizes}   {fits:<20} {speed:>17}")
+    lines.append(f"{format_bytes(free)} of memory are free here, read at {bandwidth / 1e9:.0f} GB/s")
     return "\n".join(lines)

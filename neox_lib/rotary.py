@@ -1,7 +1,10 @@
-"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles."""
+"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles.
+
+Built in notebook 02.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
@@ -26,28 +29,50 @@ def rotary_table(length: int, rotary_ndims: int, base: float, device: torch.devi
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class RotaryTable:
-    """The rows of `rotary_table` for every position of a model's context, made when they are first asked for.
+class RotaryTable(nn.Module):
+    """cos and sin of every position of a model's context: two buffers `[max_positions, rotary_ndims]`, always fp32.
 
-    One table is kept, for the device and dtype last asked for.
+    Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
+    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32, so that a model that is turned to half
+    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, max_positions: int, rotary_ndims: int, base: float):
+        super().__init__()
         self.max_positions, self.rotary_ndims, self.base = max_positions, rotary_ndims, base
-        self.table: tuple[Tensor, Tensor] | None = None
+        for name in ("cos", "sin"):
+            room = torch.empty(max_positions, rotary_ndims, dtype=torch.float32)
+            self.register_buffer(name, room, persistent=False)
+        if not self.cos.is_meta:
+            self.fill(self.cos.device)
+
+    def fill(self, device: torch.device) -> None:
+        """Compute both buffers on `device`."""
+        length, rotary_ndims = self.max_positions, self.rotary_ndims
+        with torch.inference_mode(False):  # the table outlives the call, and training may use it next
+            self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half`, `cuda` and their like do to a module: only a new device matters here, never a dtype."""
+        device = fn(self.cos).device
+        if device != self.cos.device:
+            self.fill(device)
+        return self
 
     def rows(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
 
         Raises ValueError past the context: the model has never seen a later position.
         """
-        if start + tokens > self.max_positions:
+        end = start + tokens
+        if end > self.max_positions:
             raise ValueError(f"{start} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
-        if self.table is None or self.table[0].device != like.device or self.table[0].dtype != like.dtype:
-            with torch.inference_mode(False):  # the table outlives the call, and training may use it next
-                self.table = rotary_table(self.max_positions, self.rotary_ndims, self.base, like.device, like.dtype)
-        cos, sin = self.table
-        return cos[start : start + tokens], sin[start : start + tokens]
+        if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
+            self.fill(like.device)
+        return self.cos[start:end].to(like.dtype), self.sin[start:end].to(like.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:

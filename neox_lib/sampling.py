@@ -3,38 +3,37 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def keep_likeliest(probabilities: Tensor, count: Tensor | int) -> Tensor:
-    """Zero all but the `count` likeliest of each row and share out anew what they leave: `[B, V]` -> `[B, V]`.
+def top_k_mask(order: Tensor, k: int) -> Tensor:
+    """True for the k likeliest tokens: token ids `[B, V]` from the likeliest down -> `[B, V]`, in vocabulary order.
 
-    `count` is one number or `[B, 1]`, at least 1. Of equals the lower id stays, as in argmax.
-
-    >>> keep_likeliest(torch.tensor([[0.25, 0.25, 0.5]]), 2)
-    tensor([[0.3333, 0.0000, 0.6667]])
+    >>> top_k_mask(torch.tensor([[2, 0, 1]]), k=2)
+    tensor([[ True, False,  True]])
     """
-    count = torch.as_tensor(count, device=probabilities.device).expand(len(probabilities), 1)
-    likeliest = probabilities.topk(int(count.max())).values
-    lowest = likeliest.gather(-1, count - 1)
-    above, equal = probabilities > lowest, probabilities == lowest
-    kept = above | equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True))
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    return kept.scatter(-1, order[:, :k], True)
+
+
+def top_p_mask(probabilities: Tensor, order: Tensor, p: float) -> Tensor:
+    """True for the fewest likeliest tokens whose probabilities reach p: `[B, V]` -> `[B, V]`, in vocabulary order.
+
+    `order` is as in `top_k_mask`. A token is kept when those before it fall short of p, so there is always one.
+
+    >>> top_p_mask(torch.tensor([[0.25, 0.25, 0.5]]), torch.tensor([[2, 0, 1]]), p=0.6)
+    tensor([[ True, False,  True]])
+    """
+    reached = probabilities.gather(-1, order).cumsum(dim=-1)
+    before = F.pad(reached[:, :-1], (1, 0))  # the sum of all that are likelier; 0 for the likeliest
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < p)
+
+
+def renormalize(probabilities: Tensor, kept: Tensor) -> Tensor:
+    """0 for the tokens that are cut off, and the others scaled so that each row sums to 1 again: `[B, V]`."""
     probabilities = probabilities.where(kept, 0)
-    return probabilities / probabilities.sum(-1, keepdim=True)
-
-
-def fewest_reaching(probabilities: Tensor, total: float) -> Tensor:
-    """How many of the likeliest it takes to reach `total`: `[B, V]` -> `[B, 1]`.
-
-    >>> fewest_reaching(torch.tensor([[0.25, 0.5, 0.25]]), 0.6)
-    tensor([[2]])
-    """
-    ordered = probabilities.topk(min(1024, probabilities.shape[-1])).values  # sorting 50,000 takes 40 times longer
-    if ordered.sum(-1).min() < total:
-        ordered = probabilities.sort(descending=True).values
-    reached_before = ordered.cumsum(-1).roll(1, dims=-1)
-    reached_before[:, 0] = 0
-    return (reached_before < total).sum(-1, keepdim=True)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,16 @@ class Sampling:
         """What the next token is drawn from: logits `[B, V]` -> `[B, V]`, float64 on the CPU, rows sum to 1."""
         logits = logits.cpu().double()  # so small a temperature that it is 0 in fp32 still divides
         if self.temperature == 0:
-            return keep_likeliest(logits.softmax(dim=-1), 1)
+            return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            probabilities = keep_likeliest(probabilities, self.top_k)
-        if self.top_p is not None and self.top_p < 1:
-            probabilities = keep_likeliest(probabilities, fewest_reaching(probabilities, self.top_p))
+        k, p = self.top_k or logits.shape[-1], self.top_p or 1.0
+        if k >= logits.shape[-1] and p == 1:
+            return probabilities  # sorting would take longer than all the rest
+        order = probabilities.argsort(dim=-1, descending=True, stable=True)  # of equals the lower id comes first
+        if k < logits.shape[-1]:
+            probabilities = renormalize(probabilities, top_k_mask(order, k))
+        if p < 1:
+            probabilities = renormalize(probabilities, top_p_mask(probabilities, order, p))
         return probabilities
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,7 @@
-"""Byte-level BPE: text becomes bytes, and frequent neighbours become one token."""
+"""Byte-level BPE: text becomes bytes, and frequent neighbours become one token.
+
+Built in notebook 01.
+"""
 
 import json
 import unicodedata
@@ -11,8 +14,6 @@ from pathlib import Path
 
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-from neox_lib.checkpoints.files import SHIPPED_MODEL, write_text_atomically
 
 ENDOFTEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -80,7 +81,10 @@ def token_to_bytes(token: str) -> bytes:
 def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join neighbours, always the pair that was learned first (its rank is lowest), until no learned pair is left.
 
-    Pairs wait in a heap and neighbours are linked lists, so that a word of a million letters takes seconds, not days.
+    To look at all pairs again after each merge would take days for a word of a million letters. Here a pair waits in a
+    heap, which always has its smallest entry at hand: (rank, place of the left symbol). `before` and `after` give the
+    places of a symbol's neighbours, so a merge moves nothing: the left symbol takes the right one in, two links change,
+    and only the pairs on either side are new. An entry whose symbols have meanwhile joined others is passed over.
 
     >>> apply_merges(["l", "o", "w", "e", "r"], {("l", "o"): 0, ("lo", "w"): 1, ("e", "r"): 2})
     ['low', 'er']
@@ -99,7 +103,7 @@ def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[
         rank, left = heappop(waiting)
         right = after[left]
         if right == end or ranks.get((symbols[left], symbols[right])) != rank:
-            continue  # one of the two has joined another neighbour since
+            continue  # out of date: another pair stands here now
         symbols[left], symbols[right] = symbols[left] + symbols[right], ""
         after[left] = after[right]
         before[after[left]] = left
@@ -247,33 +251,7 @@ def save_tokenizer(tokenizer: BPETokenizer, path: str | Path) -> None:
     for token in sorted(tokenizer.added, key=tokenizer.added.__getitem__):
         special = token in tokenizer.special
         fast.add_tokens([AddedToken(token, special=special, normalized=not special)])
-    write_text_atomically(Path(path), fast.to_str(pretty=True) + "\n")
-
-
-def find_tokenizer(path: str | Path | None) -> Path:
-    """The tokenizer file meant by a path: the file itself, or a model folder's; without a path, the shipped one.
-
-    20B's release keeps its `20B_tokenizer.json` one level above the weights. Raises FileNotFoundError for none.
-    """
-    path = SHIPPED_MODEL / "tokenizer.json" if path is None else Path(path)
-    if path.is_dir():
-        places = [path / "tokenizer.json", path / "20B_tokenizer.json", path.absolute().parent / "20B_tokenizer.json"]
-        path = next((place for place in places if place.is_file()), places[0])
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
-    return path
-
-
-def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) that `find_tokenizer` finds; its ids are `BPETokenizer.encode`'s.
-
-    Raises FileNotFoundError when there is no such file and ValueError when it is no tokenizer.
-    """
-    path = find_tokenizer(path)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path}: not a tokenizer file: {error}") from error
+    Path(path).write_bytes((fast.to_str(pretty=True) + "\n").encode("utf-8"))
 
 
 def encode_text(tokenizer: Tokenizer | BPETokenizer, text: str) -> list[int]:

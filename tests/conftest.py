@@ -8,11 +8,14 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from neox_lib.checkpoints.huggingface.config import huggingface_fields
+from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
 
@@ -102,23 +105,9 @@ def hugging_face_config(config: NeoXConfig, **more):
     """The same shape in Hugging Face's words (transformers 5), with 20B's token ids, which differ from its defaults."""
     from transformers import GPTNeoXConfig
 
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    names += ("max_position_embeddings", "layer_norm_eps", "hidden_act", "use_parallel_residual", "tie_word_embeddings")
-    rope = {"rope_type": "default", "rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
-    same = {name: getattr(config, name) for name in names}
-    return GPTNeoXConfig(**same, rope_parameters=rope, bos_token_id=0, eos_token_id=0, **more)
-
-
-def our_name(name: str) -> str:
-    """A Hugging Face parameter's name in the release's words, which are ours."""
-    renamed = {
-        "gpt_neox.embed_in.weight": "word_embeddings.weight",
-        "gpt_neox.final_layer_norm.weight": "norm.weight",
-        "gpt_neox.final_layer_norm.bias": "norm.bias",
-        "embed_out.weight": "final_linear.weight",
-        "lm_head.weight": "final_linear.weight",
-    }
-    return renamed.get(name, name.removeprefix("gpt_neox."))
+    fields: dict[str, Any] = huggingface_fields(config, torch.float32)
+    del fields["tokenizer_vocab_size"]  # ours: nobody else writes it
+    return GPTNeoXConfig(**fields | more)
 
 
 @pytest.fixture
@@ -131,7 +120,8 @@ def twins() -> Callable[..., tuple[NeoXModel, nn.Module]]:
         theirs = GPTNeoXForCausalLM(hugging_face_config(config, attn_implementation=attention)).eval()
         randomize(theirs, seed)
         ours = NeoXModel(config).eval()
-        state = {our_name(name): tensor for name, tensor in theirs.state_dict().items()}
+        names = names_by_key(config)
+        state = {names.get(key, "final_linear.weight"): tensor for key, tensor in theirs.state_dict().items()}
         ours.load_state_dict(state, strict=True)
         return ours, theirs
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from neox_lib.cache import KVCache
+from neox_lib.checkpoints.slim import reader
 from neox_lib.course.peak_memory import hand_back_free_memory, own_bytes
-from neox_lib.distributed import loading as rank_loading
 from neox_lib.distributed.loading import create_rank_model
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
@@ -74,7 +74,9 @@ def disagree(folder: Path) -> dict:
     model = create_rank_model(folder, dtype="float32")
     if dist.get_rank() == 1:
         model.norm.weight.mul_(1.01)
-    return {"hidden": model.hidden_states(torch.tensor(PROMPT)), "logits": model(torch.tensor(PROMPT))} | texts(model)
+    streams = []
+    logits = model(torch.tensor(PROMPT), on_layer=lambda depth, hidden: streams.append(hidden))
+    return {"hidden": model.norm(streams[-1]), "logits": logits} | texts(model)
 
 
 def grow(folder: Path) -> int:
@@ -90,9 +92,14 @@ def grow(folder: Path) -> int:
 
 def pages_touched(folder: Path) -> dict[str, float]:
     """The share of each layer file's pages that this process has read while it loaded its part (Linux)."""
-    opened = []
-    real = rank_loading.open_layer
-    rank_loading.open_layer = lambda paths, shapes: opened.append(real(paths, shapes)) or opened[-1]
+    opened, real = [], reader.open_layer
+
+    def held_open(*words):
+        layer = real(*words)
+        opened.append(dict(layer))
+        return layer
+
+    reader.open_layer = held_open
     create_rank_model(folder, dtype="float32")
     text, shares = Path("/proc/self/smaps").read_text(), {}
     for name, size, resident in re.findall(r"(layer_\S+\.pt)\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", text):

@@ -1,8 +1,14 @@
 """Shapes that several tests share: small, and each with one rule of the family changed."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import torch
+
+from neox_lib.checkpoints.build import build_model
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
 
 WITH_TOKENIZER = NeoXConfig(  # room for a tokenizer of 300 tokens, and padding rows behind it
     vocab_size=384,
@@ -37,3 +43,8 @@ def family(base: NeoXConfig) -> dict[str, NeoXConfig]:
             base, rotary_pct=1.0, rotary_emb_base=500, layer_norm_eps=1e-3
         ),
     }
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> NeoXModel:
+    """A checkpoint's model on the CPU, all of it in `dtype`, or as it is stored: nothing chosen, nothing made fast."""
+    return build_model(open_checkpoint(path), dtype_of=lambda name: dtype)

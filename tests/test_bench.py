@@ -1,13 +1,12 @@
 """The bench compares like with like; a reader would otherwise trust a ratio that means nothing. No speed asserted."""
 
-import argparse
 import math
 import sys
 
 import pytest
 import torch
 
-from neox_lib.__main__ import build_parser
+from neox_lib.__main__ import main
 from neox_lib.bench import measure as bench
 from neox_lib.bench.baselines import (
     ctranslate2_generate,
@@ -17,7 +16,7 @@ from neox_lib.bench.baselines import (
     hugging_face_twin,
 )
 from neox_lib.bench.candidates import in_precision, our_generate, our_model, random_model
-from neox_lib.bench.measure import bytes_per_token, run, run_bench, time_answer, time_load
+from neox_lib.bench.measure import bytes_per_token, run_bench, time_answer, time_load
 from neox_lib.bench.table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
 from neox_lib.config import NeoXConfig
 from neox_lib.decoding.linear import FastLinear
@@ -36,16 +35,12 @@ SMALL = NeoXConfig(
 @pytest.fixture
 def small_shapes(monkeypatch):
     """Every shape is a small one: the bench's way is under test, not the machine."""
-    monkeypatch.setattr(bench, "shape_config", lambda shape: SMALL)
+    monkeypatch.setattr(bench, "preset", lambda shape: SMALL)
 
 
 def without_rivals(monkeypatch):
     for library in ("transformers", "ctranslate2"):
         monkeypatch.setitem(sys.modules, library, None)
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    return build_parser().parse_args(["bench", *words])
 
 
 def test_decode_is_the_difference_of_a_long_and_a_short_generation():
@@ -182,7 +177,7 @@ def test_without_rivals_ours_is_measured_alone(small_shapes, monkeypatch, capsys
     """Neither of them is among our requirements."""
     without_rivals(monkeypatch)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda megabytes: 1e10)
-    run(parse(["--prompts", "4", "--new-tokens", "3", "--rounds", "1"]))
+    assert main(["bench", "--prompts", "4", "--new-tokens", "3", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     assert "transformers is not installed" in shown and "ctranslate2 is not installed" in shown
     assert "160m      4 float16" in shown and "theirs 0" not in shown
@@ -214,7 +209,7 @@ def test_wrong_settings_are_refused():
 
 def test_quick_run_prints_machine_table_and_load(small_shapes, capsys):
     """The command as the README shows it, from the first line to the last."""
-    run(parse(["--quick"]))
+    assert main(["bench", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "threads, memory read at" in lines[0] and f"torch {torch.__version__}" in lines[0]
     assert any(line.startswith("  tiny     32 float16") for line in lines)

@@ -1,11 +1,11 @@
 """The slim layout: ranks' shards to a model and back, exactly; and what is said when a checkpoint is broken."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neox_lib.checkpoints import files
+from neox_lib.checkpoints import build, files
+from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.convert import convert_to_slim
 from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.checkpoints.slim import layout
+from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.checkpoints.slim import layout, reader
 from neox_lib.checkpoints.slim import partition as sharding
-from neox_lib.checkpoints.slim import reader as checkpoint
 from neox_lib.checkpoints.slim import writer as slim_writer
-from neox_lib.checkpoints.slim.config import read_config
 from neox_lib.checkpoints.slim.layout import find_shards, is_slim, layer_file_name
 from neox_lib.checkpoints.slim.partition import merge_shards, split_tensor
-from neox_lib.checkpoints.slim.reader import describe_slim, load_slim, stored_dtype
+from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 from neox_lib.checkpoints.slim.writer import write_slim
-from neox_lib.config import NeoXConfig, neox_20b
+from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes
 from neox_lib.model import NeoXModel
+from tests.small_models import load
 
 CONFIG = NeoXConfig(
     vocab_size=256,
@@ -65,7 +66,7 @@ def edit(path: Path, change) -> None:
 
 def test_the_files_of_20b():
     """00, 02..45, 47, 48: the release's own numbering, two digits for layer and rank."""
-    shapes = layout.parameter_shapes(neox_20b())
+    shapes = parameter_shapes(neox_20b())
     found = {}
     for name in shapes:
         index, key = layout.place_of(name, 44)
@@ -80,8 +81,8 @@ def test_the_files_of_20b():
 def test_inventory(tmp_path, random_model, monkeypatch):
     """`info` lists what each file holds without reading the weights."""
     write_slim(random_model(CONFIG), tmp_path / "c", ranks=2)
-    monkeypatch.setattr(checkpoint, "merge_shards", None)
-    rows = describe_slim(tmp_path / "c")
+    monkeypatch.setattr(reader, "merge_shards", None)
+    rows = SlimCheckpoint(tmp_path / "c").files()
     parts = ["word embeddings", "block 0", "block 1", "block 2", "final norm", "output matrix"]
     assert [row.part for row in rows] == [part for part in parts for _ in range(2)]
     assert [row.rank for row in rows] == [0, 1] * 6
@@ -99,9 +100,9 @@ def test_written_and_read_is_the_same_model(tmp_path, random_model, dtype, ranks
     model = random_model(CONFIG).to(dtype)
     write_slim(model, tmp_path / "c", ranks, spread_seed)
     assert len(find_shards(tmp_path / "c")[0]) == ranks
-    assert stored_dtype(tmp_path / "c") == dtype
-    assert read_config(tmp_path / "c") == CONFIG
-    loaded = load_slim(tmp_path / "c")
+    assert SlimCheckpoint(tmp_path / "c").dtype == dtype
+    assert SlimCheckpoint(tmp_path / "c").config == CONFIG
+    loaded = load(tmp_path / "c")
     assert_same_model(loaded, model)
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -111,7 +112,7 @@ def test_other_shapes_come_back(tmp_path, random_model, changes, token_ids):
     """Tied, one-layer and oddly padded models go through the same files."""
     model = random_model(replace(CONFIG, **changes))
     write_slim(model, tmp_path / "c", ranks=2, spread_seed=1)
-    loaded = load_slim(tmp_path / "c")
+    loaded = load(tmp_path / "c")
     assert_same_model(loaded, model)
     ids = token_ids(CONFIG, 1, 20)
     assert torch.equal(loaded(ids), model(ids))
@@ -124,7 +125,7 @@ def test_three_ranks_in_fp32(tmp_path, random_model):
     )
     model = random_model(config)
     write_slim(model, tmp_path / "c", ranks=3)
-    assert_same_model(load_slim(tmp_path / "c"), model)
+    assert_same_model(load(tmp_path / "c"), model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +149,7 @@ def test_converting_back_and_forth(tmp_path, random_model):
     for step, ranks in enumerate([4, 1, 2]):
         convert_to_slim(tmp_path / str(step), tmp_path / str(step + 1), ranks)
         assert len(find_shards(tmp_path / str(step + 1))[2]) == ranks
-        assert_same_model(load_slim(tmp_path / str(step + 1)), model)
+        assert_same_model(load(tmp_path / str(step + 1)), model)
 
 
 def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
@@ -166,7 +167,7 @@ def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
         counts.append(sum(reference() is not None for reference in alive))
         files.save_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "merge_shards", watched)
+    monkeypatch.setattr(reader, "merge_shards", watched)
     monkeypatch.setattr(slim_writer, "save_tensors", save)
     convert_to_slim(tmp_path / "c", tmp_path / "d", ranks=4)
     assert len(alive) == 6 * 12 + 4 and max(counts) <= 13  # a block, and the tensor read ahead that ends its group
@@ -176,19 +177,21 @@ def test_dtype_by_name(tmp_path, random_model):
     """On a CPU matrices may stay in fp16 while norms and biases work in fp32: the loader asks for each by name."""
     model = random_model(CONFIG).half()
     write_slim(model, tmp_path / "c", ranks=2, spread_seed=0)
-    loaded = load_slim(tmp_path / "c", dtype=lambda name: torch.float32 if "norm" in name else torch.bfloat16)
+    loaded = build_model(
+        open_checkpoint(tmp_path / "c"), dtype_of=lambda name: torch.float32 if "norm" in name else torch.bfloat16
+    )
     for name, parameter in loaded.named_parameters():
         expected = torch.float32 if "norm" in name else torch.bfloat16
         assert parameter.dtype == expected
         assert torch.equal(parameter, model.get_parameter(name).to(expected))
-    assert_same_model(load_slim(tmp_path / "c", dtype=torch.float32), model.float())
+    assert_same_model(load(tmp_path / "c", dtype=torch.float32), model.float())
 
 
 def test_the_model_outlives_its_files(tmp_path, random_model):
     """Weights are copied out of the mapped files, for one rank too: deleting or overwriting them changes no answer."""
     model = random_model(CONFIG)
     write_slim(model, tmp_path / "c", ranks=1)
-    loaded = load_slim(tmp_path / "c")
+    loaded = load(tmp_path / "c")
     for paths in find_shards(tmp_path / "c").values():
         paths[0].write_bytes(bytes(paths[0].stat().st_size))
     assert_same_model(loaded, model)
@@ -315,9 +318,9 @@ def shard_forward(folder: Path, ids: Tensor, config: NeoXConfig) -> Tensor:
 
 def distance_to_the_ranks(folder: Path, token_ids) -> float:
     """The largest difference between the logits of the loaded model in fp32 and of the ranks in fp64."""
-    config = read_config(folder)
+    config = SlimCheckpoint(folder).config
     ids = token_ids(config, 1, 40)
-    logits = load_slim(folder, dtype=torch.float32)(ids)[0].double()
+    logits = load(folder, dtype=torch.float32)(ids)[0].double()
     return (logits - shard_forward(folder, ids[0], config)).abs().max().item()
 
 
@@ -355,7 +358,7 @@ WRONG_RULES = {
     "norms of rank 0": lambda patch: patch.setitem(sharding.MERGE, "average", rank_zero_only),
     "norms summed": lambda patch: patch.setitem(sharding.MERGE, "average", sharding.add_up),
     "ranks in reverse": lambda patch: patch.setitem(sharding.MERGE, "rows", lambda parts: torch.cat(parts[::-1])),
-    "qkv in thirds": lambda patch: patch.setattr(checkpoint, "merge_shards", flat_thirds),
+    "qkv in thirds": lambda patch: patch.setattr(build, "merge_shards", flat_thirds),
 }
 
 
@@ -433,8 +436,8 @@ def release(tmp_path, random_model) -> tuple[Path, NeoXModel]:
 def test_a_release_is_read_as_it_is(release):
     """Nobody should have to rename, move or convert 40 GB before they can load them."""
     folder, model = release
-    assert read_config(folder) == RELEASED
-    assert_same_model(load_slim(folder), model)
+    assert SlimCheckpoint(folder).config == RELEASED
+    assert_same_model(load(folder), model)
 
 
 def test_a_release_in_the_old_format(release):
@@ -442,14 +445,14 @@ def test_a_release_in_the_old_format(release):
     folder, model = release
     for path in folder.glob("layer_*"):
         torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-    assert_same_model(load_slim(folder), model)
+    assert_same_model(load(folder), model)
 
 
 def test_a_relative_path_finds_the_config_one_level_up(release, monkeypatch):
     """`python -m neox_lib info .` in the release's own folder."""
     folder, _ = release
     monkeypatch.chdir(folder)
-    assert read_config(".") == RELEASED
+    assert SlimCheckpoint(".").config == RELEASED
 
 
 @pytest.mark.parametrize("place", [".", "configs", ".."])
@@ -457,7 +460,7 @@ def test_other_places_of_the_yml(release, place):
     folder, _ = release
     (folder / place).mkdir(exist_ok=True)
     shutil.move(folder.parent / "configs" / "20B.yml", folder / place / "20B.yml")
-    assert read_config(folder) == RELEASED
+    assert SlimCheckpoint(folder).config == RELEASED
 
 
 def rewrite_yml(folder: Path, old: str, new: str) -> None:
@@ -481,7 +484,7 @@ def test_the_dialect_of_the_yml(release, old, new, changes):
     """Every setting that changes the arithmetic is taken from the file, in either spelling."""
     folder, _ = release
     rewrite_yml(folder, old, new)
-    assert read_config(folder) == replace(RELEASED, **changes)
+    assert SlimCheckpoint(folder).config == replace(RELEASED, **changes)
 
 
 BAD_YML = {
@@ -503,7 +506,7 @@ def test_a_yml_that_does_not_fit_is_named(release, old, new, words):
     folder, _ = release
     rewrite_yml(folder, old, new)
     with pytest.raises(CheckpointError, match=words) as error:
-        read_config(folder)
+        SlimCheckpoint(folder)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -512,27 +515,25 @@ def test_two_ymls_are_a_question(release):
     folder, _ = release
     shutil.copy(folder.parent / "configs" / "20B.yml", folder.parent / "configs" / "small.yml")
     with pytest.raises(CheckpointError, match=r"20B\.yml, small\.yml"):
-        read_config(folder)
+        SlimCheckpoint(folder)
     shutil.copy(folder.parent / "configs" / "20B.yml", folder)
-    assert read_config(folder) == RELEASED
+    assert SlimCheckpoint(folder).config == RELEASED
 
 
 def test_ymls_of_other_things_do_not_matter(release):
     folder, _ = release
     (folder / "docker-compose.yml").write_text("services: {web: {image: x}}")
     (folder / "broken.yml").write_text("{ ] :")
-    assert read_config(folder) == RELEASED
+    assert SlimCheckpoint(folder).config == RELEASED
 
 
-def test_without_any_config_the_frequencies_tell(release):
+def test_without_any_config_the_frequencies_tell(release, caplog):
     """Two frequencies are 4 rotary dimensions, a quarter of 16: four heads. An assumption, so it is said."""
     folder, model = release
     shutil.rmtree(folder.parent / "configs")
-    with pytest.warns(UserWarning, match=r"global_step150000.*assuming 25 % rotary \(head size 16\)"):
-        config = read_config(folder)
-    assert config == replace(RELEASED, max_position_embeddings=2048)
-    with pytest.warns(UserWarning):
-        assert_same_model(load_slim(folder), model)
+    assert SlimCheckpoint(folder).config == replace(RELEASED, max_position_embeddings=2048)
+    assert re.search(r"global_step150000.*assuming 25 % rotary \(head size 16\)", caplog.text)
+    assert_same_model(load(folder), model)
 
 
 def test_without_any_hint_it_is_refused(tmp_path, random_model):
@@ -540,7 +541,7 @@ def test_without_any_hint_it_is_refused(tmp_path, random_model):
     write_slim(random_model(CONFIG), tmp_path / "a" / "c", ranks=2)
     (tmp_path / "a" / "c" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="number of heads is unknown"):
-        load_slim(tmp_path / "a" / "c")
+        load(tmp_path / "a" / "c")
 
 
 def test_frequencies_that_do_not_fit_are_refused(release):
@@ -548,7 +549,7 @@ def test_frequencies_that_do_not_fit_are_refused(release):
     shutil.rmtree(folder.parent / "configs")
     edit(find_shards(folder)[2][0], lambda tensors: tensors.update({"attention.rotary_emb.inv_freq": torch.ones(5)}))
     with pytest.raises(CheckpointError, match="inv_freq has 5 entries"):
-        read_config(folder)
+        SlimCheckpoint(folder)
 
 
 def test_padding_of_the_20b_tokenizer_is_known():
@@ -651,7 +652,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damag
     damage(folder)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=words) as error:
-        load_slim(folder)
+        load(folder)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -659,9 +660,9 @@ def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damag
 def test_no_checkpoint_at_all(tmp_path):
     assert not is_slim(tmp_path) and not is_slim(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no layer files"):
-        load_slim(tmp_path)
+        SlimCheckpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
-        load_slim(tmp_path / "nowhere")
+        SlimCheckpoint(tmp_path / "nowhere")
 
 
 def test_a_tied_model_may_repeat_its_embedding_but_not_change_it(tmp_path, random_model):
@@ -671,10 +672,10 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_change_it(tmp_path, rando
     write_slim(model, folder, ranks=2)
     for rank in range(2):
         shutil.copy(shard(folder, 0, rank), shard(folder, 7, rank))
-    assert_same_model(load_slim(folder), model)
+    assert_same_model(load(folder), model)
     edit(shard(folder, 7, 1), lambda tensors: tensors["word_embeddings.weight"].mul_(2))
     with pytest.raises(CheckpointError, match=r"layer_07-model_01.*tied"):
-        load_slim(folder)
+        load(folder)
     with pytest.raises(CheckpointError, match=r"layer_07-model_01.*tied"):
         convert_to_slim(folder, tmp_path / "d", ranks=1)
 
@@ -715,7 +716,7 @@ def test_a_model_is_not_written_over_another(tmp_path, random_model):
         write_slim(random_model(CONFIG, seed=1), tmp_path / "c", ranks=4)
     with pytest.raises(CheckpointError, match="folder to read from"):
         convert_to_slim(tmp_path / "c", tmp_path / "c" / ".." / "c", ranks=1)
-    assert_same_model(load_slim(tmp_path / "c"), model)
+    assert_same_model(load(tmp_path / "c"), model)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, random_model):
@@ -751,9 +752,9 @@ def test_an_interrupted_save_never_looks_whole(tmp_path, random_model, monkeypat
             write_slim(model, folder, ranks=2, spread_seed=1)
         monkeypatch.undo()
         with pytest.raises(CheckpointError, match="interrupted; save again"):
-            load_slim(folder)
+            load(folder)
     write_slim(model, folder, ranks=1)  # of the torso's second rank nothing may be left
-    assert_same_model(load_slim(folder), model)
+    assert_same_model(load(folder), model)
 
 
 KILLED = """
@@ -762,6 +763,7 @@ from dataclasses import replace
 from neox_lib.checkpoints.slim import writer as slim_writer
 from neox_lib.config import tiny
 from neox_lib.model import NeoXModel
+from tests.small_models import load
 
 real, count = slim_writer.save_tensors, 0
 
@@ -789,44 +791,42 @@ def test_a_killed_save_is_refused_and_can_be_repeated(tmp_path, random_model):
     process.stdout.close()
     assert len(list(folder.glob("layer_*.pt"))) == 5
     with pytest.raises(CheckpointError, match="interrupted; save again"):
-        load_slim(folder)
+        load(folder)
     model = random_model(CONFIG)
     write_slim(model, folder, ranks=1)
-    assert_same_model(load_slim(folder), model)
+    assert_same_model(load(folder), model)
 
 
 def test_loading_is_silent_and_shows_no_warning(tmp_path, random_model, capfd):
     """A bar for a small model would stand in the stored output of every notebook."""
     write_slim(random_model(CONFIG), tmp_path / "c", ranks=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_slim(tmp_path / "c")
+    load(tmp_path / "c")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_small_model_shows_no_bar_however_slow_the_machine_is(tmp_path, random_model, monkeypatch, capfd):
     """Notebooks' outputs are compared; a bar after two seconds would make a busy machine fail."""
     write_slim(random_model(CONFIG), tmp_path / "c", ranks=2)
-    real = checkpoint.tqdm
-    monkeypatch.setattr(checkpoint, "tqdm", lambda **options: real(**options | {"delay": 0}))
-    load_slim(tmp_path / "c")
+    real = files.tqdm
+    monkeypatch.setattr(files, "tqdm", lambda **options: real(**options | {"delay": 0}))
+    load(tmp_path / "c")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_large_model_shows_its_progress(tmp_path, random_model, monkeypatch, capfd):
     """Without a bar a minute of loading looks like a hang: bytes done of the bytes on the disk."""
     write_slim(random_model(CONFIG), tmp_path / "c", ranks=2)
-    bars, real = [], checkpoint.tqdm
+    bars, real = [], files.tqdm
     large = {"delay": 0, "disable": False}
-    monkeypatch.setattr(checkpoint, "tqdm", lambda **options: bars.append(real(**options | large)) or bars[-1])
-    load_slim(tmp_path / "c")
+    monkeypatch.setattr(files, "tqdm", lambda **options: bars.append(real(**options | large)) or bars[-1])
+    load(tmp_path / "c")
     assert "Reading weights" in capfd.readouterr().err
-    assert bars[0].n == bars[0].total == sum(row.nbytes for row in describe_slim(tmp_path / "c"))
+    assert bars[0].n == bars[0].total == sum(row.nbytes for row in SlimCheckpoint(tmp_path / "c").files())
 
 
 def test_an_empty_model_does_not_import_the_compiler():
     """Drawing initial values on the meta device costs 1.4 s of imports, more than the shipped model takes to load."""
-    code = "from neox_lib.checkpoints.slim import layout; from neox_lib import config; import sys"
-    code += "; layout.empty_model(config.tiny())"
+    code = "from neox_lib.checkpoints import build; from neox_lib import config; import sys"
+    code += "; build.empty_model(config.tiny())"
     code += "; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,9 +14,9 @@ import torch
 from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import their_name
 from neox_lib.checkpoints.safetensors_writer import lay_out
-from neox_lib.checkpoints.slim.layout import layer_file_name, parameter_shapes, place_of
+from neox_lib.checkpoints.slim.layout import layer_file_name, place_of
 from neox_lib.checkpoints.slim.partition import shard_shape
-from neox_lib.config import NeoXConfig, pythia
+from neox_lib.config import NeoXConfig, parameter_shapes, pythia
 
 CONFIG = pythia("1b")
 RANKS = 2
@@ -25,10 +25,9 @@ RANKS = 2
 WATCH = """
 import json, re, sys, threading, time
 import torch
-from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
-from neox_lib.loading import load_weights
-from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.checkpoints.opening import open_checkpoint
 
 def private_bytes():
     status = open("/proc/self/status").read()
@@ -53,8 +52,7 @@ mapped = any(name in open("/proc/self/maps").read() for name in ("model_states.p
 print(json.dumps({"peak": peak, "model": sum(sizes), "largest": max(sizes, default=0), "seconds": seconds,
                   "mapped": mapped}))
 """
-LOAD_SLIM = "load_slim(sys.argv[1])"
-LOAD_HUGGINGFACE = "load_weights(open_weights(sys.argv[1]), 'cpu', lambda name: torch.float16)"
+LOAD = "build_model(open_checkpoint(sys.argv[1]))"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from /proc")
 
 
@@ -104,10 +102,9 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path, layout):
     torch itself takes 0.15; and no file stays mapped."""
     if layout == "slim":
         write_large(tmp_path)
-        found = watched(LOAD_SLIM, tmp_path)
     else:
         write_hollow_huggingface(tmp_path, CONFIG)
-        found = watched(LOAD_HUGGINGFACE, tmp_path)
+    found = watched(LOAD, tmp_path)
     assert found["model"] == CONFIG.weight_bytes(torch.float16) > 2e9
     assert found["model"] < found["peak"] <= found["model"] + found["largest"] + 0.4e9, found
     assert not found["mapped"], "the files are still mapped after loading"

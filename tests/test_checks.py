@@ -424,7 +424,7 @@ def test_storing_twice_changes_nothing_and_starts_from_an_empty_progress_file(tm
     record("exercises", "made_up.double", "passed")
     contents = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-m", "neox_lib.course.store", str(path)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "neox_lib", "store-outputs", str(path)], check=True, capture_output=True)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
     cells = nbformat.read(path, as_version=4).cells
@@ -437,6 +437,6 @@ def test_a_cell_that_fails_leaves_the_stored_notebook_as_it_was(tmp_path):
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("print(1)"), new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
-    command = [sys.executable, "-m", "neox_lib.course.store", str(path)]
+    command = [sys.executable, "-m", "neox_lib", "store-outputs", str(path)]
     assert subprocess.run(command, capture_output=True).returncode != 0
     assert path.read_bytes() == before

@@ -1,6 +1,7 @@
 """The command line: what a newcomer types, and what they read when something is wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,16 +12,14 @@ import pytest
 import torch
 
 import neox_lib
-from neox_lib.__main__ import main
-from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib import cli
+from neox_lib.__main__ import main, parse
 from neox_lib.checkpoints.slim.writer import write_slim
-from neox_lib.cli.info import format_bytes
 from neox_lib.cli.train import give_tokenizer
-from neox_lib.config import NeoXConfig
+from neox_lib.config import NeoXConfig, format_bytes
 from neox_lib.model import NeoXModel
-from neox_lib.precision import gib
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
-from tests.small_models import WITH_TOKENIZER
+from tests.small_models import WITH_TOKENIZER, load
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +92,30 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monk
 
 
 def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("neox_lib.checkpoints.slim.reader.load_slim", None)
+    monkeypatch.setattr("neox_lib.checkpoints.slim.reader.merge_shards", None)
     assert main(["info", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")
     assert f"{config.parameter_count():,}" in out
-    assert gib(config.weight_bytes(torch.float16)) in out and "int8" in out
+    assert format_bytes(config.weight_bytes(torch.float16)) in out and "int8" in out
     assert "layer_00-model_01-model_states.pt" in out and "block 1" in out
 
 
 def test_convert_to_another_number_of_ranks_keeps_the_model(checkpoint, tmp_path, capsys):
     assert main(["convert", str(checkpoint), str(tmp_path / "four"), "--ranks", "4"]) == 0
-    before, after = (load_slim(folder).state_dict() for folder in (checkpoint, tmp_path / "four"))
+    before, after = (load(folder).state_dict() for folder in (checkpoint, tmp_path / "four"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert main(["generate", "the", "--model", str(tmp_path / "four"), "--tokens", "3"]) == 0, "tokenizer came along"
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch, capsys):
+    """The next call would take it for the run's own."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text("the fox and the hen " * 500)
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("no space left on device")))
+    assert main(["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
@@ -117,9 +126,9 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     words += ["--tokens", "16384", "--windows", "0:256", "0.5:256,512"]
     assert main(words) == 0
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
-    first = load_slim(tmp_path / "run" / "model").state_dict()
+    first = load(tmp_path / "run" / "model").state_dict()
     assert main(words) == 0
-    second = load_slim(tmp_path / "run" / "model").state_dict()
+    second = load(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
 
@@ -158,8 +167,25 @@ def test_help_needs_no_piece_of_the_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("generate", "info", "train", "convert", "bench"):
-        assert command in done.stdout
+    shown = set(re.findall(r"^    ([a-z][a-z-]+) ", done.stdout, re.MULTILINE))
+    modules = [
+        path for path in Path(cli.__file__).parent.glob("*.py") if "def add(commands)" in path.read_text("utf-8")
+    ]
+    verbs = {path.stem.replace("_", "-") for path in modules}
+    assert shown == verbs, "every module of cli is a command, and every command is in the help"
+
+
+@pytest.mark.parametrize("words", [["slides", "02"], ["playground"]], ids=" ".join)
+def test_what_a_server_understands_is_passed_on_to_it(words):
+    """JupyterLab and Voila have hundreds of options; ours would not know them."""
+    further = ["--no-browser", "--port", "8890", "--ServerApp.ip=0.0.0.0"]
+    assert parse([*words, *further]).further == further
+
+
+def test_no_other_command_swallows_a_mistyped_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--quick"])
+    assert ended.value.code == 2 and "unrecognized arguments: --quick" in capsys.readouterr().err
 
 
 def test_a_reader_that_closes_the_pipe_gets_no_traceback(checkpoint):

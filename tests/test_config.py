@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neox_lib import config as config_module
 from neox_lib.config import PYTHIA_SHAPES, NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.distributed import tensor_parallel
 from neox_lib.model import NeoXModel
+from neox_lib.playground import settings as settings_module
 
 # Biderman et al. 2023 (https://arxiv.org/abs/2304.01373), table 1 and the model cards: all, and without embeddings
 PUBLISHED_PYTHIA_COUNTS = {
@@ -146,6 +151,24 @@ def test_json_gives_the_same_config_back(tmp_path_factory, config):
     path.write_text(config.to_json(), "utf-8")
     assert NeoXConfig.from_json(path) == config
     assert json.loads(path.read_text("utf-8"))["model_type"] == "gpt_neox"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(config_module, "NeoXConfig"), (settings_module, "Settings"), (tensor_parallel, "RankConfig")]
+)
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"], ids=["types", "strings"])
+def test_every_field_is_checked_whatever_its_annotation_is(monkeypatch, module, name, future):
+    """With annotations that are strings, a check by type passes -3 layers; a new field must not pass unchecked."""
+    copy = types.ModuleType("a_copy")
+    monkeypatch.setitem(sys.modules, "a_copy", copy)
+    exec(future + Path(module.__file__).read_text("utf-8"), vars(copy))
+    fields = dataclasses.fields(vars(copy)[name])
+    assert {type(field.type) is str for field in fields} >= {bool(future)}
+    for field in fields:
+        for wrong in (-3, object()):
+            if (name, field.name, wrong) != ("Settings", "seed", -3):  # any whole number is a seed
+                with pytest.raises(ValueError, match=field.name):
+                    vars(copy)[name](**{field.name: wrong})
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from conftest import randomize
 
 from neox_lib.__main__ import main
 from neox_lib.checkpoints import files, safetensors_writer
-from neox_lib.checkpoints.checkpoint import open_weights
 from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
-from neox_lib.checkpoints.slim.reader import load_slim
+from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
+from tests.small_models import load
 
 CONFIG = NeoXConfig(
     vocab_size=2048,
@@ -61,7 +62,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def assert_same(first: Path, second: Path) -> None:
     """Two checkpoints hold one model: config, and every number in its own dtype."""
-    ours, theirs = open_weights(first), open_weights(second)
+    ours, theirs = open_checkpoint(first), open_checkpoint(second)
     assert ours.config == theirs.config
     for (name, tensor), (other_name, other) in zip(ours.tensors(), theirs.tensors(), strict=True):
         assert name == other_name and tensor.dtype == other.dtype and torch.equal(tensor, other), name
@@ -96,7 +97,7 @@ def test_precisions_that_differ_survive(tmp_path):
     write_slim(model, tmp_path / "a", ranks=1)
     convert_to_huggingface(tmp_path / "a", tmp_path / "b")
     convert_to_slim(tmp_path / "b", tmp_path / "c", ranks=2)
-    found = load_slim(tmp_path / "c").state_dict()
+    found = load(tmp_path / "c").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert found["norm.weight"].dtype == torch.float32
 
@@ -139,8 +140,7 @@ def test_info_tells_what_is_in_hugging_face_files(tmp_path, capsys):
 )
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
-    Path("rounded").mkdir()
-    Path("rounded", "model.int8.safetensors").write_bytes(b"")
+    write_int8(open_checkpoint(sources["slim"]), "rounded")
     before = {layout: content(folder) for layout, folder in sources.items()}
     assert main(["convert", *(word.format(**sources) for word in words)]) == 2
     err = capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_between_two_tensors_is_told_in_one_line(sources, t
             room[0] = full.room
 
     monkeypatch.setattr(safetensors_writer, "write_each", write_each)
-    weights = open_weights(sources["slim"])
+    weights = open_checkpoint(sources["slim"])
     with pytest.raises(CheckpointError, match=r"model.*safetensors: could not be written \(No space left on device\)"):
         write_huggingface(weights, tmp_path / "t", shard_bytes=shard_bytes)
     assert room[0] < 0 and not (tmp_path / "t").exists()
@@ -282,7 +282,7 @@ def test_a_stopped_process_leaves_no_half_model(sources, tmp_path, how):
         assert process.returncode == 130 and not target.exists()
     else:
         with pytest.raises(CheckpointError, match="a save into this folder was interrupted; save again"):
-            open_weights(target)
+            open_checkpoint(target)
     convert_to_huggingface(sources["slim"], target)
     assert sorted(content(target)) == [
         "config.json",

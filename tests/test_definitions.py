@@ -16,6 +16,7 @@ PROMOTED = [
     "checkpoints.slim.reader",
     "cache",
     "generation",
+    "inspection.attention",
     "playground.streaming",
     "quantization.int8",
     "distributed.tensor_parallel",

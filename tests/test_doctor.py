@@ -20,6 +20,11 @@ def test_a_python_that_is_too_old_or_too_new_is_to_be_fixed(version, state):
     assert machine.look_at_python(version).state == state
 
 
+def test_the_advice_names_a_section_that_the_readme_has():
+    section = machine.SET_UP.split('"')[1]
+    assert f"\n## {section}\n" in (REPOSITORY / "README.md").read_text("utf-8")
+
+
 def test_a_python_of_32_bits_is_to_be_fixed():
     assert machine.look_at_python((3, 12, 0), bits=32).state == "fix"
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.checkpoints.checkpoint import open_weights
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import INT8_FILE, write_int8
 from neox_lib.hub import fetch, unfinished
 from neox_lib.hub.download import cached_folder, download_to_cache, download_to_folder
@@ -391,7 +391,7 @@ SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 
 def same_int8(folder: Path, source: Path, tmp_path: Path) -> bool:
     """Whether an int8 model is, byte for byte, what a conversion of the `source` folder gives."""
-    by_conversion = write_int8(open_weights(source), tmp_path / "by_conversion")
+    by_conversion = write_int8(open_checkpoint(source), tmp_path / "by_conversion")
     return (folder / INT8_FILE).read_bytes() == by_conversion.read_bytes()
 
 

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from neox_lib.checkpoints import files
+from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.checkpoints.files import (
     CheckpointError,
     check_free_disk,
     check_tensors,
     open_tensors,
     save_tensors,
-    write_atomically,
-    write_text_atomically,
 )
 
 
@@ -248,7 +247,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from neox_lib.checkpoints.files import write_atomically
+from neox_lib.checkpoints.atomic import write_atomically
 
 def slowly(temporary):
     temporary.write_bytes(b"new, but only half of i")

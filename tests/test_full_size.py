@@ -6,15 +6,18 @@ import sys
 import pytest
 import torch
 
+from neox_lib import cli
+from neox_lib.__main__ import main
 from neox_lib.bench import full_size
-from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache, main, peak_resident, report
-from neox_lib.bench.random_checkpoint import SMALL, consume, random_tensors, shape_named, write_random
-from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache, peak_resident, report
+from neox_lib.bench.random_checkpoint import SMALL, ConsumedCheckpoint, random_tensors, shape_named, write_random
 from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.checkpoints.quantized import load_int8, write_int8
+from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.layout import is_slim
-from neox_lib.checkpoints.slim.reader import load_slim
 from neox_lib.config import neox_20b
+from neox_lib.loading import create_model
+from tests.small_models import load
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_the_shapes_are_the_real_ones():
 
 def test_random_weights_behave_like_those_of_a_fresh_model(slim):
     """Spread 0.02, no two matrices or rows alike, finite logits: else the speed of infinities would be measured."""
-    model = load_slim(slim, dtype=torch.float32)
+    model = load(slim, dtype=torch.float32)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     for name, matrix in matrices.items():
         assert 0.015 < matrix.std() < 0.025 and matrix.mean().abs() < 0.002, name
@@ -57,7 +60,7 @@ def test_the_same_words_write_the_same_weights():
 
 def test_without_the_disk_nothing_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 30e9)
-    assert main(["write", str(tmp_path / "big")]) == 2
+    assert main(["full-size", "write", str(tmp_path / "big")]) == 2
     assert "need 41.52 GB and the disk has 30.00 GB free" in capsys.readouterr().err
     assert not (tmp_path / "big" / "slim").exists()
 
@@ -66,25 +69,25 @@ def test_shards_are_removed_as_they_are_converted(tmp_path):
     """The room of a layer comes back before the last layer is read; the int8 model is the one of the kept shards."""
     write_random(tmp_path / "kept", SMALL)
     write_random(tmp_path / "slim", SMALL)
-    left, weights = [], consume(tmp_path / "slim")
-    for name, _ in weights.tensors():
+    left, checkpoint = [], ConsumedCheckpoint(tmp_path / "slim")
+    for name, _ in checkpoint.tensors():
         left.append((name, len(list((tmp_path / "slim").glob("layer_*")))))
     counts = [count for _, count in left]
     assert counts[0] == 6 and counts == sorted(counts, reverse=True) and counts[-1] == 1
     assert not list((tmp_path / "slim").iterdir()) and not is_slim(tmp_path / "slim")
     write_random(tmp_path / "again", SMALL)
-    removed = write_int8(consume(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
-    kept = write_int8(open_weights(tmp_path / "kept"), tmp_path / "b")
+    removed = write_int8(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
+    kept = write_int8(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
     assert removed.read_bytes() == kept.read_bytes()
 
 
 def test_room_that_comes_back_meanwhile_counts(slim, tmp_path, monkeypatch):
-    needed = open_weights(slim).nbytes // 2
+    needed = open_checkpoint(slim).nbytes // 2
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: needed // 2)
     with pytest.raises(CheckpointError, match="the disk has"):
-        write_int8(open_weights(slim), tmp_path / "out")
-    write_int8(open_weights(slim), tmp_path / "out", freed_meanwhile=needed)
-    assert load_int8(tmp_path / "out")(torch.arange(9)[None]).isfinite().all()
+        write_int8(open_checkpoint(slim), tmp_path / "out")
+    write_int8(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
+    assert create_model(tmp_path / "out", device="cpu")(torch.arange(9)[None]).isfinite().all()
 
 
 def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
@@ -92,10 +95,10 @@ def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
 
     In one process here; `all` starts one for each.
     """
-    monkeypatch.setattr(full_size, "measure_machine", None)
-    monkeypatch.setitem(full_size.WORK, "machine", lambda _: {"bandwidth": 1e10, "flops": {"8": 1e9, "40": 1e9}})
+    monkeypatch.setitem(PHASES, "machine", lambda _: {"bandwidth": 1e10, "flops": {"8": 1e9, "40": 1e9}})
+    more = ["--shape", "small", "--long-prompt", "40", "--delete-shards"]
     for phase in PHASES:
-        assert main([phase, str(tmp_path), "--shape", "small", "--long-prompt", "40", "--delete-shards"]) == 0
+        assert main(["full-size", phase, str(tmp_path), *more]) == 0
         assert capsys.readouterr().err.count("\n") >= 1, "a phase at full size takes minutes and must say so"
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert list(results) == list(PHASES)
@@ -118,20 +121,25 @@ def test_all_starts_a_process_for_each_phase_and_ends_with_the_first_that_fails(
     started = []
 
     def run(command):
-        started.append(command[3])
-        assert command[:3] == [sys.executable, "-m", "neox_lib.bench.full_size"] and "--shape=small" in command
-        return type("Done", (), {"returncode": 2 if command[3] == "convert" else 0})
+        started.append(command[4])
+        assert command[:4] == [sys.executable, "-m", "neox_lib", "full-size"] and "--shape=small" in command
+        return type("Done", (), {"returncode": 2 if command[4] == "convert" else 0})
 
     monkeypatch.setattr(full_size.subprocess, "run", run)
-    assert main(["all", str(tmp_path), "--shape", "small"]) == 2
+    assert main(["full-size", "all", str(tmp_path), "--shape", "small"]) == 2
     assert started == ["machine", "write", "convert"] and "convert ended with exit code 2" in capsys.readouterr().err
+
+
+def test_the_command_knows_the_phases():
+    """It names them without importing them: `--help` must not wait for torch."""
+    assert tuple(PHASES) == cli.full_size.PHASES
 
 
 def test_a_phase_out_of_turn_is_one_line(tmp_path, capsys):
     for phase in ("convert", "cold", "warm", "packed"):
-        assert main([phase, str(tmp_path), "--shape", "small"]) == 2
+        assert main(["full-size", phase, str(tmp_path), "--shape", "small"]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith(f"full_size {phase}: ") and str(tmp_path) in said
+        assert said.startswith("neox_lib: ") and str(tmp_path) in said
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page cache is asked the way of Linux")

@@ -1,7 +1,9 @@
 """The one loop that writes text: what it emits, when it stops, what it refuses, and what it leaves behind."""
 
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neox_lib import generation
+from neox_lib.__main__ import build_parser
+from neox_lib.attention import Attention
 from neox_lib.cache import KVCache
+from neox_lib.cli import generate
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import token_log_probabilities
-from neox_lib.generation import Step, greedy_generate, next_token_logits, stream_generate
+from neox_lib.generation import Step, greedy_generate, prefill, stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
 
@@ -36,13 +41,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def passes(monkeypatch) -> list[tuple[int, ...]]:
     """The shape of the ids of every forward pass that any model runs from here on."""
     seen: list[tuple[int, ...]] = []
-    real = NeoXModel.hidden_states
+    real = NeoXModel.forward
 
     def counted(self, input_ids, *more, **named):
         seen.append(tuple(input_ids.shape))
         return real(self, input_ids, *more, **named)
 
-    monkeypatch.setattr(NeoXModel, "hidden_states", counted)
+    monkeypatch.setattr(NeoXModel, "forward", counted)
     return seen
 
 
@@ -147,17 +152,25 @@ def test_stops_at_endoftext_unless_told_otherwise():
     assert tokens_of(write(model, prompt, 8, stop_token_ids=(1, 3))) == [[4], [3]]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_each_row_of_a_batch_ends_on_its_own(use_cache):
-    """A row that has ended repeats its stop token at no surprise, and does not end the others."""
-    steps = list(stream_generate(chain_model(COUNTDOWN), torch.tensor([[2], [4], [1]]), 20, use_cache=use_cache))
-    assert tokens_of(steps) == [[1, 3, 0], [0, 2, 0], [0, 1, 0], [0, 0, 0]]
-    assert [[value == 0 for value in step.log_probabilities] for step in steps] == [
-        [False, False, False],
-        [False, False, True],
-        [True, False, True],
-        [True, False, True],
-    ]
+def test_each_row_of_a_batch_ends_on_its_own(random_model, token_ids, use_cache, sampling):
+    """A row that has ended repeats its stop token at log-probability 0, and does not end or change the others."""
+    model, ids = random_model(SMALL), token_ids(SMALL, 3, 5)
+    endless = write(model, ids, 20, use_cache=use_cache, sampling=sampling)
+    rows = [list(row) for row in zip(*tokens_of(endless), strict=True)]  # what each row writes if nothing ends it
+    stops = (rows[0][2], rows[1][6])
+    ends = [next((index for index, token in enumerate(row) if token in stops), 19) for row in rows]
+    assert len(set(ends)) > 1, "the rows must end at different steps"
+    found = write(model, ids, 20, use_cache=use_cache, sampling=sampling, stop_token_ids=stops)
+    assert len(found) == max(ends) + 1
+    for index, step in enumerate(found):
+        for row in range(3):
+            if index <= ends[row]:
+                assert step.token_ids[row] == rows[row][index]
+                assert step.log_probabilities[row] == pytest.approx(endless[index].log_probabilities[row], abs=1e-5)
+            else:
+                assert (step.token_ids[row], step.log_probabilities[row]) == (rows[row][ends[row]], 0.0)
 
 
 @pytest.mark.parametrize("new", [0, 1, 7])
@@ -438,11 +451,48 @@ def test_the_limits_of_sampling_write_the_greedy_text(random_model, token_ids, s
     assert_same(write(model, ids, 30, sampling=sampling), write(model, ids, 30))
 
 
-def test_scores_are_of_real_tokens_in_fp32(random_model, token_ids):
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.inference_mode()
+def test_prefill_scores_real_tokens_in_fp32(random_model, token_ids, use_cache):
     model, ids = random_model(SMALL).half(), token_ids(SMALL, 2, 5)
-    with torch.inference_mode():
-        logits = next_token_logits(model, ids, None)
-    assert (logits.shape, logits.dtype) == ((2, 60), torch.float32)
+    cache = KVCache(SMALL, 2, 5, torch.device("cpu"), torch.float16) if use_cache else None
+    scores = prefill(model, ids, cache, chunk_size=2)
+    assert (scores.shape, scores.dtype) == ((2, 60), torch.float32)
+    torch.testing.assert_close(scores, model(ids)[:, -1, :60].float(), atol=2e-2, rtol=0)
+
+
+# The way from a command to attention.
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("chunk_size", "passes"), [(1024, 1), (4, 3)])
+def test_a_forward_hook_on_the_model_fires_once_a_pass(random_model, token_ids, use_cache, chunk_size, passes):
+    """Whoever hooks the model to look at its logits would see nothing of a loop that goes around `forward`."""
+    model, shapes = random_model(SMALL), []
+    model.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    write(model, token_ids(SMALL, 2, 10), 4, use_cache=use_cache, chunk_size=chunk_size)
+    assert shapes == [(2, 1, 64)] * ((passes if use_cache else 1) + 3)
+
+
+def test_five_calls_at_most_lead_from_the_command_to_attention(monkeypatch, capsys):
+    """Few enough to read in one sitting, and to keep in mind while one steps through them in a debugger."""
+    real, ways = Attention.forward, []
+
+    def watched(self, *given):
+        names, frame = [], sys._getframe(1)
+        while frame is not None and frame.f_code is not generate.run.__code__:
+            if Path(frame.f_code.co_filename).is_relative_to(Path(generation.__file__).parent):
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        assert frame is not None, "the command's run must be on the way"
+        ways.append(names[::-1])
+        return real(self, *given)
+
+    monkeypatch.setattr(Attention, "forward", watched)
+    generate.run(build_parser().parse_args(["generate", "Once upon a time", "--tokens", "3", "--no-stop"]))
+    assert "3 new tokens" in capsys.readouterr().err
+    assert len({tuple(way) for way in ways}) == 2, "one way for prefill, one for decode"
+    assert max(map(len, ways)) <= 5, max(ways, key=len)
 
 
 # Progress, and stopping in the middle.

@@ -12,12 +12,12 @@ import torch
 from conftest import hugging_face_config, randomize
 from safetensors.torch import load_file, save_file
 
-from neox_lib.checkpoints.checkpoint import open_weights
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import greedy_generate
-from neox_lib.loading import create_model
-from neox_lib.tokenizer import create_tokenizer, read_tokenizer
+from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.tokenizer import read_tokenizer
 from tests import small_models
 from tests.small_models import family
 
@@ -162,7 +162,7 @@ def test_the_older_dialect_of_the_config(plain, folder):
     edit_config(folder, rope_parameters=None, rotary_pct=0.25, rotary_emb_base=10000)
     assert torch.equal(logits(folder), logits(plain))
     edit_config(folder, rotary_pct=0.5, rotary_emb_base=500)
-    config = open_weights(folder).config
+    config = open_checkpoint(folder).config
     assert (config.rotary_pct, config.rotary_emb_base) == (0.5, 500)
 
 
@@ -173,7 +173,7 @@ def test_absent_keys_have_the_defaults_of_transformers(folder):
     sizes = {name: getattr(BASE, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     sizes |= {name: getattr(BASE, name) for name in ("num_attention_heads", "intermediate_size")}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox", **sizes}))
-    ours, theirs = open_weights(folder).config, GPTNeoXConfig(**sizes)
+    ours, theirs = open_checkpoint(folder).config, GPTNeoXConfig(**sizes)
     assert ours.hidden_act == theirs.hidden_act == "gelu"
     for name in ("max_position_embeddings", "layer_norm_eps", "use_parallel_residual", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -189,7 +189,7 @@ def test_each_name_of_gelu_is_the_formula_that_transformers_means(folder, name):
     from transformers.activations import ACT2FN
 
     edit_config(folder, hidden_act=name)
-    ours = open_weights(folder).config.hidden_act
+    ours = open_checkpoint(folder).config.hidden_act
     x = torch.linspace(-4, 4, 1001)
     found = torch.nn.functional.gelu(x, approximate="tanh" if ours == "gelu_fast" else "none")
     assert (found - ACT2FN[name](x)).abs().max() < 1e-6
@@ -205,7 +205,7 @@ def test_mixed_precisions_round_nothing(plain, folder):
                 tensors[key] = tensors[key].half()
 
     edit_weights(folder, mix)
-    weights, exact = open_weights(folder), load_file(folder / "model.safetensors")
+    weights, exact = open_checkpoint(folder), load_file(folder / "model.safetensors")
     found = dict(weights.tensors())
     assert weights.dtype == torch.float32
     assert {tensor.dtype for tensor in found.values() if tensor.dim() == 2} == {torch.float32}
@@ -220,7 +220,7 @@ def test_mixed_precisions_round_nothing(plain, folder):
 
 def test_a_model_stored_in_half_precision_says_so(folder):
     edit_weights(folder, lambda tensors: tensors.update({key: tensor.bfloat16() for key, tensor in tensors.items()}))
-    weights = open_weights(folder)
+    weights = open_checkpoint(folder)
     assert weights.dtype == torch.bfloat16
     assert weights.nbytes == 2 * BASE.parameter_count() == sum(tensor.nbytes for _, tensor in weights.tensors())
 
@@ -243,13 +243,13 @@ def test_loading_needs_no_transformers_and_keeps_no_file_open(folder, monkeypatc
 
 def test_the_tokenizer_beside_the_weights_says_which_rows_stand_for_tokens(folder, tmp_path):
     """Padding rows hold noise: generation must never choose one."""
-    assert open_weights(folder).config.tokenizer_vocab_size == 128
+    assert open_checkpoint(folder).config.tokenizer_vocab_size == 128
     small = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())
     small["model"]["vocab"] = dict(list(small["model"]["vocab"].items())[:100])
     small["model"]["merges"] = []
     small["added_tokens"] = [token for token in small["added_tokens"] if token["id"] < 100]
     (folder / "tokenizer.json").write_text(json.dumps(small))
-    assert open_weights(folder).config.tokenizer_vocab_size == 100
+    assert open_checkpoint(folder).config.tokenizer_vocab_size == 100
 
 
 def test_20b_padding_is_known_without_a_tokenizer(folder):
@@ -257,7 +257,7 @@ def test_20b_padding_is_known_without_a_tokenizer(folder):
     padded = torch.zeros(50304, 32)
     edit_weights(folder, lambda tensors: tensors.update({"gpt_neox.embed_in.weight": padded.clone()}))
     edit_weights(folder, lambda tensors: tensors.update({"embed_out.weight": padded}))
-    assert open_weights(folder).config.tokenizer_vocab_size == 50277
+    assert open_checkpoint(folder).config.tokenizer_vocab_size == 50277
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPTNeoXTokenizerFast"])
@@ -426,7 +426,7 @@ REFUSED = {
         lambda folder: quantize(folder, torch.float8_e4m3fn),
         r"dense\.weight is F8_E4M3, expected float16",
     ),
-    "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is I8, expected float16"),
+    "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is torch\.int8, expected float16"),
     "a pickle that runs code": (hostile, r"pytorch_model\.bin: refused, and nothing in it was run"),
     "truncated bin": (truncated_bin, r"pytorch_model\.bin: truncated, damaged .*expected a \.bin file of weights"),
     "tokenizer of another model": (
@@ -453,11 +453,11 @@ def test_a_pickle_of_something_else_than_tensors(folder):
     (folder / "model.safetensors").unlink()
     torch.save([1, 2, 3], folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: holds something else than tensors"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 def test_an_adapter_is_no_checkpoint(folder):
     """A folder with LoRA weights alone has a safetensors file too."""
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"config\.json without weights; expected .*model\.safetensors"):
-        open_weights(folder)
+        open_checkpoint(folder)

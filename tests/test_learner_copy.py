@@ -1,5 +1,6 @@
 """The learner's own copy of the notebooks: whatever happens, nothing that the learner wrote is lost."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -149,13 +150,71 @@ def test_an_empty_notebooks_folder_still_gives_a_folder_to_open(tmp_path):
     assert "No notebooks" in describe(report, tmp_path, tmp_path / "mine")
 
 
+def old_notebook(*lines: str, module: str | None = None) -> str:
+    """A copy of before the rooms, with these lines in a cell."""
+    metadata = {"tags": ["promote"], "module": module} if module else {}
+    return json.dumps({"cells": [{"cell_type": "code", "metadata": metadata, "source": "\n".join(lines)}]})
+
+
+def test_a_copy_with_names_of_before_is_told_what_moved_and_keeps_them(folders):
+    originals, mine = folders
+    update_copy(originals, mine)
+    old = old_notebook(
+        "%pip list", "from neox_lib.lesson import plots", "import neox_lib.files", module="scale.parallel"
+    )
+    (mine / "00_start.ipynb").write_text(old, "utf-8")
+    (mine / "own.ipynb").write_text(old_notebook("from neox_lib.files import CheckpointError"), "utf-8")
+    (originals / "00_start.ipynb").write_text("second edition", "utf-8")
+    said = describe(update_copy(originals, mine), originals, mine)
+    assert "00_start.ipynb, own.ipynb" in said and "neox_lib.files is now neox_lib.checkpoints.files" in said
+    assert "neox_lib.lesson.plots is now neox_lib.course.figures.plots" in said and "make lab-refresh" in said
+    assert said.count("\n") == 1, "two lines, however many copies and names there are"
+    assert (mine / "00_start.ipynb").read_text("utf-8") == old
+
+
+def test_of_many_moved_names_the_commonest_are_shown_and_the_others_counted(folders):
+    originals, mine = folders
+    mine.mkdir()
+    names = ("files", "layout", "scoring", "release", "sharding")
+    (mine / "a.ipynb").write_text(old_notebook(*(f"import neox_lib.{name}" for name in names)), "utf-8")
+    (mine / "b.ipynb").write_text(old_notebook("import neox_lib.sharding"), "utf-8")
+    said = describe(update_copy(originals, mine), originals, mine)
+    assert "moved: neox_lib.sharding is now" in said and "and 2 more" in said
+
+
+def test_a_name_that_is_gone_is_told_with_what_does_its_work(folders):
+    originals, mine = folders
+    mine.mkdir()
+    (mine / "a.ipynb").write_text(old_notebook("from neox_lib.generation import next_token_logits"), "utf-8")
+    said = describe(update_copy(originals, mine), originals, mine)
+    assert "a.ipynb: neox_lib.generation.next_token_logits is gone; neox_lib.generation.prefill does its work" in said
+
+
+def test_once_the_new_original_is_there_the_learner_is_sent_to_it(folders):
+    originals, mine = folders
+    update_copy(originals, mine)
+    (mine / "00_start.ipynb").write_text(old_notebook("import neox_lib.files"), "utf-8")
+    (originals / "00_start.ipynb").write_text(old_notebook("import neox_lib.layout"), "utf-8")
+    said = describe(update_copy(originals, mine, refresh=True), originals, mine)
+    assert "as NAME.new.ipynb" in said and "make lab-refresh" not in said
+    assert "layout" not in said, "what lies beside is no copy of the learner's"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"cells": [1]}', old_notebook("from neox_lib.files import")])
+def test_a_damaged_copy_or_a_half_written_cell_is_passed_over(folders, text):
+    originals, mine = folders
+    update_copy(originals, mine)
+    (mine / "00_start.ipynb").write_text(text, "utf-8")
+    assert update_copy(originals, mine).stale == {}
+
+
 def test_the_command_starts_without_loading_torch(folders):
     """`make lab` promises to open at once, and must open while a promoted piece is broken."""
     code = (
-        "import sys; from neox_lib.course import learner_copy; learner_copy.main(); "
+        "import sys; from neox_lib.__main__ import main; main(sys.argv[1:]); "
         "print([name for name in ('torch', 'neox_lib.checkpoints.files', 'neox_lib.model') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, "--originals", str(folders[0])]
+    command = [sys.executable, "-c", code, "learner-copy", "--originals", str(folders[0])]
     root = Path(learner_copy.__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.splitlines()[-1] == "[]"
@@ -163,7 +222,7 @@ def test_the_command_starts_without_loading_torch(folders):
 
 
 def test_a_missing_notebooks_folder_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "neox_lib.course.learner_copy", "--originals", str(tmp_path / "absent")]
+    command = [sys.executable, "-m", "neox_lib", "learner-copy", "--originals", str(tmp_path / "absent")]
     root = Path(learner_copy.__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert result.returncode == 2

@@ -4,7 +4,8 @@ import pytest
 
 from neox_lib.course.exercises import tokenizer as exercises
 from neox_lib.course.real_tokenizer import real_tokenizer_path
-from neox_lib.tokenizer import BPETokenizer, create_tokenizer, token_to_bytes
+from neox_lib.loading import create_tokenizer
+from neox_lib.tokenizer import BPETokenizer, token_to_bytes
 from tests.lessons import Lesson
 
 EXERCISES = ["my_apply_merges", "my_decode", "my_encode_untrusted"]

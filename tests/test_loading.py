@@ -1,19 +1,22 @@
 """create_model: what it takes, where it puts it, in which precision, and what it says when it can't."""
 
+import re
 import types
+from typing import Any
 
 import pytest
 import torch
 
 import neox_lib
-from neox_lib import loading
-from neox_lib.checkpoints.checkpoint import open_weights
+from neox_lib import loading, precision
 from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
 from neox_lib.generation import greedy_generate
-from neox_lib.loading import Precision, check_memory, choose_device, choose_precision, create_model
+from neox_lib.loading import choose_device, create_model
 from neox_lib.model import NeoXModel
+from neox_lib.precision import Precision, check_memory, choose_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIG = NeoXConfig(
@@ -39,6 +42,11 @@ def folder(tmp_path_factory):
     return path
 
 
+def stored_as(dtype, config=None, float_dtype=None) -> Any:
+    """As much of a checkpoint as the choice of a precision looks at."""
+    return types.SimpleNamespace(config=config or tiny(), dtype=dtype, float_dtype=float_dtype or dtype)
+
+
 @pytest.mark.parametrize(
     ("config", "stored", "device", "dtype", "matrices", "others"),
     [
@@ -55,14 +63,23 @@ def folder(tmp_path_factory):
 )
 def test_precision_rule(config, stored, device, dtype, matrices, others):
     """Small models compute exactly, large ones keep half the bytes, and a GPU takes the file as it is."""
-    precision = choose_precision(config, stored, device, dtype)
+    precision = choose_precision(stored_as(stored, config), device, dtype)
     assert (precision.matrices, precision.others) == (matrices, others)
+
+
+@pytest.mark.parametrize(("device", "others"), [(CPU, torch.float32), (GPU, torch.bfloat16)])
+def test_int8_weights_stay_int8(device, others):
+    checkpoint = stored_as(torch.int8, tiny(), float_dtype=torch.bfloat16)
+    for dtype in ("auto", "int8", torch.int8):
+        assert choose_precision(checkpoint, device, dtype) == Precision(torch.int8, others)
+    with pytest.raises(ValueError, match="holds int8 weights; dtype must be auto or int8, got 'float16'"):
+        choose_precision(checkpoint, device, "float16")
 
 
 @pytest.mark.parametrize("dtype", ["float8", torch.int16, None])
 def test_unknown_dtype_is_named(dtype):
     with pytest.raises(ValueError, match="dtype must be auto"):
-        choose_precision(tiny(), torch.float16, CPU, dtype)
+        choose_precision(stored_as(torch.float16), CPU, dtype)
 
 
 def test_auto_device_is_cuda_else_cpu(monkeypatch):
@@ -78,22 +95,22 @@ def test_auto_device_is_cuda_else_cpu(monkeypatch):
 
 def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monkeypatch):
     """20B in fp32 on a 48 GiB machine: refused before reading, and told that fp16 fits."""
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=48 * 2**30))
-    fp32 = Precision(torch.float32, torch.float32, "")
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=48 * 2**30))
+    fp32 = Precision(torch.float32, torch.float32)
     with pytest.raises(CheckpointError, match=r"76\.6 GiB.*48\.0 GiB free.*float16 \(38\.3 GiB\)"):
         check_memory(neox_20b(), fp32, CPU)
-    check_memory(neox_20b(), Precision(torch.float16, torch.float32, ""), CPU)
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=24 * 2**30))
+    check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=24 * 2**30))
     with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
-        check_memory(neox_20b(), Precision(torch.float16, torch.float32, ""), CPU)
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16 * 2**30))
+        check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16 * 2**30))
     with pytest.raises(CheckpointError, match="no dtype of ours fits"):
         check_memory(neox_20b(), fp32, CPU)
 
 
 def test_memory_is_checked_before_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
-    monkeypatch.setattr(loading, "load_slim", lambda *_: pytest.fail("read weights that cannot fit"))
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    monkeypatch.setattr(loading, "build_model", lambda *_: pytest.fail("read weights that cannot fit"))
     with pytest.raises(CheckpointError, match="the weights need"):
         create_model(folder)
 
@@ -114,12 +131,15 @@ def test_half_precision_matrices_stay_close_to_fp32(folder):
     assert (exact - mixed).abs().max() <= 2e-3 * exact.abs().max()
 
 
-def test_a_line_on_stderr_says_when_a_cpu_keeps_half_precision(folder, monkeypatch, capsys):
+def test_a_message_says_when_a_cpu_keeps_half_precision(folder, monkeypatch, caplog):
+    caplog.set_level("INFO")
     create_model(folder, device="cpu")
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(loading, "SMALL_MODEL_PARAMETERS", 1)
+    assert caplog.messages == []
+    monkeypatch.setattr(precision, "SMALL_MODEL_PARAMETERS", 1)
+    create_model(folder, device="cpu", dtype="float16")
+    assert caplog.messages == [], "it was asked for"
     create_model(folder, device="cpu")
-    assert "matrices in torch.float16" in capsys.readouterr().err
+    assert "matrices in torch.float16" in caplog.text
 
 
 def test_loaded_models_are_for_inference(folder):
@@ -145,17 +165,16 @@ def test_use_cache_is_what_generation_does(folder, monkeypatch):
         ("file", "a file"),
         ("empty", "no checkpoint"),
         ("config", "a config.json without weights"),
-        ("int8", "int8 weights, which can be run but not converted"),
+        ("missing.int8.safetensors", "no such file"),
     ],
 )
 def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path, name, said):
     (tmp_path / "file").write_text("x")
-    for folder in ("empty", "config", "int8"):
+    for folder in ("empty", "config"):
         (tmp_path / folder).mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
-    (tmp_path / "int8" / "model.int8.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"{name}: {said}"):
-        open_weights(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: {said}"):
+        open_checkpoint(tmp_path / name)
 
 
 @pytest.mark.gpu

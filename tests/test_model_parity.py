@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
-from neox_lib.model import model_attention_weights
+from neox_lib.inspection.attention import model_attention_weights
+from neox_lib.model import Stopped
 
 BASE = NeoXConfig(
     vocab_size=128,
@@ -162,14 +164,30 @@ def test_attention_weights_are_those_that_made_the_logits(twins, token_ids):
 
 
 def test_parts_of_a_model_can_be_watched(random_model, token_ids):
-    """A progress bar needs to hear of every layer, and stop must really end the pass."""
-    model, ids, done = random_model(BASE), token_ids(BASE, 1, 4), []
+    """A progress bar and a look inside need every layer, in order, and the stream that the last norm reads."""
+    model, ids, seen = random_model(BASE), token_ids(BASE, 2, 4), []
+    logits = model(ids, on_layer=lambda depth, hidden: seen.append((depth, hidden)))
+    assert [depth for depth, _ in seen] == list(range(BASE.num_hidden_layers + 1))
+    assert torch.equal(seen[0][1], model.word_embeddings(ids))
+    assert torch.equal(model.final_linear(model.norm(seen[-1][1])), logits)
 
-    def stop_after_two(layers: int) -> None:
-        done.append(layers)
-        if layers == 2:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        model.hidden_states(ids, after_layer=stop_after_two)
-    assert done == [1, 2]
+@pytest.mark.parametrize("last", range(BASE.num_hidden_layers + 1))
+def test_a_pass_can_be_stopped_between_any_two_layers(random_model, token_ids, last):
+    """Stop must really end the work, and the cache must not count tokens that did not go through."""
+    model, ids, seen = random_model(BASE), token_ids(BASE, 1, 4), []
+    cache = KVCache(BASE, 1, 8, torch.device("cpu"), torch.float32)
+    model(ids, cache)
+    with pytest.raises(Stopped):
+        model(ids, cache, on_layer=lambda depth, hidden: seen.append(depth) or depth < last)
+    assert seen == list(range(last + 1))
+    assert cache.length == 4
+
+
+@torch.inference_mode()
+def test_the_last_position_alone_gets_the_same_scores(random_model, token_ids):
+    """Generation needs one row of 50,432 scores, not one for each token of the prompt."""
+    model, ids = random_model(BASE), token_ids(BASE, 2, 9)
+    last = model(ids, last_only=True)
+    assert last.shape == (2, 1, BASE.vocab_size)
+    torch.testing.assert_close(last, model(ids)[:, -1:])

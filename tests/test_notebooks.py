@@ -155,7 +155,7 @@ def test_code_fits_on_a_screen(path):
 @every_notebook
 def test_the_size_is_that_of_a_lesson(path):
     cells = len(read(path).cells)
-    assert (40 <= cells <= 80) if path in BUILDING else cells <= 60
+    assert cells >= 40 if path in BUILDING else cells <= 60
     assert path.stat().st_size < 1_000_000
 
 
@@ -210,8 +210,9 @@ def test_the_spelling_is_right(tmp_path):
     """A typo in a lesson costs more trust than one in code."""
     for path in PATHS:
         (tmp_path / f"{path.stem}.md").write_text(prose(path), encoding="utf-8")
-    for path in (*NOTEBOOKS.parent.glob("*.md"), *NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("guides/*.md")):
-        (tmp_path / f"{path.parent.name}-{path.name}").write_text(path.read_text("utf-8"), encoding="utf-8")
+    pages = (NOTEBOOKS.parent / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
+    for path in (*pages, *NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("guides/*.md")):
+        (tmp_path / f"{path.parent.name}_{path.name}").write_text(path.read_text("utf-8"), encoding="utf-8")
     checker = shutil.which("codespell", path=str(Path(sys.executable).parent))
     assert checker, "codespell comes with requirements-test.lock"
     done = subprocess.run([checker, str(tmp_path)], capture_output=True, text=True)

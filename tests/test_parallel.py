@@ -19,10 +19,9 @@ from torch.distributed import TCPStore
 from neox_lib.cache import KVCache
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
-from neox_lib.checkpoints.slim.layout import parameter_shapes
 from neox_lib.checkpoints.slim.partition import MERGE_RULES, merge_shards, split_tensor
 from neox_lib.checkpoints.slim.writer import write_slim
-from neox_lib.config import NeoXConfig, neox_20b, tiny
+from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes, tiny
 from neox_lib.distributed.ranks import RankFailed, describe_failure, on_ranks, rank_device
 from neox_lib.distributed.tensor_parallel import own_part, share_of
 from neox_lib.loading import create_model

@@ -13,10 +13,10 @@ from jupyter_client.manager import start_new_kernel
 from neox_lib import create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import prompt_ids, stream_generate
-from neox_lib.model import NeoXModel, model_attention_weights
+from neox_lib.inspection.attention import attention_of_last, model_attention_weights
+from neox_lib.model import NeoXModel
 from neox_lib.playground import Playground, jobs
 from neox_lib.playground.costs import needs_of_20b
-from neox_lib.playground.looking import attention_of_last
 from neox_lib.playground.pieces import spell, text_of
 from neox_lib.playground.recall import Recall
 from neox_lib.playground.settings import Settings
@@ -349,17 +349,15 @@ def test_recall_reads_only_what_it_does_not_know(shipped):
     model, tokenizer = shipped
     ids = prompt_ids(tokenizer, PROMPT)[0].tolist()
     recall, lengths = Recall(model), []
-    original = model.hidden_states
-    model.hidden_states = lambda new, *more, **options: (lengths.append(new.shape[1]), original(new, *more, **options))[
-        1
-    ]
+    original = model.forward
+    model.forward = lambda new, *more, **options: (lengths.append(new.shape[1]), original(new, *more, **options))[1]
     try:
         recall.logits_after(ids)
         recall.logits_after(ids[:4])
         recall.logits_after([*ids, 5])
         recall.logits_after([*ids[:3], 9, 9])
     finally:
-        del model.hidden_states
+        del model.forward
     assert lengths == [len(ids), 1, 1, 2]
 
 

@@ -48,7 +48,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
 def app(tmp_path_factory) -> Iterator[str]:
     """The address of what `make playground` serves."""
     folder, port = tmp_path_factory.mktemp("app"), free_port()
-    process = serve(folder, "neox_lib.playground.serve", f"--port={port}", "--no-browser")
+    process = serve(folder, "neox_lib", "playground", f"--port={port}", "--no-browser")
     wait_until_served(f"http://127.0.0.1:{port}/voila/static/favicons/favicon.ico", process, folder / "log")
     yield f"http://127.0.0.1:{port}/"
     process.terminate()

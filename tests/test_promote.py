@@ -1,5 +1,6 @@
 """Promotion: notebook and library hold one text, and no way of promoting leaves the library broken."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import neox_lib
+from neox_lib.course import moved as table
 from neox_lib.course import promote
 from neox_lib.course.imports import bound_names, free_names
 from neox_lib.course.promote import PromotionError
@@ -193,15 +195,15 @@ def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_wri
     (house / "neox_lib" / "other.py").write_text("A = 1\n")
     write_notebook(house / "notebooks", "02_other.ipynb", cell("A = 2", "other"))
     edit_notebook(house, "WIDTH = 3", "WIDTH = 4")
-    calls, write_new = [], promote.write_new
+    calls, write = [], promote.write_bytes_atomically
 
     def full_disk(path, content):
         calls.append(path)
         if len(calls) == failing_write:
             raise OSError("no space left on device")
-        write_new(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(promote, "write_new", full_disk)
+    monkeypatch.setattr(promote, "write_bytes_atomically", full_disk)
     with pytest.raises(PromotionError, match="no space left"):
         promote.promote(house / "notebooks")
     assert module_text(house) == MODULE
@@ -211,6 +213,75 @@ def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_wri
 def test_newer_originals_beside_a_learners_copy_do_not_count(house):
     shutil.copy(house / "notebooks" / "01_small.ipynb", house / "notebooks" / "01_small.new.ipynb")
     assert len(promote.collect(house / "notebooks")) == 3
+
+
+@pytest.fixture
+def moved(house, monkeypatch):
+    """The module small has moved from a wing that is no more, and its constant to another module."""
+    monkeypatch.setattr(table, "MODULES", {"wing.little": "small"})
+    monkeypatch.setattr(table, "NAMES", {"wing.little.WIDTH": "sizes.WIDTH"})
+    monkeypatch.setitem(table.GONE, "wing.height", "small.area")
+    (house / "neox_lib" / "sizes.py").write_text("# how wide\nWIDTH = 3\n")
+    (house / "neox_lib" / "small.py").write_text(
+        MODULE.replace("# how wide\nWIDTH = 3", "").replace(
+            "import math", "import math\n\nfrom neox_lib.sizes import WIDTH"
+        )
+    )
+    cells = (new_code_cell("import math"), cell("# how wide\nWIDTH = 3", "wing.little"), cell(FUNCTIONS, "wing.little"))
+    write_notebook(house / "notebooks", "01_small.ipynb", *cells)
+    return house
+
+
+def test_a_copy_of_before_promotes_into_where_its_pieces_stand_now(moved):
+    assert promote.differences(moved / "notebooks") == []
+    edit_notebook(moved, "# why not", "# mine")
+    edit_notebook(moved, "WIDTH = 3", "WIDTH = 4")
+    assert promote.promote(moved / "notebooks") == ["sizes", "small"]
+    assert "# mine" in module_text(moved) and "WIDTH = 4" in (moved / "neox_lib" / "sizes.py").read_text()
+
+
+def test_an_import_by_an_old_name_means_what_stands_there_now(moved):
+    """`from neox_lib.wing.little import WIDTH` in the copy is the library's `from neox_lib.sizes import WIDTH`."""
+    imports = new_code_cell("import math\n\nfrom neox_lib.wing.little import WIDTH")
+    write_notebook(moved / "notebooks", "01_small.ipynb", imports, cell(FUNCTIONS, "wing.little"))
+    assert promote.promote(moved / "notebooks") == []
+
+
+def test_a_piece_that_uses_what_is_gone_is_refused_with_what_to_use(moved):
+    edit_notebook(moved, "import math", "import math\n\nfrom neox_lib.wing import height as tall")
+    edit_notebook(moved, "WIDTH * height", "WIDTH * tall")
+    with pytest.raises(PromotionError, match=r"wing\.height is gone; use neox_lib\.small\.area\. make lab-refresh"):
+        promote.promote(moved / "notebooks")
+
+
+def test_a_piece_that_is_gone_is_refused_with_what_to_use(moved):
+    write_notebook(moved / "notebooks", "02_wing.ipynb", cell("def height():\n    return 1  # mine", "wing"))
+    (moved / "neox_lib" / "wing.py").write_text("")
+    with pytest.raises(PromotionError, match=r"02_wing.*, cell 2: .*wing\.height is gone; use neox_lib\.small\.area"):
+        promote.promote(moved / "notebooks")
+
+
+def test_the_text_of_an_older_original_does_not_take_the_library_back(house, monkeypatch):
+    """The library has been rewritten since; what the learner wrote themselves is promoted all the same."""
+    old = promote.definitions(MODULE)
+    digests = " ".join(hashlib.sha256(each.text.encode()).hexdigest()[:8] for each in old)
+    monkeypatch.setattr(table, "OLDER_TEXTS", digests)
+    (house / "neox_lib" / "small.py").write_text(MODULE.replace("math.sqrt(x)", "x**0.5"))
+    edit_notebook(house, "# why not", "# mine")
+    left = promote.of_older_originals(promote.collect(house / "notebooks"))
+    assert [each.definition.name for each in left] == ["WIDTH", "root"]
+    assert promote.promote(house / "notebooks") == ["small"]
+    assert "x**0.5" in module_text(house) and "# mine" in module_text(house)
+
+
+def test_a_text_that_the_originals_still_hold_is_promoted(house, monkeypatch):
+    """Else nobody could take a change of theirs in the library back with an original."""
+    monkeypatch.setattr(promote, "NOTEBOOKS", house / "notebooks")
+    digests = [hashlib.sha256(each.text.encode()).hexdigest()[:8] for each in promote.definitions(MODULE)]
+    monkeypatch.setattr(table, "OLDER_TEXTS", " ".join(digests))
+    (house / "neox_lib" / "small.py").write_text(MODULE.replace("math.sqrt(x)", "x**0.5"))
+    assert promote.promote(house / "notebooks") == ["small"]
+    assert module_text(house) == MODULE
 
 
 def test_names_are_free_unless_bound_or_built_in():

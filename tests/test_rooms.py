@@ -1,39 +1,19 @@
 """The house: a room imports only from rooms above it, so that a reader can go through them from top to bottom."""
 
 import ast
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import neox_lib
+from neox_lib.course import promote
 
 PACKAGE = Path(neox_lib.__file__).parent
-# From the ground up. A room is a module at the top or a folder; inside a folder modules may use each other, in no loop.
-ROOMS = [
-    "config",
-    "tokenizer",
-    "rotary",
-    "attention",
-    "block",
-    "model",
-    "cache",
-    "sampling",
-    "generation",
-    "quantization",
-    "checkpoints",
-    "decoding",
-    "hub",
-    "precision",
-    "loading",
-    "distributed",
-    "evaluation",
-    "training",
-    "inspection",
-    "playground",
-    "course",
-    "classroom",
-    "bench",
-    "cli",
-    "__main__",
-]
+MAP = (PACKAGE.parent / "CONTRIBUTING.md").read_text("utf-8")
+# From the ground up, as CONTRIBUTING.md lists them: a module at the top, or a folder.
+ROOMS = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", MAP, re.MULTILINE)
 
 
 def modules() -> dict[str, Path]:
@@ -57,13 +37,45 @@ def room_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def test_rooms_import_only_from_rooms_above_them():
+def test_rooms_import_only_from_rooms_above_them_and_modules_in_no_loop():
+    graph = {
+        name: imported(path) for name, path in modules().items() if name != "__init__"
+    }  # which only hands names on
+    assert {room_of(name) for name in graph} == set(ROOMS), "the table in CONTRIBUTING.md lists every room"
     below = [
         f"{name} imports {other}"
-        for name, path in modules().items()
-        if name != "__init__"  # it names the public face, and imports each name when it is first used
-        for other in imported(path)
+        for name, others in graph.items()
+        for other in others
         if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
     ]
     assert below == []
-    assert {room_of(name) for name in modules()} - {"__init__"} == set(ROOMS)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"modules import each other in a loop: {' <- '.join(error.args[1])}") from None
+
+
+def test_a_taught_module_says_where_it_is_built_and_so_does_the_map():
+    built: dict[str, set[str]] = {}
+    for each in promote.collect(promote.NOTEBOOKS):
+        built.setdefault(each.module, set()).add(each.notebook.name[:2])
+    said = {
+        name: re.search(r"^Built in notebook (\d\d)\.$", path.read_text("utf-8"), re.M)
+        for name, path in modules().items()
+    }
+    assert {name: {found[1]} for name, found in said.items() if found} == built
+    rows = dict(re.findall(r"^\| `(\w+)(?:\.py|/)` \|[^|]*\| *(\d*) *\|", MAP, re.MULTILINE))
+    assert {room_of(name): numbers for name, numbers in built.items()} == {
+        room: {number} for room, number in rows.items() if number
+    }
+
+
+def test_importing_the_library_imports_no_other_model_library():
+    """`transformers` need not be installed to run a model, and takes seconds to import."""
+    names = [f"neox_lib.{name.removesuffix('.__init__')}" for name in modules() if not name.startswith("__")]
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print([name for name in ('transformers', 'ctranslate2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *sorted(names)], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

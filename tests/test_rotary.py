@@ -4,11 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from neox_lib.config import NeoXConfig
+from neox_lib.model import NeoXModel
 from neox_lib.rotary import RotaryTable, apply_rotary, rotary_angles, rotary_table, rotate_half
 
 CPU = torch.device("cpu")
 HEAD, ROTARY = 96, 24  # 20B's
+SMALL = NeoXConfig(
+    vocab_size=32,
+    tokenizer_vocab_size=32,
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=600,
+)
 
 
 def exact_angles(length: int, rotary_ndims: int, base: float = 10000) -> torch.Tensor:
@@ -36,29 +48,63 @@ def test_a_half_precision_table_is_the_exact_one_rounded_once(dtype):
     assert (sin.double() - angles.sin()).abs().max() < step
 
 
-def test_rows_are_those_of_the_table_in_the_dtype_asked_for():
-    """A token behind a cache would turn by another token's angle, or a model moved to fp16 go on with fp32 rows."""
-    table = RotaryTable(64, ROTARY, 10000)
-    for dtype in (torch.float32, torch.float16):
-        cos, sin = rotary_table(64, ROTARY, 10000, CPU, dtype)
-        found = table.rows(60, 4, like=torch.zeros(1, dtype=dtype))
-        assert torch.equal(found[0], cos[60:]) and torch.equal(found[1], sin[60:])
-        assert found[0].dtype == found[1].dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_those_of_the_table_in_the_dtype_asked_for(dtype):
+    """A token behind a cache would turn by another token's angle, or an fp16 model get fp32 queries."""
+    cos, sin = rotary_table(64, ROTARY, 10000, CPU, dtype)
+    found = RotaryTable(64, ROTARY, 10000).rows(60, 4, like=torch.zeros(1, dtype=dtype))
+    assert torch.equal(found[0], cos[60:]) and torch.equal(found[1], sin[60:])
+    assert found[0].dtype == found[1].dtype == dtype
 
 
-def test_the_table_is_made_once():
-    """Made anew for each token, it would cost more than a small model's step."""
-    table, like = RotaryTable(64, ROTARY, 10000), torch.zeros(1)
-    first, again = table.rows(0, 8, like)[0], table.rows(0, 8, like)[0]
-    assert first.data_ptr() == again.data_ptr()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.bfloat16(),
+        lambda model: model.double(),
+        lambda model: model.to(torch.float16),
+        lambda model: model.half().float(),
+        lambda model: model.to("meta").to_empty(device="cpu"),
+        lambda model: nn.Sequential(model).half(),
+    ],
+)
+def test_the_table_keeps_fp32_whatever_becomes_of_the_model(change):
+    """Rounded to half and widened again, every later pass in fp32 would turn by angles a thousandth off."""
+    model = NeoXModel(SMALL)
+    exact = rotary_table(SMALL.max_position_embeddings, SMALL.rotary_ndims, SMALL.rotary_emb_base, CPU, torch.float32)
+    change(model)
+    for found, expected in zip((model.rotary.cos, model.rotary.sin), exact, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
 
 
-def test_a_table_made_while_generating_serves_training():
-    """Autograd refuses tensors that were made in inference mode."""
-    table = RotaryTable(64, ROTARY, 10000)
+def test_a_model_built_without_memory_gets_its_table_filled():
+    """All loaders build on the meta device; a table left there, or left as it was allocated, turns by nonsense."""
+    with torch.device("meta"):
+        model = NeoXModel(SMALL)
+    assert model.rotary.cos.is_meta and model.rotary.sin.is_meta
+    model.rotary.fill(CPU)
+    assert torch.equal(model.rotary.cos, NeoXModel(SMALL).rotary.cos)
+    assert torch.equal(model.rotary.sin, NeoXModel(SMALL).rotary.sin)
+
+
+def test_a_loader_that_knows_nothing_of_the_table_gets_it_all_the_same():
+    """A learner's own loader puts parameters into a meta model; what it has never heard of must not be missing."""
+    whole, ids = NeoXModel(SMALL), torch.tensor([[3, 1, 4]])
+    with torch.device("meta"):
+        model = NeoXModel(SMALL)
+    model.load_state_dict(whole.state_dict(), assign=True)
     with torch.inference_mode():
-        table.rows(0, 8, torch.zeros(1))
-    assert not table.rows(0, 8, torch.zeros(1))[0].is_inference()
+        assert torch.equal(model(ids), whole(ids))
+    assert not model.rotary.cos.is_inference(), "autograd would refuse it in the next training step"
+
+
+def test_the_table_is_a_buffer_that_no_checkpoint_holds():
+    """A saved table would be an unexpected key for every other implementation, and for our own strict loaders."""
+    model = NeoXModel(SMALL)
+    assert {name for name, _ in model.named_buffers()} == {"rotary.cos", "rotary.sin"}
+    assert not any("rotary" in name for name in model.state_dict())
 
 
 def test_positions_past_the_context_are_refused():

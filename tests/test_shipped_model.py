@@ -11,8 +11,7 @@ from neox_lib.checkpoints.slim.layout import find_shards
 from neox_lib.config import NeoXConfig, tiny
 from neox_lib.evaluation.likelihood import bits_per_byte, stories_of, story_stream, token_log_probabilities
 from neox_lib.generation import greedy_generate_text, prompt_ids, stream_generate
-from neox_lib.loading import create_model
-from neox_lib.tokenizer import create_tokenizer
+from neox_lib.loading import create_model, create_tokenizer
 
 HELD_OUT = stories_of((SHIPPED_MODEL.parent / "wilde_tales.txt").read_text("utf-8"))
 

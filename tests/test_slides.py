@@ -38,7 +38,7 @@ def types(*cells) -> list[str]:
 def test_every_notebook_has_the_slides_of_the_rule(path):
     """A cell that was added or changed would stand on no slide, or on a wrong one."""
     as_it_should_be = marked(path) is None
-    assert as_it_should_be, "python -m neox_lib.course.slides writes them"
+    assert as_it_should_be, "python -m neox_lib mark-slides writes them"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -115,7 +115,7 @@ def test_the_command_writes_only_metadata_and_checks_without_writing(tmp_path):
     path = tmp_path / "02_small.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# Title"), code(2, printed(1))]), path)
     before = nbformat.read(path, as_version=4)
-    command = [sys.executable, "-m", "neox_lib.course.slides", str(path)]
+    command = [sys.executable, "-m", "neox_lib", "mark-slides", str(path)]
     checked = subprocess.run([*command, "--check"], capture_output=True, text=True)
     assert checked.returncode == 1 and "02_small.ipynb" in checked.stdout
     assert nbformat.read(path, as_version=4) == before

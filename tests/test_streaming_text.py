@@ -8,12 +8,12 @@ from tokenizers import Tokenizer
 
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import StreamDecoder, prompt_ids, stream_generate
+from neox_lib.loading import create_tokenizer
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import (
     BYTE_TO_CHARACTER,
     ENDOFTEXT,
     BPETokenizer,
-    create_tokenizer,
     encode_text,
     save_tokenizer,
     train_tokenizer,
@@ -61,7 +61,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     """What each token shows; the last one also what never became a character."""
     decoder = StreamDecoder(tokenizer)
     shown = [decoder.push(token_id) for token_id in ids]
-    return [*shown[:-1], shown[-1] + decoder.flush()]
+    return [*shown[:-1], shown[-1] + decoder.end()]
 
 
 def size_of(tokenizer) -> int:

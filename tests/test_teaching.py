@@ -301,10 +301,10 @@ def shipped():
 )
 def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
     """Nothing is as long as the minute in which a demonstration shows something else."""
-    from neox_lib.generation import next_token_logits, prompt_ids
+    from neox_lib.generation import prefill, prompt_ids
 
     model, tokenizer = shipped
-    found = next_token_logits(model, prompt_ids(tokenizer, prompt), None)[0].softmax(dim=-1).topk(len(shares))
+    found = prefill(model, prompt_ids(tokenizer, prompt))[0].softmax(dim=-1).topk(len(shares))
     percents = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     assert {tokenizer.decode([token_id]): round(100 * share) for token_id, share in percents} == shares
     assert f"`{prompt.strip()}`" in WORDS and all(f"*{token.strip()}*" in WORDS for token in shares)
@@ -312,7 +312,7 @@ def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
 
 def test_the_heads_look_where_the_plan_says(shipped):
     from neox_lib.generation import prompt_ids
-    from neox_lib.model import model_attention_weights
+    from neox_lib.inspection.attention import model_attention_weights
 
     model, tokenizer = shipped
     (text,) = re.findall(r"`(Tom and his sister Lily [^`]+)`", WORDS)

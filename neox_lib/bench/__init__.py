@@ -1,4 +1,4 @@
-"""How fast and how large: our candidates against baselines in turns, and a model at full size.
+"""Speed and size, measured: candidates against baselines in turns, and a model of 20B's shapes on this machine.
 
-Imports any room above it; only the command line imports it.
+May import loading and every room above it; notebooks and the command line import it.
 """

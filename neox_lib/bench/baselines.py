@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from neox_lib.bench.candidates import Generate
-from neox_lib.loading import DTYPES
+from neox_lib.checkpoints.files import WEIGHT_DTYPES
+from neox_lib.checkpoints.huggingface.config import huggingface_fields
+from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.model import NeoXModel
 
 # Each of our dtypes, and what it is measured against. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
@@ -36,7 +38,7 @@ def is_installed(library: str) -> bool:
 def make_rival(library: str, model: NeoXModel, dtype: str) -> Generate:
     """What `library` makes of the weights of an fp32 `model`. Raises ImportError where it is not installed."""
     if library == "transformers":
-        return hugging_face_generate(hugging_face_twin(model, DTYPES[dtype]))
+        return hugging_face_generate(hugging_face_twin(model, WEIGHT_DTYPES[dtype]))
     return ctranslate2_generate(ctranslate2_twin(model, dtype))
 
 
@@ -48,19 +50,10 @@ def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    config = model.config
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    names += ("max_position_embeddings", "layer_norm_eps", "hidden_act", "use_parallel_residual", "tie_word_embeddings")
-    rope = {"rope_type": "default", "rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
-    same = {name: getattr(config, name) for name in names}
-    same |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
-    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**same))
-    ours = {"embed_in": "word_embeddings", "final_layer_norm": "norm", "lm_head": "final_linear"}
-    ours["embed_out"] = "final_linear"
-    state = {}
-    for name in twin.state_dict():
-        owner, _, rest = name.removeprefix("gpt_neox.").partition(".")
-        state[name] = model.state_dict()[f"{ours.get(owner, owner)}.{rest}"].to(dtype)
+    fields: dict[str, Any] = huggingface_fields(model.config, dtype) | {"attn_implementation": "sdpa"}
+    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
+    names, ours = names_by_key(model.config), model.state_dict()
+    state = {key: ours[names.get(key, "final_linear.weight")].to(dtype) for key in twin.state_dict()}
     twin.load_state_dict(state, assign=True)
     twin.generation_config.eos_token_id = None  # both sides write all the tokens asked for
     twin.generation_config.pad_token_id = 0

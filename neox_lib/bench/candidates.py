@@ -5,23 +5,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neox_lib.config import NeoXConfig, pythia, tiny
+from neox_lib.checkpoints.build import empty_model, fill_model
+from neox_lib.checkpoints.checkpoint import ModelCheckpoint
+from neox_lib.checkpoints.files import WEIGHT_DTYPES
+from neox_lib.config import NeoXConfig
 from neox_lib.decoding.int8_packing import pack_int8
 from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.decoding.packing import pack_half
 from neox_lib.generation import stream_generate
-from neox_lib.loading import DTYPES, Precision
 from neox_lib.model import NeoXModel
+from neox_lib.precision import Precision
 from neox_lib.quantization.int8_linear import use_int8_linear
 
-OURS = (*DTYPES, "packed", "int8", "packed-int8")
+OURS = (*WEIGHT_DTYPES, "packed", "int8", "packed-int8")
 # generate(ids [1, T], new_tokens) -> token ids written
 Generate = Callable[[Tensor, int], list[int]]
-
-
-def shape_config(shape: str) -> NeoXConfig:
-    """ "tiny", the shape of the shipped model, or a Pythia size such as "160m"."""
-    return tiny() if shape == "tiny" else pythia(shape)
 
 
 def random_model(config: NeoXConfig, seed: int = 0) -> NeoXModel:
@@ -36,14 +34,10 @@ def random_model(config: NeoXConfig, seed: int = 0) -> NeoXModel:
 
 def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
     """The same weights as `create_model` would hold them in `dtype` on a CPU, with its fast layers."""
-    precision = Precision(dtype, torch.float32, "")
-    with torch.device("meta"):
-        copy = NeoXModel(model.config)
-    state = {name: tensor.to(precision.dtype_of(name)) for name, tensor in model.state_dict().items()}
-    copy.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        copy.final_linear.weight = copy.word_embeddings.weight
-    return use_fast_linear(copy.requires_grad_(False).eval())
+    precision = Precision(dtype, torch.float32)
+    stored = ModelCheckpoint(model).tensors()
+    held = ((name, tensor.to(precision.dtype_of(name))) for name, tensor in stored)
+    return use_fast_linear(fill_model(empty_model(model.config), held))
 
 
 def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
@@ -53,7 +47,7 @@ def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
         return pack_int8(quantized) if dtype == "packed-int8" else quantized
     if dtype == "packed":
         return pack_half(in_precision(model, torch.float16))
-    return in_precision(model, DTYPES[dtype])
+    return in_precision(model, WEIGHT_DTYPES[dtype])
 
 
 def our_generate(model: NeoXModel) -> Generate:

@@ -1,11 +1,10 @@
 """A model at full size on this machine: random weights written, quantized, loaded, run, and each phase measured.
 
-`python -m neox_lib.bench.full_size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB),
+`python -m neox_lib full-size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB),
 loads that from the disk and from memory, and writes text, with the weights in the file and packed; each phase is a
 process of its own, so that its peak of memory is its own too. What it found is printed and kept in FOLDER/results.json.
 """
 
-import argparse
 import ctypes
 import json
 import mmap
@@ -16,14 +15,24 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
 PROMPT, NEW_TOKENS = 8, 32
 STARTED = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the phases share: `folder` holds slim/, int8/ and results.json, `long_prompt` counts tokens."""
+
+    folder: Path
+    shape: str = "neox_20b"
+    long_prompt: int = 128
+    delete_shards: bool = False
 
 
 def say(text: str) -> None:
@@ -78,39 +87,39 @@ def multiply_rate(rows: int, hidden: int) -> float:
     return 2 * rows * weight.numel() / min(seconds)
 
 
-def measure_machine(arguments: argparse.Namespace) -> dict:
+def measure_machine(rehearsal: Rehearsal) -> dict:
     """What the machine can do: memory read, and fp32 products of as many rows as the prompts have."""
     from neox_lib.bench.measure import memory_bandwidth
     from neox_lib.bench.random_checkpoint import shape_named
     from neox_lib.bench.table import describe_machine
 
-    bandwidth, hidden = memory_bandwidth(), shape_named(arguments.shape).hidden_size
+    bandwidth, hidden = memory_bandwidth(), shape_named(rehearsal.shape).hidden_size
     say(describe_machine(bandwidth))
-    rates = {str(rows): multiply_rate(rows, hidden) for rows in (PROMPT, arguments.long_prompt)}
+    rates = {str(rows): multiply_rate(rows, hidden) for rows in (PROMPT, rehearsal.long_prompt)}
     return {"bandwidth": bandwidth, "flops": rates, "machine": describe_machine(bandwidth), "system": platform.system()}
 
 
-def write(arguments: argparse.Namespace) -> dict:
+def write(rehearsal: Rehearsal) -> dict:
     from neox_lib.bench.random_checkpoint import shape_named, write_random
 
-    config = shape_named(arguments.shape)
+    config = shape_named(rehearsal.shape)
     say(f"writing {config.parameter_count():,} random weights, {config.weight_bytes(torch.float16) / 1e9:.1f} GB")
-    write_random(arguments.folder / "slim", config)
+    write_random(rehearsal.folder / "slim", config)
     return {"bytes": config.weight_bytes(torch.float16)}
 
 
-def convert(arguments: argparse.Namespace) -> dict:
-    from neox_lib.bench.random_checkpoint import consume
-    from neox_lib.checkpoints.checkpoint import open_weights
+def convert(rehearsal: Rehearsal) -> dict:
+    from neox_lib.bench.random_checkpoint import ConsumedCheckpoint
     from neox_lib.checkpoints.quantized import write_int8
+    from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
-    slim, target = arguments.folder / "slim", arguments.folder / "int8"
-    say("converting to int8" + (", removing each layer's files once read" if arguments.delete_shards else ""))
-    if arguments.delete_shards:
-        weights = consume(slim)
-        file = write_int8(weights, target, freed_meanwhile=weights.nbytes // 2)
+    slim, target = rehearsal.folder / "slim", rehearsal.folder / "int8"
+    say("converting to int8" + (", removing each layer's files once read" if rehearsal.delete_shards else ""))
+    if rehearsal.delete_shards:
+        checkpoint = ConsumedCheckpoint(slim)
+        file = write_int8(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2)
     else:
-        file = write_int8(open_weights(slim), target)
+        file = write_int8(SlimCheckpoint(slim), target)
     return {"bytes": file.stat().st_size}
 
 
@@ -124,7 +133,7 @@ def int8_of(folder: Path) -> Path:
     return file
 
 
-def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int, packed: bool = False) -> dict:
+def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: bool = False) -> dict:
     """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one.
 
     Packing, where it is asked for, counts as part of the load.
@@ -133,7 +142,7 @@ def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int, 
     from neox_lib.generation import stream_generate
     from neox_lib.loading import create_model
 
-    file = int8_of(arguments.folder)
+    file = int8_of(rehearsal.folder)
     cached, started = in_page_cache(file), time.perf_counter()
     model = create_model(file, device="cpu")
     matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
@@ -160,26 +169,33 @@ def load_and_write(arguments: argparse.Namespace, prompt: int, new_tokens: int, 
     return result
 
 
-def run_cold(arguments: argparse.Namespace) -> dict:
-    file = int8_of(arguments.folder)
+def run_cold(rehearsal: Rehearsal) -> dict:
+    file = int8_of(rehearsal.folder)
     drop_from_page_cache(file)
-    return load_and_write(arguments, PROMPT, 1)
+    return load_and_write(rehearsal, PROMPT, 1)
 
 
-def run_warm(arguments: argparse.Namespace) -> dict:
-    return load_and_write(arguments, PROMPT, NEW_TOKENS)
+def run_warm(rehearsal: Rehearsal) -> dict:
+    return load_and_write(rehearsal, PROMPT, NEW_TOKENS)
 
 
-def run_long(arguments: argparse.Namespace) -> dict:
-    return load_and_write(arguments, arguments.long_prompt, 1)
+def run_long(rehearsal: Rehearsal) -> dict:
+    return load_and_write(rehearsal, rehearsal.long_prompt, 1)
 
 
-def run_packed(arguments: argparse.Namespace) -> dict:
-    return load_and_write(arguments, PROMPT, NEW_TOKENS, packed=True)
+def run_packed(rehearsal: Rehearsal) -> dict:
+    return load_and_write(rehearsal, PROMPT, NEW_TOKENS, packed=True)
 
 
-PHASE_WORK = (measure_machine, write, convert, run_cold, run_warm, run_long, run_packed)
-WORK = dict(zip(PHASES, PHASE_WORK, strict=True))
+PHASES = {
+    "machine": measure_machine,
+    "write": write,
+    "convert": convert,
+    "cold": run_cold,
+    "warm": run_warm,
+    "long": run_long,
+    "packed": run_packed,
+}
 
 
 def report(results: dict) -> list[str]:
@@ -218,12 +234,12 @@ def add_result(folder: Path, phase: str, found: dict) -> dict:
     return results
 
 
-def run_all(arguments: argparse.Namespace) -> int:
+def run_all(rehearsal: Rehearsal) -> int:
     """Every phase in a process of its own; ends with the first that fails, and with its exit code."""
-    more = [f"--shape={arguments.shape}", f"--long-prompt={arguments.long_prompt}"]
-    more += ["--delete-shards"] if arguments.delete_shards else []
+    more = [f"--shape={rehearsal.shape}", f"--long-prompt={rehearsal.long_prompt}"]
+    more += ["--delete-shards"] if rehearsal.delete_shards else []
     for phase in PHASES:
-        command = [sys.executable, "-m", "neox_lib.bench.full_size", phase, str(arguments.folder), *more]
+        command = [sys.executable, "-m", "neox_lib", "full-size", phase, str(rehearsal.folder), *more]
         code = subprocess.run(command).returncode
         if code:
             say(f"{phase} ended with exit code {code}")
@@ -231,34 +247,12 @@ def run_all(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run one phase or all. What a user can mend is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m neox_lib.bench.full_size", description=__doc__)
-    parser.add_argument("phase", choices=("all", *PHASES))
-    parser.add_argument("folder", type=Path, help="holds slim/, int8/ and results.json; remove it afterwards")
-    parser.add_argument("--shape", default="neox_20b", help="neox_20b, middle, small, or a Pythia size (neox_20b)")
-    parser.add_argument(
-        "--delete-shards", action="store_true", help="remove each layer's files once they are converted"
-    )
-    parser.add_argument("--long-prompt", type=int, default=128, help="tokens of the long prompt (default: 128)")
-    arguments = parser.parse_args(words)
-    try:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        if arguments.phase == "all":
-            return run_all(arguments)
-        started = time.perf_counter()
-        found = WORK[arguments.phase](arguments)
-    except (ValueError, OSError) as error:
-        print(f"full_size {arguments.phase}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def run_phase(phase: str, rehearsal: Rehearsal) -> list[str]:
+    """Run one phase in this process and keep what it measured; the report's lines about it."""
+    rehearsal.folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    found = PHASES[phase](rehearsal)
     found |= {"seconds_in_all": time.perf_counter() - started, "peak": peak_resident()}
-    say(f"{arguments.phase} done, peak memory {found['peak'] / 2**30:.2f} GiB")
-    lines = report(add_result(arguments.folder, arguments.phase, found))
-    print("\n".join(line for line in lines if line.startswith(f"{arguments.phase}:")), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    say(f"{phase} done, peak memory {found['peak'] / 2**30:.2f} GiB")
+    lines = report(add_result(rehearsal.folder, phase, found))
+    return [line for line in lines if line.startswith(f"{phase}:")]

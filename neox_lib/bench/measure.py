@@ -1,6 +1,5 @@
 """How fast: our model against others' on the same random weights, in turns, and against the machine's memory."""
 
-import argparse
 import contextlib
 import io
 import tempfile
@@ -20,19 +19,14 @@ from neox_lib.bench.baselines import (
     is_installed,
     make_rival,
 )
-from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model, shape_config
+from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model
 from neox_lib.bench.table import (
-    HEADER,
     LoadRow,
     Row,
     Timing,
-    describe_machine,
-    format_best,
-    format_load,
-    format_positions,
-    format_row,
 )
 from neox_lib.checkpoints.slim.writer import write_slim
+from neox_lib.config import preset
 from neox_lib.decoding.packing import PackedWeight
 from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
@@ -101,7 +95,7 @@ def run_bench(
         raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
     rivals = choose_rivals(list(against))
     for shape in shapes:
-        model = random_model(shape_config(shape))
+        model = random_model(preset(shape))
         ours = {dtype: our_model(model, dtype) for dtype in dtypes}
         sides = {("", dtype): our_generate(ours[dtype]) for dtype in dtypes}
         wanted = [(rival, RIVALS[rival][dtype]) for rival in rivals for dtype in dtypes if dtype in RIVALS[rival]]
@@ -127,7 +121,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
     Ours from a slim folder of one rank, theirs from safetensors; in turns, from the file cache of the system.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    model = random_model(shape_config(shape)).half()
+    model = random_model(preset(shape)).half()
     loaders: dict[str, Callable[[], Generate]] = {}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
         slim, safetensors = Path(temporary, "slim"), Path(temporary, "safetensors")
@@ -152,7 +146,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
 
 def format_errors(shape: str, with_ctranslate2: bool, tokens: int = 128) -> str:
     """How far int8 moves the logits of random weights from those of fp32, ours and CTranslate2's: mean and worst."""
-    model = random_model(shape_config(shape))
+    model = random_model(preset(shape))
     ids = torch.randint(model.config.tokenizer_vocab_size, (1, min(tokens, model.config.max_position_embeddings)))
     with torch.inference_mode():
         exact = model(ids)[0]
@@ -163,32 +157,3 @@ def format_errors(shape: str, with_ctranslate2: bool, tokens: int = 128) -> str:
     errors = {name: (logits - exact).abs() / exact.std() for name, logits in sides.items()}
     found = ", ".join(f"{name} {each.mean():.4f} and {each.max():.3f}" for name, each in errors.items())
     return f"{shape}, int8 logits off by (mean and worst, in standard deviations of the logits): {found}"
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and print, line by line as results come."""
-    if arguments.quick:
-        arguments.shapes, arguments.prompts, arguments.new_tokens, arguments.rounds = ["tiny"], [8, 32], 5, 2
-    rivals = choose_rivals(arguments.against)
-    bandwidth = memory_bandwidth(64 if arguments.quick else 512)
-    print(describe_machine(bandwidth))
-    for missing in [name for name in arguments.against if name not in rivals]:
-        print(f"{missing} is not installed: not compared with it (pip install {missing})")
-    print(f"random weights, batch 1, {arguments.new_tokens} new tokens, median of {arguments.rounds} rounds in turns")
-    print(HEADER, flush=True)
-    rows = []
-    plan = (arguments.shapes, arguments.dtypes, arguments.prompts, arguments.new_tokens, arguments.rounds, rivals)
-    for row in run_bench(*plan):
-        rows.append(row)
-        print(format_row(row, bandwidth), flush=True)
-    if any(row.theirs for row in rows):
-        print(format_best(rows), flush=True)
-    if "int8" in arguments.dtypes:
-        print(format_errors(arguments.shapes[0], "ctranslate2" in rivals), flush=True)
-    if arguments.positions:
-        half = arguments.new_tokens // 2
-        prompts = [max(1, position - half) for position in arguments.positions]
-        plan = (arguments.shapes, arguments.dtypes, prompts, arguments.new_tokens, arguments.rounds, rivals)
-        print(format_positions(list(run_bench(*plan)), arguments.new_tokens), flush=True)
-    if not arguments.no_load:
-        print(format_load(time_load(arguments.shapes[0], arguments.rounds)))

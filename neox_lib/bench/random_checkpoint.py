@@ -3,17 +3,17 @@
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from neox_lib.checkpoints.checkpoint import SlimWeights, open_weights
 from neox_lib.checkpoints.saving import whole_or_gone
-from neox_lib.checkpoints.slim.layout import find_shards, parameter_shapes, place_of
+from neox_lib.checkpoints.slim.layout import place_of
+from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 from neox_lib.checkpoints.slim.writer import write_tensors
-from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes, preset, tiny
 
 SMALL = replace(tiny(), vocab_size=512, tokenizer_vocab_size=500, hidden_size=128, num_attention_heads=4)
 SMALL = replace(SMALL, num_hidden_layers=3, intermediate_size=512)
@@ -22,9 +22,9 @@ BLOCK_NUMBERS = 2**24 + 37  # drawn once and used again from other places; odd, 
 
 
 def shape_named(name: str) -> NeoXConfig:
-    """ "neox_20b", "middle" (two of its layers), "small" (for tests), or a Pythia size such as "1.4b"."""
-    shapes = {"neox_20b": neox_20b(), "middle": MIDDLE, "small": SMALL}
-    return shapes[name] if name in shapes else pythia(name)
+    """ "middle" (two layers of 20B), "small" (for tests), or a `preset`."""
+    own = {"middle": MIDDLE, "small": SMALL}
+    return own[name] if name in own else preset(name)
 
 
 def random_tensors(config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
@@ -57,27 +57,18 @@ def write_random(folder: str | Path, config: NeoXConfig) -> None:
         write_tensors(folder, config, random_tensors(config), ranks=1, spread_seed=None)
 
 
-@dataclass(frozen=True)
-class ConsumedWeights(SlimWeights):
-    """A slim folder whose files are removed as soon as their layer has been read: an interruption loses the model."""
+class ConsumedCheckpoint(SlimCheckpoint):
+    """A slim folder that is read once, its files removed as soon as their layer was read: an interruption loses it."""
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        shards, layers = find_shards(self.folder), self.config.num_hidden_layers
-        done = None
-        for name, tensor in super().tensors():
-            index = place_of(name, layers)[0]
-            if done is not None and done != index:
-                for path in shards.pop(done):
+    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+        left, reading = dict(self.shards.paths), None
+        for name, parts in super().parts():
+            index = place_of(name, self.config.num_hidden_layers)[0]
+            if reading not in (None, index):
+                for path in left.pop(reading):
                     path.unlink()
-            done = index
-            yield name, tensor
-        for path in [path for paths in shards.values() for path in paths]:
+            reading = index
+            yield name, parts
+        for path in [path for paths in left.values() for path in paths]:
             path.unlink()
         (self.folder / "config.json").unlink(missing_ok=True)
-
-
-def consume(folder: str | Path) -> ConsumedWeights:
-    """Open a slim folder to be read once and removed on the way."""
-    weights = open_weights(folder)
-    assert isinstance(weights, SlimWeights)
-    return ConsumedWeights(weights.folder, weights.config, weights.dtype)

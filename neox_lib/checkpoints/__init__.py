@@ -1,4 +1,4 @@
-"""Files of weights: opened without trusting them, built into a model, converted, written whole or not at all.
+"""Weight files: opened without trusting them, built into a model, converted, and written whole or not at all.
 
-Imports the model and quantization; everything from `decoding` down may import it.
+May import the model, quantization and what stands above them; every room below may import it.
 """

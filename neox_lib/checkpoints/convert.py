@@ -4,25 +4,28 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from neox_lib.checkpoints.checkpoint import Weights, open_weights
+from neox_lib.checkpoints.checkpoint import Checkpoint, check_convertible
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.saving import whole_or_gone
 from neox_lib.checkpoints.slim.writer import check_ranks, write_tensors
-from neox_lib.tokenizer import find_tokenizer
+from neox_lib.checkpoints.tokenizer_files import find_tokenizer
 
 
-def open_source(source: str | Path, target: str | Path) -> tuple[Weights, Path | None]:
-    """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are one folder
-    and as `open_weights` does.
+def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Path | None]:
+    """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are one folder,
+    for int8 weights, and as `open_checkpoint` does.
     """
     if Path(source).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target}: is the folder to read from; give another one to write to")
     tokenizer = None
     with contextlib.suppress(FileNotFoundError):
         tokenizer = find_tokenizer(source)
-    return open_weights(source), tokenizer
+    checkpoint = open_checkpoint(source)
+    check_convertible(checkpoint)
+    return checkpoint, tokenizer
 
 
 def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
@@ -33,10 +36,10 @@ def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
     the target is afterwards as it was.
     """
     target = Path(target)
-    weights, tokenizer = open_source(source, target)
-    check_ranks(weights.config, ranks)
-    with whole_or_gone(target, weights.nbytes):
-        write_tensors(target, weights.config, weights.tensors(), ranks, spread_seed=None)
+    checkpoint, tokenizer = open_source(source, target)
+    check_ranks(checkpoint.config, ranks)
+    with whole_or_gone(target, checkpoint.nbytes):
+        write_tensors(target, checkpoint.config, checkpoint.tensors(), ranks, spread_seed=None)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, target / "tokenizer.json")
 
@@ -46,8 +49,8 @@ def convert_to_huggingface(source: str | Path, target: str | Path) -> None:
 
     Holds one tensor at a time, of a slim source one layer's mapped files. Raises CheckpointError as that does.
     """
-    weights, tokenizer = open_source(source, target)
-    write_huggingface(weights, target, tokenizer)
+    checkpoint, tokenizer = open_source(source, target)
+    write_huggingface(checkpoint, target, tokenizer)
 
 
 def convert_to_int8(source: str | Path, target: str | Path) -> Path:
@@ -56,5 +59,5 @@ def convert_to_int8(source: str | Path, target: str | Path) -> Path:
     The tokenizer goes beside it, where the source has one. Holds one tensor at a time. Raises CheckpointError as that
     does.
     """
-    weights, tokenizer = open_source(source, target)
-    return write_int8(weights, target, tokenizer)
+    checkpoint, tokenizer = open_source(source, target)
+    return write_int8(checkpoint, target, tokenizer)

@@ -1,55 +1,25 @@
-"""Files that hold weights: opening them without trust, writing them without ever leaving half a file."""
+"""Files that hold weights: opened without trusting them, each once, and room on the disk for new ones."""
 
-import contextlib
-import os
 import pickle
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
+
+from neox_lib.checkpoints.atomic import write_atomically
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"  # the folder of the model that comes with the package
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The dtypes of stored weights, by the name that a user types and a config.json says.
+WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Endings of what old files hold beside the parameters: the causal mask, its fill value, the rotary frequencies.
+BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: says which file, what was expected, and what to do."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make the file, then move it to `path` in one step.
-
-    Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to the disk
-    before the move. Raises what `write` raises, after removing the temporary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def is_zip(path: Path) -> bool:
@@ -103,7 +73,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
         if key not in shapes:
             raise CheckpointError(f"{path}: unexpected {key}; expected {', '.join(sorted(shapes))}")
         tensor = tensors[key]
-        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        if tensor.dtype not in WEIGHT_DTYPES.values() or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(
                 f"{path}: {key} is {tensor.dtype} ({tensor.layout}, {tensor.device.type}); expected a plain tensor in "
                 "float16, bfloat16 or float32"
@@ -113,6 +83,13 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
                 f"{path}: {key} has shape {list(tensor.shape)}, expected {list(shapes[key])} from the config and the "
                 "number of ranks; file and config belong to different models, or a rank's files are missing"
             )
+
+
+def reading_bar(nbytes: int) -> tqdm:
+    """A progress bar for reading so many bytes of weights; shown when it takes longer than two seconds."""
+    quick = nbytes < 100e6  # a bar would come up on a busy machine only, and stay in a notebook's stored output
+    words = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
+    return tqdm(total=nbytes, disable=quick, **words)
 
 
 def free_bytes(folder: Path) -> int:

@@ -7,19 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from neox_lib.checkpoints.checkpoint import INT8_ENDING, Weights
-from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.checkpoints.mapped_file import map_safetensors, read_ahead
+from neox_lib.checkpoints.build import empty_model, fill_model
+from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile, check_convertible
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
-from neox_lib.checkpoints.slim.layout import empty_model, parameter_shapes
-from neox_lib.config import NeoXConfig
-from neox_lib.decoding.linear import use_fast_linear
+from neox_lib.checkpoints.tensor_files import open_safetensors, read_ahead
+from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 from neox_lib.quantization.int8 import quantize_rows
 from neox_lib.quantization.int8_linear import Int8Linear
 
+INT8_ENDING = ".int8.safetensors"
 INT8_FILE = f"model{INT8_ENDING}"  # its name in a folder
 FORMAT = "neox_lib int8"
 VERSION = "1"
@@ -84,7 +84,7 @@ def quantized(
 
 
 def write_int8(
-    weights: Weights, path: str | Path, tokenizer: str | Path | None = None, freed_meanwhile: int = 0
+    checkpoint: Checkpoint, path: str | Path, tokenizer: str | Path | None = None, freed_meanwhile: int = 0
 ) -> Path:
     """Quantize a checkpoint into one file, holding one tensor at a time, and return the file's path.
 
@@ -97,9 +97,9 @@ def write_int8(
     file = path if path.name.endswith(INT8_ENDING) else path / INT8_FILE
     if path.is_file() and file != path:
         raise CheckpointError(f"{path}: a file; give a folder or a name that ends in {INT8_ENDING}")
-    config, dtype = weights.config, weights.dtype
-    weights.dtypes()  # refuses weights that are quantized already
-    specs, tensors = int8_specs(config, dtype), quantized(weights.tensors(), dtype)
+    check_convertible(checkpoint)
+    config, dtype = checkpoint.config, checkpoint.dtype
+    specs, tensors = int8_specs(config, dtype), quantized(checkpoint.tensors(), dtype)
     write_safetensors(file, specs, tensors, int8_metadata(config, dtype), freed_meanwhile)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, file.parent / "tokenizer.json")
@@ -130,9 +130,7 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, 
         )
     try:
         config = NeoXConfig(**json.loads(metadata["config"]))
-        return config, {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
-            metadata["source_dtype"]
-        ]
+        return config, WEIGHT_DTYPES[metadata["source_dtype"]]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: damaged metadata ({error}); convert the checkpoint anew") from error
 
@@ -149,68 +147,82 @@ def check_specs(file: Path, found: Mapping[str, Spec], expected: Mapping[str, Sp
             )
 
 
-def open_int8(path: str | Path) -> tuple[Path, NeoXConfig, torch.dtype, dict[str, Tensor]]:
-    """The path, config, source dtype and tensors of an int8 file, these mapped: nothing but the header is read.
+class Int8Checkpoint:
+    """An int8 file, opened: see `Checkpoint`. Its tensors are those of `int8_specs`.
 
-    Raises CheckpointError for a file that is damaged, of another version, or not what its config says.
+    The file is mapped into memory: pages are read when they are first used, and processes that open the same file share
+    them. It stays mapped as long as any of the tensors lives, and may be replaced meanwhile, which they do not see
+    (Windows refuses to replace a mapped file). What a program writes into them never reaches the file. Raises
+    CheckpointError for a file that is damaged, of another version, or not what its config says.
     """
-    file = find_int8(path)
-    if file is None:
-        raise CheckpointError(f"{path}: no int8 model; expected a NAME{INT8_ENDING} or a folder with one")
-    tensors, metadata = map_safetensors(file)
-    config, source = read_metadata(file, metadata)
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    check_specs(file, found, int8_specs(config, source))
-    return file, config, source, tensors
+
+    dtype = torch.int8
+
+    def __init__(self, file: Path):
+        self.file = file
+        with open_safetensors(file) as opened:
+            metadata = opened.metadata() or {}
+            self.config, self.float_dtype = read_metadata(file, metadata)
+            self.mapped = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
+        found: dict[str, Spec] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.mapped.items()}
+        check_specs(file, found, int8_specs(self.config, self.float_dtype))
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.mapped.values())
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self.mapped.items()}
+
+    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+        return ((name, [tensor]) for name, tensor in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        read_ahead(self.file)
+        return ((name, self.mapped[name]) for name in int8_specs(self.config))
+
+    def files(self) -> list[LayerFile]:
+        return [LayerFile(self.file.name, 0, "the whole model", self.file.stat().st_size)]
 
 
-def build_int8(config: NeoXConfig, tensors: Mapping[str, Tensor]) -> NeoXModel:
-    """A model around the tensors of `int8_specs`, without copying them: in eval mode, gradients off."""
+def empty_int8_model(config: NeoXConfig) -> NeoXModel:
+    """An empty model with int8 layers in the places of those that become int8."""
     model = empty_model(config)
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if tensor.dtype == torch.int8:
+    for name, shape in parameter_shapes(config).items():
+        if is_quantized(name, len(shape)):
+            path, _, _ = name.rpartition(".")
             parent, _, child = path.rpartition(".")
-            layer = Int8Linear(tensor, tensors[scale_name(name)], tensors.get(f"{path}.bias"))
+            numbers = torch.empty(shape, dtype=torch.int8, device="meta")
+            bias = model.get_submodule(path).bias
+            layer = Int8Linear(numbers, torch.empty(shape[0], device="meta"), bias)  # type: ignore[arg-type]
             setattr(model.get_submodule(parent), child, layer)
-        elif leaf != "scale" and f"{path}.scale" not in tensors:
-            setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings:
-        model.final_linear.weight = model.word_embeddings.weight
-    return use_fast_linear(model).eval()
+    return model
 
 
-def moved(tensors: Iterable[tuple[str, Tensor]], device: str | torch.device, others: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of `int8_specs` on a device, biases and norms in the dtype of the activations there, `others`."""
-    own = ("scale", "word_embeddings.weight")
-    return {
-        name: tensor.to(device, None if tensor.dtype == torch.int8 or name.endswith(own) else others)
-        for name, tensor in tensors
-    }
-
-
-def activations_on(device: str | torch.device, source: torch.dtype) -> torch.dtype:
-    """fp32 on a CPU, elsewhere the dtype that was quantized."""
-    return torch.float32 if torch.device(device).type == "cpu" else source
-
-
-def load_int8(path: str | Path, device: str | torch.device = "cpu") -> NeoXModel:
-    """The model of an int8 file or of a folder with one.
-
-    On a CPU the weights stay in the file: it is mapped, its pages are read when they are first used, and processes that
-    load the same file share them. The file stays mapped as long as the model lives; it may be replaced meanwhile, which
-    the model does not see (Windows refuses to replace a mapped file). Raises CheckpointError as `open_int8` does.
+def int8_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `int8_specs` of any checkpoint, quantized one at a time as they are read unless they are int8
+    already, so that the process never holds much more than the int8 model. Raises CheckpointError for NaN or infinity.
     """
-    file, config, source, tensors = open_int8(path)
-    if torch.device(device).type == "cpu":
-        read_ahead(file)
-    return build_int8(config, moved(tensors.items(), device, activations_on(device, source)))
+    if checkpoint.dtype == torch.int8:
+        return checkpoint.tensors()
+    rounded = quantized(checkpoint.tensors())  # what is not rounded may still lie in the checkpoint's files
+    return ((name, tensor if tensor.dtype == torch.int8 else tensor.clone()) for name, tensor in rounded)
 
 
-def quantize_while_loading(weights: Weights, device: str | torch.device = "cpu") -> NeoXModel:
-    """The int8 model of any checkpoint: each tensor is quantized as it is read, so that the process never holds much
-    more than the int8 model. Raises CheckpointError as `Weights.tensors` does, and for NaN or infinity.
+def build_int8_model(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", others: torch.dtype = torch.float32
+) -> NeoXModel:
+    """The int8 model of any checkpoint: its embedding in the dtype that it has, biases and norms in `others`.
+
+    On a CPU the weights of an int8 file stay in the file. Raises CheckpointError as `int8_tensors` does.
     """
-    mapped = quantized(weights.tensors())
-    owned = ((name, tensor if tensor.dtype == torch.int8 else tensor.clone()) for name, tensor in mapped)
-    return build_int8(weights.config, moved(owned, device, activations_on(device, weights.dtype)))
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        as_stored = tensor.dtype == torch.int8 or name.endswith("scale") or name == "word_embeddings.weight"
+        return tensor.dtype if as_stored else others
+
+    tensors = ((name, tensor.to(device, dtype_of(name, tensor))) for name, tensor in int8_tensors(checkpoint))
+    return fill_model(empty_int8_model(checkpoint.config), tensors)

@@ -15,19 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk, write_atomically
+from neox_lib.checkpoints.atomic import write_atomically
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# The format's names of dtypes, as far as weights and training's states use them.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 ALIGNMENT = 64  # bytes, a line of the processor's cache: the first tensor begins at a multiple of it
 Spec = tuple[torch.dtype, tuple[int, ...]]
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk, write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 from neox_lib.checkpoints.slim.layout import LAYER_FILE, UNFINISHED
 
 # The files that make a folder a model's: slim layer files, Hugging Face's, and the config that both have.

@@ -1,15 +1,19 @@
 """One file of weights as `transformers` writes it, .safetensors or .bin: what it holds, and its tensors."""
 
+import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, open_tensors
+from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+READ_AHEAD = 64 * 2**20  # bytes asked of the disk at a time
 
 
 class Stored(NamedTuple):
@@ -28,8 +32,8 @@ class Stored(NamedTuple):
 def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
     """What a file holds, but for keys with an ignored ending; reads no weights.
 
-    Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for a tensor that is none
-    of weights in fp16, bf16 or fp32.
+    Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for a tensor in
+    another dtype than fp16, bf16 or fp32.
     """
     found: dict[str, tuple[torch.dtype | str, tuple[int, ...]]] = {}
     if path.suffix == ".safetensors":
@@ -46,7 +50,7 @@ def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
     for key, (dtype, shape) in found.items():
         if key.endswith(ignored):
             continue
-        if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES.values():
             raise CheckpointError(
                 f"{path}: {key} is {dtype}, expected float16, bfloat16 or float32; quantized files are not read, so "
                 "fetch the weights as they were before quantizing"
@@ -94,3 +98,23 @@ class TensorReader:
                 f"{stored.path}: changed while it was read; {stored.key} is not what it was. Try again"
             )
         return tensor
+
+
+def read_ahead(path: Path) -> threading.Thread | None:
+    """Have the system bring a file into its page cache, from front to back, while the program already uses it.
+
+    Does nothing, and returns None, where the system has no such call and where the file is larger than the memory that
+    is free: its first pages would be gone when they are wanted.
+    """
+    size = path.stat().st_size
+    if not hasattr(os, "posix_fadvise") or size > psutil.virtual_memory().available:
+        return None
+
+    def read() -> None:
+        with path.open("rb") as file:
+            for begin in range(0, size, READ_AHEAD):
+                os.posix_fadvise(file.fileno(), begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=read, name=f"read ahead {path.name}", daemon=True)
+    thread.start()
+    return thread

@@ -1,4 +1,4 @@
-"""What a teacher needs: the student edition, the class report, the doctor.
+"""What a teacher needs: the student edition, the class report, and the doctor that looks at a machine.
 
-Imports the course and what is above it; only the command line imports it.
+May import the course and every room above it; only the command line imports it.
 """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SET_UP = "set the environment up again: make clean, then make lab (without make: the README, Set-up)"
+SET_UP = 'set the environment up again: make clean, then make lab (without make: see "Without make" in README.md)'
 GIB = 2**30
 
 

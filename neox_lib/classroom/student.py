@@ -13,8 +13,9 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import Preprocessor, RegexRemovePreprocessor, TagRemovePreprocessor
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import plain_python
-from neox_lib.course.learner_copy import NOTEBOOKS, lesson_files, write_new
+from neox_lib.course.learner_copy import NOTEBOOKS, lesson_files
 from neox_lib.course.promote import definitions
 
 FOLDED_SOLUTION = re.compile(r"\s*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
@@ -147,7 +148,7 @@ def write_student_edition(out: Path, originals: Path = NOTEBOOKS) -> list[str]:
             lines.append(f"{name}: left out: {words or 'nothing'}" + (f"; but {forgotten}" if forgotten else ""))
         elif name.endswith(".ipynb"):
             continue
-        write_new(out / name, content)
+        write_bytes_atomically(out / name, content)
     if (originals / "LICENSE").is_file():
-        write_new(out / "LICENSE", (originals / "LICENSE").read_bytes())
+        write_bytes_atomically(out / "LICENSE", (originals / "LICENSE").read_bytes())
     return lines

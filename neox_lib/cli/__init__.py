@@ -1,4 +1,4 @@
-"""What can be typed after `python -m neox_lib`: a module for each verb.
+"""What can be typed after `python -m neox_lib`: one module per command.
 
-Imports any room; only `__main__` imports it. A verb imports what it needs when it runs, so that `--help` is quick.
+May import any room; only `__main__` imports it. A command imports what it needs when it runs, so `--help` is quick.
 """

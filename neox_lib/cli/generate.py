@@ -1,13 +1,10 @@
 """`generate`: continue a text, token by token."""
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from neox_lib.model import NeoXModel
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,50 +35,47 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int | None:
-    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:  # torchrun started several of us
-        from neox_lib.distributed import loading as rank_loading
-        from neox_lib.distributed import ranks
+def run(arguments: argparse.Namespace) -> None:
+    """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far.
 
-        def work() -> None:
-            write(arguments, rank_loading.create_rank_model, ranks.read_once)
-
-        return ranks.run_as_rank(work, arguments.device)
-    from neox_lib.loading import create_model
-
-    return write(arguments, create_model, lambda stream: stream.read())
-
-
-def write(
-    arguments: argparse.Namespace, create_model: Callable[..., "NeoXModel"], read: Callable[[TextIO], str]
-) -> None:
-    """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far."""
+    Where torchrun started several of us, each is one rank of a model that all of them share.
+    """
     from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
-    from neox_lib.hub.names import create_tokenizer
+    from neox_lib.loading import create_tokenizer
     from neox_lib.sampling import Sampling
 
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    text = read(sys.stdin) if arguments.prompt == "-" else arguments.prompt or ""
-    tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
-    input_ids = prompt_ids(tokenizer, text)
-    model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
-    if arguments.pack:
-        from neox_lib.decoding.int8_packing import pack
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        from neox_lib.distributed.loading import create_rank_model as create_model
+        from neox_lib.distributed.ranks import as_rank, read_once
 
-        pack(model)
-    stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
-    steps = stream_generate(
-        model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop
-    )
-    seconds: list[float] = []
-    print(text, end="", flush=True)
-    try:
-        for step in steps:
-            seconds.append(step.seconds)
-            print(step.text, end="", flush=True)
-    finally:  # also after Ctrl-C: what was written stays, and so does its speed
-        print(flush=True)
-        print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
+        place, read = as_rank(arguments.device), functools.partial(read_once, sys.stdin)
+    else:
+        from neox_lib.loading import create_model
+
+        place, read = contextlib.nullcontext(), sys.stdin.read
+    with place:
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+        text = read() if arguments.prompt == "-" else arguments.prompt or ""
+        tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
+        input_ids = prompt_ids(tokenizer, text)
+        model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+        if arguments.pack:
+            from neox_lib.decoding.int8_packing import pack
+
+            pack(model)
+        stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
+        steps = stream_generate(
+            model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop
+        )
+        seconds: list[float] = []
+        print(text, end="", flush=True)
+        try:
+            for step in steps:
+                seconds.append(step.seconds)
+                print(step.text, end="", flush=True)
+        finally:  # also after Ctrl-C: what was written stays, and so does its speed
+            print(flush=True)
+            print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
 
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:

@@ -29,6 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if found else 0
     changed = promote.pull(folder) if arguments.pull else promote.promote(folder)
     print(f"Changed: {', '.join(changed)}." if changed else "Nothing to change: notebooks and library agree.")
-    if changed and not arguments.pull:
+    if arguments.pull:
+        return 0
+    older = promote.of_older_originals(promote.collect(folder))
+    if older:
+        names = ", ".join(f"{each.module}.{each.definition.name}" for each in older[:3])
+        more = f" and {len(older) - 3} more" if len(older) > 3 else ""
+        print(
+            f"Left out, as your copy is older than the library and you did not change them: {names}{more}. "
+            "make lab-refresh puts the new originals beside your copy."
+        )
+    if changed:
         print("Restart the kernels of other notebooks: they still hold the old pieces.")
     return 0

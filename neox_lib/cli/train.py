@@ -42,9 +42,11 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -
     """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew."""
     import shutil
 
+    from neox_lib.checkpoints.atomic import write_atomically
+    from neox_lib.checkpoints.tokenizer_files import find_tokenizer
     from neox_lib.config import tiny
     from neox_lib.evaluation.likelihood import stories_of
-    from neox_lib.tokenizer import find_tokenizer, save_tokenizer, train_tokenizer
+    from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
     if (folder / "tokenizer.json").exists():
         return
@@ -54,7 +56,8 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -
         return
     print("training the tokenizer")
     texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
-    save_tokenizer(train_tokenizer(texts, tiny().vocab_size), folder / "tokenizer.json")
+    tokenizer = train_tokenizer(texts, tiny().vocab_size)
+    write_atomically(folder / "tokenizer.json", lambda temporary: save_tokenizer(tokenizer, temporary))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -67,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.config import tiny
     from neox_lib.course.figures import plots
     from neox_lib.evaluation.likelihood import bits_per_byte, stories_of
-    from neox_lib.loading import create_model
-    from neox_lib.tokenizer import create_tokenizer
+    from neox_lib.loading import create_model, create_tokenizer
     from neox_lib.training import loop as training
 
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"

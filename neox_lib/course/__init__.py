@@ -1,4 +1,4 @@
 """What carries the notebooks: exercises and their checks, figures, predictions, promotion, slides, the site.
 
-Imports any room above it; only the classroom and the command line import it. Learners change notebooks, never this.
+May import every room above it; notebooks, the classroom and the command line import it.
 """

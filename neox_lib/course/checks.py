@@ -127,8 +127,7 @@ def in_place_of(original: object, yours: object) -> Iterator[None]:
 def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
     """The shipped model's greedy continuation, on the CPU in fp32, with whatever pieces stand in the library now."""
     from neox_lib.generation import greedy_generate_text, prompt_ids
-    from neox_lib.loading import create_model
-    from neox_lib.tokenizer import create_tokenizer
+    from neox_lib.loading import create_model, create_tokenizer
 
     tokenizer = create_tokenizer()
     model = create_model(device="cpu", dtype="float32")

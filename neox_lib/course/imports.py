@@ -3,7 +3,9 @@
 import ast
 import builtins
 import symtable
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from neox_lib.course.moved import current_origin
 
 
 def free_names(source: str) -> set[str]:
@@ -42,6 +44,22 @@ def bound_names(source: str) -> dict[str, str]:
     return origins
 
 
+def imported_names(source: str) -> Iterator[str]:
+    """What a cell imports from neox_lib, as dotted names below it. Nothing from a cell that is no Python yet."""
+    try:
+        nodes = list(ast.walk(ast.parse(plain_python(source))))
+    except (SyntaxError, ValueError):
+        return
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("neox_lib.") for name in names if name.startswith("neox_lib."))
+
+
 def plain_python(cell: str) -> str:
     """A cell's text without the lines that only IPython understands."""
     lines = cell.splitlines()
@@ -56,13 +74,15 @@ def differing_names(
     """Names that promoted texts use and that mean another thing in the notebook than in the library module.
 
     `promoted` maps the names that this notebook promotes to their modules, `used` holds the promoted texts of `module`.
-    Returns name -> (origin in the library, origin in the notebook); None where it has none.
+    Returns name -> (origin in the library, origin in the notebook); None where it has none. What a copy of before
+    imports by an old name counts as what stands there now.
     """
     own = f"neox_lib.{module}."
     library = {name: own + name if origin == "here" else origin for name, origin in bound_names(library_source).items()}
     notebook: dict[str, str] = {}
     for cell in cells:
-        for name, origin in bound_names(plain_python(cell)).items():
+        for name, bound in bound_names(plain_python(cell)).items():
+            origin = current_origin(bound)
             if origin == "here":
                 origin = f"neox_lib.{promoted[name]}.{name}" if name in promoted else "a definition of its own"
             if name not in promoted or origin.startswith("neox_lib."):

@@ -1,33 +1,35 @@
 """The learner's own copy of the notebooks: made once, never overwritten, told apart from a newer original.
 
-    python -m neox_lib.course.learner_copy             copy what is new, report what has changed
-    python -m neox_lib.course.learner_copy --refresh   also put each changed original beside the copy
-
 `notebooks/mine/.originals.json` holds the SHA-256 that each original had when it was copied. So "changed" means that
 the original's content is another one; dates, which a fresh clone sets anew, say nothing.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
+from neox_lib.course.stale import Stale, stale_names
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 RECORD = ".originals.json"
-PURPOSE = "Copy new notebooks to your own folder, report changed originals, and never overwrite what is yours."
 
 
 @dataclass
 class Report:
-    """What one run did, as paths relative to the notebooks folder: `beside` maps a changed original to its new file."""
+    """What one run did, as paths relative to the notebooks folder.
+
+    `beside` maps a changed original to its new file, `stale` a copy to the names in it that have moved or are gone.
+    """
 
     copied: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     beside: dict[str, str] = field(default_factory=dict)
+    stale: dict[str, Stale] = field(default_factory=dict)
 
 
 def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
@@ -47,7 +49,7 @@ def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
         digest = hashlib.sha256(content).hexdigest()
         copy = mine / name
         if not os.path.lexists(copy):
-            write_new(copy, content)
+            write_bytes_atomically(copy, content)
             report.copied.append(name)
         elif record.get(name) != digest and copy.read_bytes() != content:
             report.changed.append(name)
@@ -56,7 +58,18 @@ def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
             report.beside[name] = put_beside(copy, content).relative_to(mine).as_posix()
         record[name] = digest
     write_record(mine / RECORD, record)
+    report.stale = stale_copies(mine)
     return report
+
+
+def stale_copies(mine: Path) -> dict[str, Stale]:
+    """The notebooks of a copy that use names of before, but for originals put beside. Damaged files are passed over."""
+    found = {}
+    for path in sorted(mine.glob("*.ipynb")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if ".new" not in path.name and (stale := stale_names(json.loads(path.read_text("utf-8"))["cells"])):
+                found[path.name] = stale
+    return found
 
 
 def lesson_files(originals: Path) -> list[str]:
@@ -73,29 +86,11 @@ def put_beside(copy: Path, content: bytes) -> Path:
     while True:
         path = copy.with_name(f"{copy.stem}.new{number if number > 1 else ''}{copy.suffix}")
         if not os.path.lexists(path):
-            write_new(path, content)
+            write_bytes_atomically(path, content)
             return path
         if path.read_bytes() == content:
             return path
         number += 1
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. It stands on its own: files.py needs torch, and this must start in no time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_record(path: Path) -> dict[str, str]:
@@ -109,7 +104,7 @@ def read_record(path: Path) -> dict[str, str]:
 
 def write_record(path: Path, record: dict[str, str]) -> None:
     content = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    write_new(path, content.encode("utf-8"))
+    write_bytes_atomically(path, content.encode("utf-8"))
 
 
 def describe(report: Report, originals: Path, mine: Path) -> str:
@@ -120,25 +115,29 @@ def describe(report: Report, originals: Path, mine: Path) -> str:
     for name in report.changed:
         if name in report.beside:
             lines.append(f"{name}: the newer original is beside your copy, as {report.beside[name]}.")
-        else:
+        elif name not in report.stale:
             lines.append(f"{name}: the original has changed since you copied it. To get it too: make lab-refresh")
+    lines += describe_stale(report)
     if not lines:
         lines.append(f"{mine} is up to date." if lesson_files(originals) else f"No notebooks in {originals} yet.")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m neox_lib.course.learner_copy", description=PURPOSE)
-    parser.add_argument("--refresh", action="store_true", help="put changed originals beside your copies")
-    parser.add_argument("--originals", type=Path, default=NOTEBOOKS, help="default: the notebooks folder of this clone")
-    parser.add_argument("--mine", type=Path, help="default: the folder mine inside it")
-    arguments = parser.parse_args()
-    mine = arguments.mine or arguments.originals / "mine"
-    try:
-        print(describe(update_copy(arguments.originals, mine, arguments.refresh), arguments.originals, mine))
-    except OSError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
+def describe_stale(report: Report, most: int = 3) -> list[str]:
+    """Which copies use names that have moved or are gone, and the first few of those that have moved."""
+    lines = [
+        f"{copy}: neox_lib.{name} is gone; neox_lib.{instead} does its work."
+        for copy, stale in report.stale.items()
+        for name, instead in stale.gone.items()
+    ]
+    uses = Counter(entry for stale in report.stale.values() for entry in stale.moved.items())
+    if uses:
+        first = ", ".join(f"neox_lib.{old} is now neox_lib.{new}" for (old, new), _ in uses.most_common(most))
+        more = f", and {len(uses) - most} more have moved" if len(uses) > most else ""
+        copies = ", ".join(copy for copy, stale in report.stale.items() if stale.moved)
+        lines.append(f"{copies}: names that your copy uses have moved: {first}{more}.")
+    if (set(report.changed) & set(report.stale)) - set(report.beside):
+        lines.append("Nothing is changed in your copies. To get the new originals beside them: make lab-refresh")
+    elif lines:
+        lines.append("Nothing is changed in your copies; the new originals are beside them, as NAME.new.ipynb.")
+    return lines

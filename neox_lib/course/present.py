@@ -1,16 +1,10 @@
-"""A notebook as live slides, in a browser page of its own:
-
-    python -m neox_lib.course.present 02                   the notebook of your copy, notebooks/mine, that begins so
-    python -m neox_lib.course.present 02 --no-browser      what follows goes to JupyterLab
+"""A notebook as live slides, in a browser page of its own.
 
 JupyterLab's RISE shows them, at /rise/NAME.ipynb; `FILES` holds what it lacks for widgets.
 """
 
 import os
-import sys
 from pathlib import Path
-
-from neox_lib.course.learner_copy import NOTEBOOKS
 
 FILES = Path(__file__).parents[1] / "assets" / "slides"
 
@@ -26,18 +20,13 @@ def find_notebook(beginning: str, folder: Path) -> Path:
     )
 
 
-def main(arguments: list[str]) -> None:
-    """Serve the slides on 127.0.0.1, unless an argument says otherwise, and open them in the browser."""
-    try:
-        notebook = find_notebook(arguments[0] if arguments else "", NOTEBOOKS / "mine")
-    except FileNotFoundError as error:
-        sys.exit(str(error))
+def show(notebook: Path, arguments: list[str]) -> None:
+    """Serve a notebook's slides and open them in the browser, until it is interrupted.
+
+    `arguments` go to JupyterLab; it listens on 127.0.0.1 unless one of them says otherwise.
+    """
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(FILES), os.environ.get("JUPYTER_PATH")]))
     from jupyterlab.labapp import LabApp  # only now: it reads its paths when it is imported
 
     place = [f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url=/rise/{notebook.name}"]
-    LabApp.launch_instance([*place, "--ServerApp.ip=127.0.0.1", *arguments[1:]])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    LabApp.launch_instance([*place, "--ServerApp.ip=127.0.0.1", *arguments])

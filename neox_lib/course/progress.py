@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from neox_lib.course.learner_copy import write_new
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 
 EXERCISES: dict[str, str] = {}  # the key of every exercise whose module is loaded -> that module's name
 
@@ -29,6 +29,6 @@ def record(kind: str, key: str, value: str) -> None:
     data = read_progress()
     data[kind][key] = value
     try:
-        write_new(progress_file(), (json.dumps(data, indent=1, sort_keys=True) + "\n").encode("utf-8"))
+        write_bytes_atomically(progress_file(), (json.dumps(data, indent=1, sort_keys=True) + "\n").encode("utf-8"))
     except OSError:
         return

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import nbformat
 
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.imports import differing_names
-from neox_lib.course.learner_copy import NOTEBOOKS, write_new
+from neox_lib.course.learner_copy import NOTEBOOKS
+from neox_lib.course.moved import current, is_older_text, successor
 
 LIBRARY = Path(__file__).resolve().parents[1]
 
@@ -94,7 +96,7 @@ def cell_definitions(source: str, where: str) -> list[Definition]:
 
 
 def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
-    """Notebook, cell index, module and text of every promoted cell, in the order of the series."""
+    """Notebook, cell index, module as the cell names it, and text of every promoted cell, in the series' order."""
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         if ".new" in path.name:
             continue  # a newer original beside the learner's copy
@@ -118,15 +120,29 @@ def collect(folder: Path) -> list[Promoted]:
     promoted twice.
     """
     found: dict[tuple[str, str], Promoted] = {}
-    for path, index, module, source in promoted_cells(folder):
-        if not module_path(module).is_file():
-            raise PromotionError(f"{path.name}, cell {index + 1}: there is no module {module} in neox_lib")
+    for path, index, cell_module, source in promoted_cells(folder):
         for definition in cell_definitions(source, f"{path.name}, cell {index + 1}"):
+            module = home(cell_module, definition.name)
+            if not module_path(module).is_file():
+                raise PromotionError(f"{path.name}, cell {index + 1}: there is no module {module} in neox_lib")
             promoted = Promoted(definition, module, path, index)
             earlier = found.setdefault((module, definition.name), promoted)
             if earlier is not promoted:
                 raise PromotionError(f"{module}.{definition.name} is promoted twice: {earlier.where}; {promoted.where}")
     return list(found.values())
+
+
+def home(module: str, name: str) -> str:
+    """The module that holds a definition now, which is another one where it has moved."""
+    return current(f"{module}.{name}").rpartition(".")[0]
+
+
+def of_older_originals(promoted: Iterable[Promoted]) -> list[Promoted]:
+    """Those whose text is one of an older original: nobody's own work, and the originals of now hold another."""
+    older = [each for each in promoted if is_older_text(each.definition.text)]
+    cells = list(promoted_cells(NOTEBOOKS)) if older else []
+    texts = {each.text for path, _, _, source in cells for each in cell_definitions(source, path.name)}
+    return [each for each in older if each.definition.text not in texts]
 
 
 def file_name(module: str) -> str:
@@ -185,10 +201,20 @@ def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -
         used = [each.definition.text for each in ours if each.notebook == notebook]
         for name, (library_has, notebook_has) in differing_names(ours[0].module, source, texts, here, used).items():
             found.append(
-                f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
+                gone((notebook_has or "").removeprefix("neox_lib."), notebook.name)
+                or f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
                 f"{file_name(ours[0].module)}; import it the same way in both, or inside the definition"
             )
     return found
+
+
+def gone(name: str, where: str) -> str | None:
+    """A line on a name that the library has no more; None for any other name."""
+    instead = successor(name)
+    if instead is None:
+        return None
+    remedy = "make lab-refresh puts the new original beside your copy"
+    return f"{where}: neox_lib.{name} is gone; use neox_lib.{instead}. {remedy}"
 
 
 def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
@@ -207,13 +233,18 @@ def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
 def promote(folder: Path = NOTEBOOKS) -> list[str]:
     """Write every promoted definition into the library; returns the names of the modules that changed.
 
+    What a copy holds as an older original had it is left out: see `of_older_originals`.
     The result is imported in a fresh process. If that fails, or a write does, every module is as it was before, and
     PromotionError says why in one line.
     """
     promoted = collect(folder)
+    older = of_older_originals(promoted)
     before, after = {}, {}
     for module in dict.fromkeys(each.module for each in promoted):
-        path, ours = module_path(module), [each for each in promoted if each.module == module]
+        path, ours = module_path(module), [each for each in promoted if each.module == module and each not in older]
+        for each in ours:
+            if why := gone(f"{module}.{each.definition.name}", each.where):
+                raise PromotionError(why)
         before[path] = path.read_bytes()
         text = replaced(before[path].decode("utf-8"), [each.definition for each in ours])
         for foreign in foreign_names(ours, promoted, text):
@@ -222,7 +253,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
             after[path] = text.encode("utf-8")
     try:
         for path, content in after.items():
-            write_new(path, content)
+            write_bytes_atomically(path, content)
         why = import_failure({each.module for each in promoted}) if after else None
     except BaseException as error:
         restore(before, after)
@@ -238,7 +269,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
 def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
     for path in changed:
         if path.read_bytes() != before[path]:
-            write_new(path, before[path])
+            write_bytes_atomically(path, before[path])
 
 
 def import_failure(modules: Iterable[str] = ()) -> str | None:
@@ -272,5 +303,5 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
                 cell.source = text
                 changed += [path.name] if path.name not in changed else []
         if path.name in changed:
-            write_new(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
+            write_bytes_atomically(path, nbformat.writes(notebook).rstrip("\n").encode("utf-8") + b"\n")
     return changed

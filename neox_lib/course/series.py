@@ -11,7 +11,7 @@ from pathlib import Path
 from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.predictions import QUESTIONS, letter, questions
 from neox_lib.course.progress import EXERCISES, read_progress
-from neox_lib.course.promote import cell_definitions, definitions, module_path
+from neox_lib.course.promote import cell_definitions, definitions, home, module_path
 
 HEADINGS = ("notebook", "exercises solved", "predictions right", "the library holds its text")
 
@@ -94,7 +94,7 @@ def text_of(notebook: str) -> str:
 def solved(notebook: str) -> tuple[int, int]:
     """Exercises passed and exercises there are: those of the modules that the notebook imports its checks from."""
     text, outcomes = text_of(notebook), read_progress()["exercises"]
-    names = set(re.findall(r"from neox_lib\.course\.exercises import (\w+)", text))
+    names = set(re.findall(r"from neox_lib\.(?:course|lesson)\.exercises import (\w+)", text))
     modules = {f"neox_lib.course.exercises.{name}" for name in names}
     for module in sorted(modules):
         importlib.import_module(module)
@@ -115,9 +115,8 @@ def held(notebook: str) -> tuple[int, int]:
     text, same, there_are = text_of(notebook), 0, 0
     for cell in json.loads(text)["cells"] if text else ():
         if "promote" in cell["metadata"].get("tags", []):
-            module = module_path(cell["metadata"]["module"])
-            library = {each.name: each.text for each in definitions(module.read_text("utf-8"))}
             for each in cell_definitions("".join(cell["source"]), notebook):
-                same += library.get(each.name) == each.text
+                library = module_path(home(cell["metadata"]["module"], each.name)).read_text("utf-8")
+                same += any(each.text == other.text for other in definitions(library) if each.name == other.name)
                 there_are += 1
     return same, there_are

@@ -1,16 +1,12 @@
 """The notebooks as slides: one rule says which cell begins a slide, which goes on with it, and which is left out.
 
-    python -m neox_lib.course.slides            write the rule's answer into the notebooks' metadata
-    python -m neox_lib.course.slides --check    only compare; exit with 1 where something differs
-
-JupyterLab's RISE shows them so (`make slides`). A cell is never divided: one that is higher than a page is left out.
+`python -m neox_lib mark-slides` writes the rule's answer into the notebooks' metadata, and JupyterLab's RISE shows them
+so (`make slides`). A cell is never divided: one that is higher than a page is left out.
 An author overrules with a cell tag: `slide-skip` leaves a cell out, `slide-new` begins a slide with it.
 """
 
-import argparse
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ from typing import Any
 import nbformat
 
 from neox_lib.course.imports import plain_python
-from neox_lib.course.learner_copy import NOTEBOOKS, write_new
 from neox_lib.course.slide_heights import LONGEST_CODE, cell_height, picture_size
 
 PAGE = 660  # of 720 pixels: margins of 20, and 20 in hand for letters that are wider than those counted with
@@ -128,25 +123,3 @@ def marked(path: Path) -> str | None:
     mark_slides(notebook)
     text = nbformat.writes(notebook).rstrip("\n") + "\n"
     return text if text != path.read_text("utf-8") else None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m neox_lib.course.slides", description=mark_slides.__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of the series")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something differs")
-    arguments = parser.parse_args()
-    differ = False
-    for path in arguments.notebooks or sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        text = marked(path)
-        if text is None:
-            continue
-        differ = True
-        if not arguments.check:
-            write_new(path, text.encode("utf-8"))
-        print(f"{path.name}: {'its slides are not as the rule says' if arguments.check else 'slides written'}")
-    if arguments.check and differ:
-        sys.exit("To write them: python -m neox_lib.course.slides")
-
-
-if __name__ == "__main__":
-    main()

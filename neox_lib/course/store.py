@@ -1,19 +1,14 @@
 """Run notebooks and keep their outputs, in a form that does not change when nothing has: for authors.
 
-    python -m neox_lib.course.store notebooks/02_rotary_embeddings.ipynb
-
 No timings, and no live widgets: those need the kernel that made them. What a widget shows without one stays.
 """
 
-import argparse
-import os
-import tempfile
 from pathlib import Path
 
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from neox_lib.course.learner_copy import write_new
+from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.slides import mark_slides
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -29,7 +24,10 @@ def without_live_widgets(notebook: nbformat.NotebookNode) -> None:
 
 
 def run_and_store(path: Path, timeout: int = 120) -> None:
-    """Execute a notebook in its own folder and write it back with its outputs; an error in a cell leaves the file."""
+    """Execute a notebook in its own folder and write it back with its outputs.
+
+    An error in a cell raises nbclient's CellExecutionError and leaves the file as it was.
+    """
     notebook = nbformat.read(path, as_version=4)
     runner = ExecutePreprocessor(
         timeout=timeout,
@@ -43,18 +41,4 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata.language_info = {"name": "python"}
     mark_slides(notebook)  # whose height depends on the outputs
-    write_new(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m neox_lib.course.store", description=run_and_store.__doc__)
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    for path in parser.parse_args().notebooks:
-        with tempfile.TemporaryDirectory() as folder:  # nobody's earlier answers may get into the outputs
-            os.environ["NEOX_PROGRESS"] = str(Path(folder) / "progress.json")
-            run_and_store(path)
-        print(f"stored {path}")
-
-
-if __name__ == "__main__":
-    main()
+    write_bytes_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))

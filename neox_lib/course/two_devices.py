@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from neox_lib.attention import KeyValueStore
 from neox_lib.cache import KVCache
 from neox_lib.checkpoints.files import SHIPPED_MODEL
-from neox_lib.checkpoints.slim.config import read_config
-from neox_lib.distributed.loading import build_rank, create_rank_model, stored_parts
+from neox_lib.checkpoints.opening import open_checkpoint
+from neox_lib.distributed.loading import build_rank, create_rank_model
 from neox_lib.generation import prompt_ids, stream_generate
-from neox_lib.loading import create_model
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.tokenizer import create_tokenizer
 
 CPU = torch.device("cpu")
 # (hidden [B, T, C], each device's block, cos, sin, each device's cache, all_reduce) -> hidden [B, T, C]
@@ -66,9 +65,9 @@ class _BlockOnDevices(nn.Module):
 
 def shipped_parts(ranks: int) -> list[NeoXModel]:
     """The shipped model's parts for so many devices, all in this process, in fp32 on the CPU."""
-    config = read_config(SHIPPED_MODEL)
+    checkpoint = open_checkpoint(SHIPPED_MODEL)
     return [
-        build_rank(config, stored_parts(SHIPPED_MODEL, config), rank, ranks, CPU, lambda name: torch.float32)
+        build_rank(checkpoint.config, checkpoint.parts(), rank, ranks, CPU, lambda name: torch.float32)
         for rank in range(ranks)
     ]
 
@@ -123,9 +122,9 @@ def tell_a_story(prompt: str, new_tokens: int) -> dict:
 def count_exchanges(ids: Tensor) -> dict[str, dict[str, int]]:
     """The work of one rank: meetings in one pass of three models, ours, ours made sequential, and PyTorch's plan."""
     ours = create_rank_model(device="cpu", dtype="float32")
-    config = dataclasses.replace(read_config(SHIPPED_MODEL), use_parallel_residual=False)
-    stored, rank, ranks = stored_parts(SHIPPED_MODEL, config), dist.get_rank(), dist.get_world_size()
-    sequential = build_rank(config, stored, rank, ranks, CPU, lambda name: torch.float32)
+    checkpoint, rank, ranks = open_checkpoint(SHIPPED_MODEL), dist.get_rank(), dist.get_world_size()
+    config = dataclasses.replace(checkpoint.config, use_parallel_residual=False)
+    sequential = build_rank(config, checkpoint.parts(), rank, ranks, CPU, lambda name: torch.float32)
     planned = by_pytorchs_plan()
     assert torch.allclose(planned(ids), ours(ids), rtol=0, atol=1e-4)
     models = {"parallel residual": ours, "sequential residual": sequential, "parallel, PyTorch's plan": planned}
@@ -161,7 +160,9 @@ def differ_a_little(prompt: str, new_tokens: int) -> dict:
     if dist.get_rank() == 1:
         model.norm.weight.mul_(1.001)
     ids = prompt_ids(create_tokenizer(), prompt)
-    return {"hidden": model.hidden_states(ids), "scores": model(ids), "story": write(model, prompt, new_tokens)}
+    streams: list[Tensor] = []
+    scores = model(ids, on_layer=lambda depth, hidden: streams.append(hidden))
+    return {"hidden": model.norm(streams[-1]), "scores": scores, "story": write(model, prompt, new_tokens)}
 
 
 def leave_early() -> None:

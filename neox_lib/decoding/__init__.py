@@ -1,4 +1,4 @@
-"""Layers for a CPU that give each token at the speed of memory.
+"""Layers for a CPU that write each token at the speed of memory.
 
-Imports quantization and checkpoints; loading and everything below it may import it.
+May import quantization and what stands above it; every room below may import it.
 """

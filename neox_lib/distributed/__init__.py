@@ -1,4 +1,4 @@
-"""One model on several devices: what each rank holds, and how the processes meet and end together.
+"""One model on several devices: what each rank holds, and how the processes start, meet and end together.
 
-Imports loading and what is above it; the course, bench and the command line may import it.
+May import loading and every room above it; every room below may import it.
 """

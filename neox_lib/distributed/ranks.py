@@ -7,7 +7,7 @@ import pickle
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, TextIO
@@ -101,11 +101,12 @@ def describe_failure(error: BaseException, rank: int, ranks: int) -> tuple[int, 
     return 1, f"rank {rank} of {ranks} failed: {type(error).__name__}: {text}"
 
 
-def run_as_rank(work: Callable[[], object], device: str | torch.device) -> int:
-    """Join the other ranks, on this rank's device of that kind, and run `work`, the same on all of them; the exit code.
+@contextlib.contextmanager
+def as_rank(device: str | torch.device) -> Iterator[None]:
+    """Join the other ranks, on this rank's device of that kind, and be one of them while the block runs.
 
-    Only rank 0's output is shown. When a rank fails, the first to fail says so in one line on stderr, and each of them
-    ends this process at once, without waiting for the others.
+    All of them run the same block; only rank 0's output is shown. When a rank fails, the first to fail says so in one
+    line on stderr, and each of them ends its process at once, without waiting for the others.
     """
     rank, ranks, stderr = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.stderr
 
@@ -120,9 +121,8 @@ def run_as_rank(work: Callable[[], object], device: str | torch.device) -> int:
             stack.enter_context(contextlib.redirect_stderr(silence))
         try:
             join_ranks(rank_device(device))
-            work()
+            yield
             dist.destroy_process_group()
-            return 0
         except (Exception, KeyboardInterrupt) as error:
             code, message = describe_failure(error, rank, ranks)
             first_rank = rank

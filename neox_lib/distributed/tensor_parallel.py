@@ -1,12 +1,14 @@
 """Tensor parallelism: one model on several devices, each with some of the heads, of the MLP and of the vocabulary.
 
+Built in notebook 09.
+
 Every rank runs the same program on the same tokens, with its own part of each matrix, cut as the release's files are
-(`sharding.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
+(`slim.partition.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
 embeddings, once in each block (twice where the residual is sequential) and once for the scores. Each has the same
 hidden states, and the very same scores, so all of them choose the same next token.
 
 PyTorch's `parallelize_module` cuts a model from a plan. It meets twice a block, and what it does around every layer
-takes longer than a small pass itself; here ranks work on plain tensors, so that the layers of `linear.py` serve too.
+takes longer than a small pass itself; here ranks work on plain tensors, so that the layers of `decoding` serve too.
 """
 
 import dataclasses
@@ -87,6 +89,11 @@ class RankConfig(NeoXConfig):
     """
 
     ranks: int = 1
+
+    def __post_init__(self):
+        if type(self.ranks) is not int or self.ranks < 1:
+            raise ValueError(f"ranks must be a positive whole number, got {self.ranks!r}")
+        super().__post_init__()
 
     @property
     def head_dim(self) -> int:

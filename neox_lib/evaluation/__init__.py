@@ -1,4 +1,4 @@
 """How likely a model finds a given text, and what rounding its weights costs.
 
-Imports loading and what is above it; training, the course and everything below may import it.
+May import loading and every room above it; training and every room below may import it.
 """

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by name: which files they have, fetched, and kept in the Hub's cache.
+"""Models on the Hugging Face Hub: looked up by name, fetched, and kept in the Hub's cache.
 
-Imports checkpoints; loading and everything below it may import it.
+May import checkpoints and every room above it; loading and every room below may import it.
 """

@@ -1,6 +1,6 @@
 """Models from the Hugging Face Hub: into the cache that all programs share, or into a folder of your own."""
 
-import sys
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes, write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes
 from neox_lib.hub.fetch import Place, fetch, holds
 from neox_lib.hub.listing import SMALL_FILES, DownloadError, HubFile, Listing, hub_errors, list_files, weight_files
+
+logger = logging.getLogger(__name__)
 
 SPARE = 50_000_000  # bytes of disk that a download leaves alone
 PlaceOf = Callable[[HubFile], Place]
@@ -53,20 +56,19 @@ def choose_files(listing: Listing, place_of: PlaceOf) -> list[HubFile]:
 
 
 def bring(listing: Listing, files: list[HubFile], place_of: PlaceOf, folder: Path) -> None:
-    """Fetch what is missing of `files`, after a line on stderr that says how much that is and what the disk has free.
+    """Fetch what is missing of `files`, after a message that says how much that is and what the disk has free.
 
     Raises CheckpointError, before anything is fetched, when the disk of `folder` has no room for it.
     """
     missing = [file for file in files if not place_of(file).target.exists()]
     total, there = sum(file.size for file in missing), sum(place_of(file).bytes_there() for file in missing)
     if not missing:
-        print(f"neox_lib: {listing.model} ({listing.commit[:8]}): all of it is there already", file=sys.stderr)
+        logger.info("%s (%s): all of it is there already", listing.model, listing.commit[:8])
         return
     resumed = f" ({there / 1e6:,.1f} MB of them have arrived before)" if there else ""
-    print(
-        f"neox_lib: {listing.model} ({listing.commit[:8]}): {total / 1e6:,.1f} MB in {len(missing)} file(s) to fetch"
-        f"{resumed}; the disk of {folder} has {free_bytes(folder) / 1e9:,.1f} GB free",
-        file=sys.stderr,
+    logger.info(
+        f"{listing.model} ({listing.commit[:8]}): {total / 1e6:,.1f} MB in {len(missing)} file(s) to fetch{resumed}; "
+        f"the disk of {folder} has {free_bytes(folder) / 1e9:,.1f} GB free"
     )
     check_free_disk(folder, total - there + SPARE)
     with tqdm(total=total, initial=there, unit="B", unit_scale=True, desc=listing.model, mininterval=0.5) as bar:
@@ -104,7 +106,7 @@ def cached_folder(model: str, revision: str = "main") -> Path | None:
 def download_to_cache(model: str, revision: str = "main") -> Path:
     """Bring a model's newest files of `revision` into the cache and return their folder.
 
-    When the Hub doesn't answer, a whole copy in the cache is taken, and a line on stderr says so. Raises DownloadError,
+    When the Hub doesn't answer, a whole copy in the cache is taken, and a message says so. Raises DownloadError,
     and CheckpointError when the disk has no room.
     """
     place_of = partial(cache_place, model)
@@ -114,7 +116,7 @@ def download_to_cache(model: str, revision: str = "main") -> Path:
         folder = cached_folder(model, revision)
         if folder is None:
             raise
-        print(f"neox_lib: {error}. Taking the copy in the cache", file=sys.stderr)
+        logger.warning(f"{error}. Taking the copy in the cache")
         return folder
     files = choose_files(listing, place_of)
     bring(listing, files, place_of, Path(constants.HF_HUB_CACHE))

@@ -3,26 +3,27 @@
 The disk holds the int8 file and one shard, never the model as it was released.
 """
 
+import logging
 import os
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from neox_lib.checkpoints.checkpoint import INT8_ENDING
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes
 from neox_lib.checkpoints.huggingface.config import read_huggingface_config
 from neox_lib.checkpoints.huggingface.layout import is_huggingface
-from neox_lib.checkpoints.quantized import INT8_FILE, int8_metadata, int8_specs, quantized, scale_name
+from neox_lib.checkpoints.quantized import INT8_ENDING, INT8_FILE, int8_metadata, int8_specs, quantized, scale_name
 from neox_lib.checkpoints.slim.layout import is_slim
 from neox_lib.hub.download import SPARE, PlaceOf, check_same, choose_files, folder_place
 from neox_lib.hub.fetch import Place, fetch, holds
 from neox_lib.hub.listing import SMALL_FILES, DownloadError, HubFile, Listing, list_files
-from neox_lib.hub.shards import WEIGHTS, Shard, find_dtype, plan_shards, read_shard
+from neox_lib.hub.shards import WEIGHTS, Shard, find_dtype, parameters_of_shards, read_shard
 from neox_lib.hub.unfinished import UnfinishedFile
+
+logger = logging.getLogger(__name__)
 
 WORK = ".unfinished_int8"  # folder inside the target: the file in the making, and the shard in hand
 
@@ -36,18 +37,17 @@ def check_free_place(folder: Path) -> None:
 
 
 def announce(listing: Listing, todo: list[Shard], file: UnfinishedFile, place_of: PlaceOf) -> tuple[int, int]:
-    """Say on stderr what will be fetched and what the disk will hold, and return the bytes to fetch, whole and already
+    """Say what will be fetched and what the disk will hold, and return the bytes to fetch, whole and already
     there. Raises CheckpointError when the disk has no room.
     """
     missing = [shard.file.size - place_of(shard.file).bytes_there() for shard in todo]
     total = sum(shard.file.size for shard in todo)
     largest = max((shard.file.size for shard in todo), default=0)
     resumed = f", going on with {len(file.done)} done" if file.done else ""
-    print(
-        f"neox_lib: {listing.model} ({listing.commit[:8]}): {sum(missing) / 1e9:,.2f} GB in {len(todo)} shard(s) to "
+    logger.info(
+        f"{listing.model} ({listing.commit[:8]}): {sum(missing) / 1e9:,.2f} GB in {len(todo)} shard(s) to "
         f"fetch{resumed}; the int8 file takes {file.nbytes / 1e9:,.2f} GB, and while it is made the disk holds at most "
-        f"{(file.nbytes + largest) / 1e9:,.2f} GB of this; the disk has {free_bytes(file.path) / 1e9:,.1f} GB free",
-        file=sys.stderr,
+        f"{(file.nbytes + largest) / 1e9:,.2f} GB of this; the disk has {free_bytes(file.path) / 1e9:,.1f} GB free"
     )
     check_free_disk(file.path.parent, file.missing_bytes() + max(missing, default=0) + SPARE)
     return total, total - sum(missing)
@@ -116,7 +116,7 @@ def stream_int8(listing: Listing, folder: Path, work: Path) -> None:
     for file in small:
         fetch(listing, file, place_of(file), tqdm(disable=True))
     config = read_huggingface_config(work)
-    shards = plan_shards(listing, files, work, config)
+    shards = parameters_of_shards(listing, files, work, config)
     dtype = find_dtype(listing, shards[0].file, work / "config.json")
     parts = [shard.file.checksum for shard in shards]
     unfinished = UnfinishedFile(work, int8_specs(config, dtype), int8_metadata(config, dtype), parts)

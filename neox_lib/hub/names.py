@@ -3,10 +3,6 @@
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from neox_lib import tokenizer
-
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".yml")
 
@@ -28,7 +24,7 @@ def local_path(path: str | Path) -> Path:
     """The path on this disk of a checkpoint, which may be given by its name on the Hub.
 
     A model that is in the Hub's cache is taken from there without asking the network; otherwise it is downloaded, and
-    lines on stderr say so. Raises DownloadError, and CheckpointError when the disk has no room.
+    messages say so. Raises DownloadError, and CheckpointError when the disk has no room.
     """
     if not is_hub_name(path):
         return Path(path)
@@ -41,14 +37,12 @@ def local_path(path: str | Path) -> Path:
         raise DownloadError(f"no folder {path} here; on the Hub: {error}") from error
 
 
-def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """`tokenizer.create_tokenizer`, which also takes a model's name on the Hub and then fetches the tokenizer alone.
-
-    Raises FileNotFoundError when there is none, ValueError when the file is no tokenizer, DownloadError.
+def local_tokenizer(path: str | Path) -> Path:
+    """The path on this disk of a tokenizer, or of a folder with one; of a name on the Hub the tokenizer alone is
+    fetched, unless it is in the cache. Raises DownloadError.
     """
     if not is_hub_name(path):
-        beside = path is not None and Path(path).suffix == ".safetensors"  # a file of weights: its folder has it
-        return tokenizer.create_tokenizer(Path(str(path)).parent if beside else path)
+        return Path(path)
     from huggingface_hub import try_to_load_from_cache
 
     from neox_lib.hub.download import download_tokenizer
@@ -56,6 +50,6 @@ def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
     cached = try_to_load_from_cache(str(path), "tokenizer.json")
     try:
-        return tokenizer.create_tokenizer(cached if isinstance(cached, str) else download_tokenizer(str(path)))
+        return Path(cached) if isinstance(cached, str) else download_tokenizer(str(path))
     except DownloadError as error:
         raise DownloadError(f"no file or folder {path} here; on the Hub: {error}") from error

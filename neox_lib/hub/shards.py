@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 from torch import Tensor
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
-from neox_lib.checkpoints.huggingface.layout import BUFFERS, OUTPUT_NAMES, PREFIX, their_name
-from neox_lib.checkpoints.slim.layout import parameter_shapes
-from neox_lib.checkpoints.tensor_files import SAFETENSORS_DTYPES, TensorReader, describe_file
-from neox_lib.config import NeoXConfig
+from neox_lib.checkpoints.files import BUFFERS, WEIGHT_DTYPES, CheckpointError
+from neox_lib.checkpoints.huggingface.layout import names_by_key, their_name
+from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
+from neox_lib.checkpoints.tensor_files import TensorReader, describe_file
+from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.hub.listing import DownloadError, HubFile, Listing, hub_errors
 
 WEIGHTS = (".safetensors", ".bin")
@@ -29,16 +29,7 @@ class Shard:
     names: frozenset[str]
 
 
-def names_by_key(config: NeoXConfig) -> dict[str, str]:
-    """Our parameters' names by every key under which a file of `transformers` may hold them."""
-    keys: dict[str, str] = {}
-    for name in parameter_shapes(config):
-        for key in OUTPUT_NAMES if name == "final_linear.weight" else (their_name(name),):
-            keys |= {key: name, key.removeprefix(PREFIX): name}
-    return keys
-
-
-def plan_shards(listing: Listing, files: list[HubFile], work: Path, config: NeoXConfig) -> list[Shard]:
+def parameters_of_shards(listing: Listing, files: list[HubFile], work: Path, config: NeoXConfig) -> list[Shard]:
     """Which parameters come from which file, by the index. Raises CheckpointError, before any weight is fetched, when
     the index lacks one or has a tensor that the model has no place for.
     """
@@ -66,8 +57,7 @@ def find_dtype(listing: Listing, file: HubFile, config: Path) -> torch.dtype:
     """
     if not file.name.endswith(".safetensors"):
         fields = json.loads(config.read_text("utf-8"))
-        claimed = str(fields.get("torch_dtype") or fields.get("dtype"))
-        return next((dtype for dtype in WEIGHT_DTYPES if str(dtype) == f"torch.{claimed}"), torch.float16)
+        return WEIGHT_DTYPES.get(fields.get("torch_dtype") or fields.get("dtype"), torch.float16)
     with hub_errors(listing.model, listing.commit):
         try:
             header = HfApi().parse_safetensors_file_metadata(listing.model, file.name, revision=listing.commit)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neox_lib.checkpoints.files import write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.safetensors_writer import Spec, lay_out, reserve, write_each
 
 

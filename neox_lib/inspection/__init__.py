@@ -1,4 +1,4 @@
 """A look into a model while it reads: attention weights, and the tokens that could come next.
 
-Imports the model; the playground, the course and everything below may import it.
+May import the model and every room above it; the playground and every room below may import it.
 """

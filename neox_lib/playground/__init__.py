@@ -1,6 +1,6 @@
-"""The prompt playground: the loop in a thread, what a session knows and does, its views, and its page.
+"""The prompt playground: generation in a thread, what a session knows and does, its views, and its page.
 
-Imports inspection and what is above it; the command line may import it. Learners import `Playground`.
+May import inspection and every room above it; the command line imports it. Learners import `Playground`.
 """
 
 from typing import TYPE_CHECKING

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from neox_lib.generation import ENDOFTEXT_ID, PrefillStopped, Step, stream_generate
-from neox_lib.playground.looking import LookStopped, attention_of_last, candidate, likeliest
+from neox_lib.generation import ENDOFTEXT_ID, Step, stream_generate
+from neox_lib.inspection.attention import attention_of_last
+from neox_lib.inspection.tokens import candidate, likeliest
+from neox_lib.model import Stopped
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Throttle, follow
@@ -115,7 +117,7 @@ def glance(state: State, stopping: threading.Event) -> None:
     state.recall.keep(road.ids)
     try:
         logits = state.recall.logits_after(road.ids[:position], lambda *_: not stopping.is_set())
-    except PrefillStopped:
+    except Stopped:
         return
     keep_scores(state, position, logits)
 
@@ -139,6 +141,6 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
             keep_scores(state, position, state.recall.logits_after(road.ids[:position], report))
         if state.watching:
             state.attention = attention_of_last(state.model, road.ids[: position + 1], report)
-    except (PrefillStopped, LookStopped):
+    except Stopped:
         return say("idle", "Stopped looking.")
     say("idle", status or "Ready.")

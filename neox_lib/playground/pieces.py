@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from neox_lib.generation import StreamDecoder
-from neox_lib.tokenizer import token_to_bytes
 
 
 @dataclass(frozen=True)
@@ -41,24 +40,6 @@ def spell(tokenizer, ids: Iterable[int]) -> list[Piece]:
 def text_of(pieces: Iterable[Piece], control: bool = True) -> str:
     """The text that pieces make up; without the names of control tokens if `control` is False."""
     return "".join(piece.text for piece in pieces if control or not piece.control)
-
-
-def label(tokenizer, token_id: int) -> str:
-    """A token on its own, as a label: its text, or its bytes such as <E2 82> where they are no whole characters.
-
-    >>> from neox_lib.tokenizer import train_tokenizer
-    >>> tokenizer = train_tokenizer([""], 281)
-    >>> [label(tokenizer, token_id) for token_id in tokenizer.encode("né")]
-    ['n', '<C3>', '<A9>']
-    """
-    token = tokenizer.id_to_token(token_id)
-    if token is None:
-        return f"<{token_id}>"
-    raw = token_to_bytes(token)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return f"<{raw.hex(' ').upper()}>"
 
 
 def without_surrogates(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from neox_lib.cache import KVCache
-from neox_lib.generation import next_token_logits
+from neox_lib.generation import prefill
 from neox_lib.model import NeoXModel
 
 GROWTH = 256  # tokens by which the room grows
@@ -64,14 +64,14 @@ class Recall:
     ) -> torch.Tensor:
         """Scores for the token after `ids`: `[1, V]`, fp32. Costs one token's pass where the text is known.
 
-        Raises PrefillStopped when `on_progress` returns False.
+        Raises Stopped when `on_progress` returns False.
         """
         known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
         cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))
         cache.truncate(min(cache.length, len(ids) - 1))
         new = torch.tensor([ids[cache.length :]], device=self.model.norm.weight.device)
         try:
-            return next_token_logits(self.model, new, cache, on_progress=on_progress)
+            return prefill(self.model, new, cache, on_progress=on_progress)
         finally:
             if known:  # the rows behind are still there: the pass wrote its own again and no other
                 cache.length = len(known)

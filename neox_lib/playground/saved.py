@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from neox_lib.checkpoints.files import write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.playground.pieces import spell, text_of
 from neox_lib.playground.roads import Road
 from neox_lib.playground.settings import Settings

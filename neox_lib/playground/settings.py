@@ -5,6 +5,18 @@ from dataclasses import dataclass
 
 from neox_lib.sampling import GREEDY, Sampling
 
+# By name: an annotation may be a string, and a check that asks for types would pass all.
+KINDS = {
+    "tokens": "a whole number",
+    "use_cache": "true or false",
+    "sampled": "true or false",
+    "temperature": "a number",
+    "top_k": "a whole number",
+    "top_p": "a number",
+    "seed": "a whole number",
+}
+TYPES = {"a whole number": (int,), "a number": (int, float), "true or false": (bool,)}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,12 +34,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type
-            fits = type(value) in (int, float) if wanted is float else type(value) is wanted
-            if not fits:
-                kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]  # type: ignore[index]
-                raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+        for name, kind in KINDS.items():
+            if type(getattr(self, name)) not in TYPES[kind]:
+                raise ValueError(f"{name} must be {kind}, got {getattr(self, name)!r}")
         if self.tokens < 1:
             raise ValueError(f"tokens must be 1 or more, got {self.tokens}")
         if self.top_k < 0:

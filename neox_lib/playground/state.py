@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
 from neox_lib.playground.costs import Costs
-from neox_lib.playground.looking import Candidate
 from neox_lib.playground.recall import Recall
 from neox_lib.playground.roads import Roads
 from neox_lib.playground.settings import Settings

@@ -1,4 +1,7 @@
-"""The loop in a thread: the page stays free while text is written, hears of it at its own pace, and can stop it."""
+"""The loop in a thread: the page stays free while text is written, hears of it at its own pace, and can stop it.
+
+Built in notebook 07.
+"""
 
 import threading
 import time

@@ -4,8 +4,8 @@ import math
 import time
 
 from neox_lib.config import NeoXConfig
+from neox_lib.inspection.tokens import Candidate
 from neox_lib.playground.costs import bytes_in_words, model_in_words, needs_of_20b
-from neox_lib.playground.looking import Candidate
 from neox_lib.playground.pieces import Piece, Speller, spell, text_of
 from neox_lib.playground.roads import Road
 from neox_lib.playground.state import State

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from IPython.display import display
 
-from neox_lib.hub.names import create_tokenizer
-from neox_lib.loading import create_model
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.playground import saved
 from neox_lib.playground.actions import perform

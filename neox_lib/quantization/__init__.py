@@ -1,4 +1,4 @@
-"""Weights in fewer bytes: what an int8 row means, and the layer that multiplies by it.
+"""Weights in fewer bits: what an int8 row means, and the layer that multiplies by it.
 
-Imports nothing of the library; checkpoints and everything below them may import it.
+May import the pieces above it, and imports none yet; every room below may import it.
 """

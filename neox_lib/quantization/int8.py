@@ -1,4 +1,7 @@
-"""Weight-only int8: each row of a matrix becomes whole numbers from -127 to 127 and one scale."""
+"""Weight-only int8: each row of a matrix becomes whole numbers from -127 to 127 and one scale.
+
+Built in notebook 08.
+"""
 
 import torch
 from torch import Tensor

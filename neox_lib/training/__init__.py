@@ -1,4 +1,4 @@
-"""The loop that made the shipped model, and its state to go on from.
+"""The loop that made the shipped model, and the state from which it goes on.
 
-Imports evaluation and what is above it; the course and the command line may import it.
+May import evaluation and every room above it; the command line imports it.
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from neox_lib.block import Block
-from neox_lib.checkpoints.files import write_atomically
+from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import stories_of, story_stream, surprise
 from neox_lib.model import NeoXModel
@@ -198,7 +198,7 @@ def save(folder: Path, identity: str, model, optimizer, history: list[dict], ste
     state = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"history": history, "step": step, "seconds": seconds}
     write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
-    write_atomically(folder / "history.json", lambda temporary: temporary.write_text(json.dumps(history, indent=1)))
+    write_text_atomically(folder / "history.json", json.dumps(history, indent=1))
 
 
 def restore(path: Path, identity: str, model, optimizer) -> tuple[list[dict], int, float]:

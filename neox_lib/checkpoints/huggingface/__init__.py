@@ -1,4 +1,4 @@
-"""The layout of `transformers`: one `config.json`, safetensors or .bin files, and their names for our parameters.
+"""The layout of `transformers`: config.json, safetensors or .bin files, and its names for our parameters.
 
-Imported like the rest of `checkpoints`.
+May be imported where `checkpoints` may; `transformers` itself is never imported.
 """

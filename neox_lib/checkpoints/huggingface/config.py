@@ -9,8 +9,8 @@ import torch
 
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.slim.config import real_tokens
+from neox_lib.checkpoints.tokenizer_files import open_tokenizer
 from neox_lib.config import NeoXConfig
-from neox_lib.tokenizer import create_tokenizer
 
 # What `transformers` fills in for a key that is not there (its GPTNeoXConfig), and the name of each activation here:
 # gelu_new, gelu_pytorch_tanh and the rest of them are the same tanh formula as gelu_fast, written down differently.
@@ -106,7 +106,7 @@ def count_tokens(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> in
     path = folder / "tokenizer.json"
     if not path.is_file():
         return real_tokens(vocab_size)
-    tokens = max(create_tokenizer(path).get_vocab().values(), default=-1) + 1
+    tokens = max(open_tokenizer(path).get_vocab().values(), default=-1) + 1
     if not 0 < tokens <= vocab_size:
         raise CheckpointError(
             f"{path}: its ids end at {tokens - 1} and config.json says vocab_size {vocab_size}; tokenizer and weights "

@@ -4,10 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.checkpoints.slim.layout import parameter_shapes
+from neox_lib.checkpoints.files import BUFFERS, CheckpointError
 from neox_lib.checkpoints.tensor_files import Stored, describe_file
-from neox_lib.config import NeoXConfig
+from neox_lib.config import NeoXConfig, parameter_shapes
 
 # In the order in which `transformers` looks for them: a whole model in one file, or an index of its shards.
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -15,8 +14,6 @@ WEIGHT_FILES = (WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json
 PREFIX = "gpt_neox."  # a causal model's; a bare base model's file lacks it
 THEIR_NAME = {"word_embeddings": "embed_in", "norm": "final_layer_norm"}
 OUTPUT_NAMES = ("embed_out.weight", "lm_head.weight")
-# Buffers that old files carry beside the parameters: the causal mask, its fill value, the rotary frequencies.
-BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
 
 def is_huggingface(folder: str | Path) -> bool:
@@ -36,6 +33,15 @@ def their_name(name: str) -> str:
         return OUTPUT_NAMES[0]
     first, _, rest = name.partition(".")
     return f"{PREFIX}{THEIR_NAME.get(first, first)}.{rest}"
+
+
+def names_by_key(config: NeoXConfig) -> dict[str, str]:
+    """Our parameters' names by every key under which a file of `transformers` may hold them."""
+    keys: dict[str, str] = {}
+    for name in parameter_shapes(config):
+        for key in OUTPUT_NAMES if name == "final_linear.weight" else (their_name(name),):
+            keys |= {key: name, key.removeprefix(PREFIX): name}
+    return keys
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

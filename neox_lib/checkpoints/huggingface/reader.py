@@ -4,24 +4,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.checkpoint import LayerFile
+from neox_lib.checkpoints.files import CheckpointError, reading_bar
 from neox_lib.checkpoints.huggingface.config import read_huggingface_config
 from neox_lib.checkpoints.huggingface.layout import OUTPUT_NAMES, find_stored, match_names
 from neox_lib.checkpoints.slim.layout import part_of_file, place_of
-from neox_lib.checkpoints.slim.reader import LayerFile
 from neox_lib.checkpoints.tensor_files import Stored, TensorReader
 from neox_lib.config import NeoXConfig
 
 
 @dataclass(frozen=True)
-class HuggingFaceWeights:
-    """The weights of a Hugging Face folder.
+class HuggingFaceCheckpoint:
+    """A Hugging Face folder, opened: see `Checkpoint`.
 
     Files may mix precisions. A matrix comes in the widest that any matrix has, so that `dtype` holds for them all and
     nothing is rounded; biases and norms come as they are.
@@ -32,9 +30,16 @@ class HuggingFaceWeights:
     stored: Mapping[str, Stored]
     output: Stored | None  # a tied model's output matrix, where its files repeat it
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     @property
     def dtype(self) -> torch.dtype:
         return reduce(torch.promote_types, (stored.dtype for stored in self.stored.values() if len(stored.shape) == 2))
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        return self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -44,12 +49,13 @@ class HuggingFaceWeights:
         matrices = self.dtype
         return {name: matrices if len(found.shape) == 2 else found.dtype for name, found in self.stored.items()}
 
+    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+        return ((name, [tensor]) for name, tensor in self.tensors())
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Weights.tensors`; shows a progress bar."""
-        reader, dtype, total = TensorReader(), self.dtype, self.nbytes
+        reader, dtype = TensorReader(), self.dtype
         self.check_tied(reader)
-        words: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
-        with tqdm(total=total, disable=total < 100e6, **words) as bar:  # as the slim layout's
+        with reading_bar(self.nbytes) as bar:
             for name, stored in self.stored.items():
                 tensor = reader.read(stored)
                 yield name, tensor.to(dtype) if tensor.dim() == 2 else tensor
@@ -66,8 +72,23 @@ class HuggingFaceWeights:
                 "are tied; if the model has an output matrix of its own, set tie_word_embeddings to false there"
             )
 
+    def files(self) -> list[LayerFile]:
+        layers = self.config.num_hidden_layers
+        indices: dict[Path, list[int]] = {}
+        for name, stored in self.stored.items():
+            indices.setdefault(stored.path, []).append(place_of(name, layers)[0])
+        rows = []
+        for path, found in sorted(indices.items()):
+            blocks = sorted({index - 2 for index in found if 2 <= index < layers + 2})
+            ends = {part_of_file(index, layers): None for index in found if not 2 <= index < layers + 2}
+            words = (
+                [f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"] if blocks else []
+            )
+            rows.append(LayerFile(path.name, 0, ", ".join([*words, *ends]), path.stat().st_size))
+        return rows
 
-def open_huggingface(folder: str | Path) -> HuggingFaceWeights:
+
+def open_huggingface(folder: str | Path) -> HuggingFaceCheckpoint:
     """Open a Hugging Face folder: reads its config, index and headers, but no weights.
 
     Raises CheckpointError, naming the file, for anything that is not a whole GPT-NeoX checkpoint.
@@ -77,19 +98,4 @@ def open_huggingface(folder: str | Path) -> HuggingFaceWeights:
     found = find_stored(folder)
     matched = match_names(folder, config, found)
     output = next((found[key] for key in OUTPUT_NAMES if key in found), None) if config.tie_word_embeddings else None
-    return HuggingFaceWeights(folder, config, matched, output)
-
-
-def describe_huggingface(weights: HuggingFaceWeights) -> list[LayerFile]:
-    """Which file holds what, and its size; reads no weights. A row's rank is 0: these files are whole."""
-    layers = weights.config.num_hidden_layers
-    indices: dict[Path, list[int]] = {}
-    for name, stored in weights.stored.items():
-        indices.setdefault(stored.path, []).append(place_of(name, layers)[0])
-    rows = []
-    for path, found in sorted(indices.items()):
-        blocks = sorted({index - 2 for index in found if 2 <= index < layers + 2})
-        ends = {part_of_file(index, layers): None for index in found if not 2 <= index < layers + 2}
-        said = [f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"] if blocks else []
-        rows.append(LayerFile(path.name, 0, ", ".join([*said, *ends]), path.stat().st_size))
-    return rows
+    return HuggingFaceCheckpoint(folder, config, matched, output)

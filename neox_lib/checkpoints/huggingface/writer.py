@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from neox_lib.checkpoints.checkpoint import ModelWeights, Weights
-from neox_lib.checkpoints.files import write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
+from neox_lib.checkpoints.checkpoint import Checkpoint, ModelCheckpoint, check_convertible
 from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import INDEX, WHOLE, their_name
 from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
 from neox_lib.checkpoints.saving import whole_or_gone
-from neox_lib.checkpoints.slim.layout import parameter_shapes
-from neox_lib.config import NeoXConfig
+from neox_lib.checkpoints.tokenizer_files import open_tokenizer
+from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
-from neox_lib.tokenizer import ENDOFTEXT, PADDING, create_tokenizer
+from neox_lib.tokenizer import ENDOFTEXT, PADDING
 
 SHARD_BYTES = 5_000_000_000  # what `transformers` cut at for years; it reads shards of any size
 
@@ -40,11 +40,11 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_weights(folder: Path, weights: Weights, dtypes: Mapping[str, torch.dtype], limit: int) -> None:
+def write_weights(folder: Path, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], limit: int) -> None:
     """The weights as one safetensors file, or as shards and then their index; one tensor in memory at a time."""
-    shapes = parameter_shapes(weights.config)
+    shapes = parameter_shapes(checkpoint.config)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    shards, tensors = plan_shards(sizes, limit), weights.tensors()
+    shards, tensors = plan_shards(sizes, limit), checkpoint.tensors()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -60,7 +60,7 @@ def write_weights(folder: Path, weights: Weights, dtypes: Mapping[str, torch.dty
 def write_tokenizer(folder: Path, tokenizer: Path, config: NeoXConfig) -> None:
     """The tokenizer's file as it is, and a `tokenizer_config.json` by which `AutoTokenizer` loads exactly that."""
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    known = create_tokenizer(tokenizer).get_vocab()
+    known = open_tokenizer(tokenizer).get_vocab()
     roles = {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT, "pad_token": PADDING}
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,7 +72,7 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: NeoXConfig) -> None:
 
 
 def write_huggingface(
-    source: Weights | NeoXModel,
+    source: Checkpoint | NeoXModel,
     folder: str | Path,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -84,13 +84,14 @@ def write_huggingface(
     folder already holds a model, when the disk has no room, and for weights that can't be used; whatever interrupts
     it, the folder is afterwards as it was.
     """
-    weights, folder = ModelWeights(source) if isinstance(source, NeoXModel) else source, Path(folder)
-    dtypes = weights.dtypes()
-    with whole_or_gone(folder, weights.nbytes):
-        write_weights(folder, weights, dtypes, shard_bytes)
+    checkpoint, folder = ModelCheckpoint(source) if isinstance(source, NeoXModel) else source, Path(folder)
+    check_convertible(checkpoint)
+    dtypes = checkpoint.dtypes()
+    with whole_or_gone(folder, checkpoint.nbytes):
+        write_weights(folder, checkpoint, dtypes, shard_bytes)
         if tokenizer is not None:
-            write_tokenizer(folder, Path(tokenizer), weights.config)
+            write_tokenizer(folder, Path(tokenizer), checkpoint.config)
         tokens = {"bos_token_id": 0, "eos_token_id": 0}
         write_text_atomically(folder / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
-        fields = huggingface_fields(weights.config, weights.dtype)
+        fields = huggingface_fields(checkpoint.config, checkpoint.dtype)
         write_text_atomically(folder / "config.json", json.dumps(fields, indent=2) + "\n")

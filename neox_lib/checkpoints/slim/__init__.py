@@ -1,4 +1,4 @@
-"""The slim layout, in which GPT-NeoX-20B was released: a file for each layer and tensor-parallel rank.
+"""The slim layout, in which GPT-NeoX-20B was released: one file per layer and tensor-parallel rank.
 
-Imported like the rest of `checkpoints`; notebook 05 builds `partition` and `reader`.
+May be imported where `checkpoints` may; notebook 05 builds `partition` and `reader`.
 """

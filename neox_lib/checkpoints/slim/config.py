@@ -1,35 +1,36 @@
 """The config of a checkpoint: our own `config.json`, gpt-neox's `.yml`, or what the shards themselves tell."""
 
+import logging
 import re
-import warnings
 from pathlib import Path
 
 import yaml
 
-from neox_lib.checkpoints.files import CheckpointError, open_tensors
-from neox_lib.checkpoints.slim.layout import check_layers, find_shards
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.slim.layout import Shards, check_layers
 from neox_lib.config import NeoXConfig
 
+logger = logging.getLogger(__name__)
 
-def read_config(folder: str | Path) -> NeoXConfig:
+
+def read_config(shards: Shards) -> NeoXConfig:
     """The config of a slim checkpoint: `config.json` beside the shards, else gpt-neox's `.yml`, else `inv_freq`.
 
     Raises CheckpointError when none of them tells the number of heads, or when the files are not those of the config.
     """
-    folder = Path(folder).absolute()
-    shards = find_shards(folder)
+    folder = shards.folder
     try:
         if (folder / "config.json").is_file():
             config = NeoXConfig.from_json(folder / "config.json")
         elif yml := find_yml(folder):
             config = config_from_yml(yml, shards)
         else:
-            config = config_from_inv_freq(folder, shards)
+            config = config_from_inv_freq(shards)
     except CheckpointError:
         raise
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
-    check_layers(folder, shards, config)
+    check_layers(shards, config)
     return config
 
 
@@ -45,19 +46,20 @@ def find_yml(folder: Path) -> Path | None:
     return None
 
 
-def sizes_in(shards: dict[int, list[Path]]) -> dict[str, int]:
+def sizes_in(shards: Shards) -> dict[str, int]:
     """The sizes that the shards themselves tell: hidden size, and vocabulary and MLP width summed over the ranks."""
     try:
-        embeddings = [open_tensors(path)["word_embeddings.weight"] for path in shards[0]]
-        inner = [open_tensors(path)["mlp.dense_h_to_4h.bias"] for path in shards[2]]
+        embeddings = [shards.look(path)["word_embeddings.weight"] for path in shards.paths[0]]
+        inner = [shards.look(path)["mlp.dense_h_to_4h.bias"] for path in shards.paths[2]]
         return {
             "vocab_size": sum(len(part) for part in embeddings),
             "hidden_size": embeddings[0].shape[1],
             "intermediate_size": sum(len(part) for part in inner),
         }
     except (KeyError, IndexError, TypeError) as error:
-        where = next(iter(shards.values()))[0].parent
-        raise CheckpointError(f"{where}: not a GPT-NeoX checkpoint: layer files 00 and 02 lack {error}") from error
+        raise CheckpointError(
+            f"{shards.folder}: not a GPT-NeoX checkpoint: layer files 00 and 02 lack {error}"
+        ) from error
 
 
 def real_tokens(vocab_size: int) -> int:
@@ -66,7 +68,7 @@ def real_tokens(vocab_size: int) -> int:
     return 50277 if vocab_size in padded else vocab_size
 
 
-def config_from_yml(path: Path, shards: dict[int, list[Path]]) -> NeoXConfig:
+def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
     """Read gpt-neox's dialect, where a dash and an underscore are the same and what is absent has gpt-neox's default.
 
     The vocabulary with its padding comes from the shards. Raises CheckpointError for what NeoXModel does not compute.
@@ -80,7 +82,7 @@ def config_from_yml(path: Path, shards: dict[int, list[Path]]) -> NeoXConfig:
                 raise CheckpointError(f"{path}: {name} is {found[name]!r}; only {value!r} can be run")
         sizes = sizes_in(shards)
         if fields["hidden_size"] != sizes["hidden_size"]:
-            where = f"{shards[0][0]}: word_embeddings.weight"
+            where = f"{shards.paths[0][0]}: word_embeddings.weight"
             raise CheckpointError(
                 f"{where} has {sizes['hidden_size']} columns, expected {fields['hidden_size']} from {path}"
             )
@@ -106,32 +108,32 @@ def config_from_yml(path: Path, shards: dict[int, list[Path]]) -> NeoXConfig:
         ) from error
 
 
-def config_from_inv_freq(folder: Path, shards: dict[int, list[Path]]) -> NeoXConfig:
+def config_from_inv_freq(shards: Shards) -> NeoXConfig:
     """Guess from the rotary frequencies in the first block, as 20B has them; warns, since the head size is assumed.
 
     There are half as many frequencies as rotary dimensions, and 20B turns a quarter of each head.
     """
     sizes = sizes_in(shards)
-    inv_freq = open_tensors(shards[2][0]).get("attention.rotary_emb.inv_freq")
+    inv_freq = shards.look(shards.paths[2][0]).get("attention.rotary_emb.inv_freq")
     if inv_freq is None:
         raise CheckpointError(
-            f"{folder}: no config.json, no .yml and no inv_freq, so the number of heads is unknown; add one"
+            f"{shards.folder}: no config.json, no .yml and no inv_freq, so the number of heads is unknown; add one"
         )
     rotary_ndims = 2 * inv_freq.numel()
     head_dim = 4 * rotary_ndims
     if head_dim == 0 or sizes["hidden_size"] % head_dim:
         raise CheckpointError(
-            f"{shards[2][0]}: inv_freq has {inv_freq.numel()} entries, which does not fit 25 % rotary and hidden size "
-            f"{sizes['hidden_size']}; add a config.json"
+            f"{shards.paths[2][0]}: inv_freq has {inv_freq.numel()} entries, which does not fit 25 % rotary and hidden "
+            f"size {sizes['hidden_size']}; add a config.json"
         )
-    warnings.warn(
-        f"{folder} has no config: assuming 25 % rotary (head size {head_dim}) and 20B's other settings", stacklevel=3
+    logger.warning(
+        "%s has no config: assuming 25 %% rotary (head size %d) and 20B's other settings", shards.folder, head_dim
     )
     return NeoXConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
         tokenizer_vocab_size=real_tokens(sizes["vocab_size"]),
-        num_hidden_layers=max(shards) - 4,
+        num_hidden_layers=max(shards.paths) - 4,
         num_attention_heads=sizes["hidden_size"] // head_dim,
     )

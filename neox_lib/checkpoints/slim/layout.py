@@ -4,12 +4,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError
-from neox_lib.config import NeoXConfig
-from neox_lib.model import NeoXModel
+from neox_lib.checkpoints.files import CheckpointError, open_tensors
+from neox_lib.config import NeoXConfig, parameter_shapes
 
 LAYER_FILE = re.compile(r"layer_(\d{2,})-model_(\d{2,})-model_states\.pt")
 UNFINISHED = "unfinished_save.txt"  # stands in a folder from a save's first byte to its last
@@ -43,31 +41,6 @@ def part_of_file(index: int, num_layers: int) -> str:
     """What a layer file holds, in words."""
     ends = {0: "word embeddings", num_layers + 3: "final norm", num_layers + 4: "output matrix"}
     return ends.get(index, f"block {index - 2}")
-
-
-class WithoutInitialValues(TorchFunctionMode):
-    """While this is entered, `torch.nn.init` leaves tensors as they are.
-
-    Loading overwrites the initial values anyway, and to draw them on the meta device torch first imports its compiler,
-    which takes longer than loading the shipped model.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def empty_model(config: NeoXConfig) -> NeoXModel:
-    """A model of names, shapes and structure only: its parameters are on the meta device and take no memory."""
-    with torch.device("meta"), WithoutInitialValues():
-        return NeoXModel(config)
-
-
-def parameter_shapes(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
-    """The model's parameter names and shapes, in file order."""
-    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
 
 
 def is_slim(folder: str | Path) -> bool:
@@ -104,7 +77,30 @@ def find_shards(folder: str | Path) -> dict[int, list[Path]]:
     return {index: [folder / layer_file_name(index, rank) for rank in range(ranks)] for index in indices}
 
 
-def check_layers(folder: Path, shards: dict[int, list[Path]], config: NeoXConfig) -> None:
+class Shards:
+    """The layer files of a folder: their paths by index and rank, and each file opened once.
+
+    A file that was looked into stays open, mapped into memory, until its tensors are taken. Raises CheckpointError as
+    `find_shards` and `open_tensors` do.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()
+        self.paths = find_shards(folder)
+        self.opened: dict[Path, dict[str, Tensor]] = {}
+
+    def look(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file that will be wanted again."""
+        if path not in self.opened:
+            self.opened[path] = open_tensors(path)
+        return self.opened[path]
+
+    def take(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file, which is let go of with the last of them."""
+        return self.opened.pop(path) if path in self.opened else open_tensors(path)
+
+
+def check_layers(shards: Shards, config: NeoXConfig) -> None:
     """Raise CheckpointError, naming the file, unless the layer files are those of this config.
 
     A tied model may repeat its embedding where an untied one has its output matrix.
@@ -112,9 +108,9 @@ def check_layers(folder: Path, shards: dict[int, list[Path]], config: NeoXConfig
     layers = config.num_hidden_layers
     expected = {place_of(name, layers)[0] for name in parameter_shapes(config)}
     allowed = expected | ({layers + 4} if config.tie_word_embeddings else set())
-    for index in sorted(expected | shards.keys()):
-        path = folder / layer_file_name(index, 0)
-        if index not in shards:
+    for index in sorted(expected | shards.paths.keys()):
+        path = shards.folder / layer_file_name(index, 0)
+        if index not in shards.paths:
             raise CheckpointError(f"{path}: missing; {layers} layers need it ({part_of_file(index, layers)})")
         if index not in allowed:
             raise CheckpointError(

@@ -1,4 +1,7 @@
-"""Tensor parallelism: how the ranks' parts of a tensor become one."""
+"""Tensor parallelism: how the ranks' parts of a tensor become one.
+
+Built in notebook 05.
+"""
 
 import zlib
 from collections.abc import Callable

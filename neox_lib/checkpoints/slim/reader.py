@@ -1,35 +1,43 @@
-"""The slim layout, read: files of one layer and one rank each, a whole model in memory."""
+"""The slim layout, read: files of one layer and one rank each.
 
-from collections.abc import Callable, Iterator
+Built in notebook 05.
+"""
+
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError, check_tensors, open_tensors
+from neox_lib.checkpoints.checkpoint import LayerFile
+from neox_lib.checkpoints.files import BUFFERS, CheckpointError, check_tensors, reading_bar
 from neox_lib.checkpoints.slim.config import read_config
-from neox_lib.checkpoints.slim.layout import empty_model, find_shards, parameter_shapes, part_of_file, place_of
+from neox_lib.checkpoints.slim.layout import Shards, part_of_file, place_of
 from neox_lib.checkpoints.slim.partition import merge_shards, shard_shape
-from neox_lib.config import NeoXConfig
-from neox_lib.model import NeoXModel
-
-# Buffers that old files carry beside the parameters: the rotary frequencies and the causal mask.
-BUFFERS = ("attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+from neox_lib.config import NeoXConfig, parameter_shapes
 
 
-def open_layer(paths: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Tensor]]:
+def inventory(shards: Shards, num_layers: int) -> list[LayerFile]:
+    """Which file holds what, and its size; reads no weights."""
+    return [
+        LayerFile(path.name, rank, part_of_file(index, num_layers), path.stat().st_size)
+        for index, paths in shards.paths.items()
+        for rank, path in enumerate(paths)
+    ]
+
+
+def open_layer(shards: Shards, index: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Tensor]]:
     """The ranks' parts of each tensor of one layer, mapped and checked: key -> a part for each of the files.
 
     `shapes` are those of the whole tensors. Raises CheckpointError, naming the file, for keys, shapes and dtypes that
     are not the config's, or that differ between ranks.
     """
+    paths = shards.paths[index]
     expected = {key: shard_shape(key, shape, len(paths)) for key, shape in shapes.items()}
-    files = []
+    files: list[dict[str, Tensor]] = []
     for path in paths:
-        tensors = {key: tensor for key, tensor in open_tensors(path).items() if key not in BUFFERS}
+        tensors = {key: tensor for key, tensor in shards.take(path).items() if not key.endswith(BUFFERS)}
         check_tensors(path, tensors, expected)
         for key, tensor in tensors.items():
             if files and tensor.dtype != files[0][key].dtype:
@@ -41,83 +49,60 @@ def open_layer(paths: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[st
     return {key: [tensors[key] for tensors in files] for key in expected}
 
 
-def read_tensors(folder: str | Path, config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
-    """Parameter names and merged tensors, one after another, in the files' dtype; shows a progress bar.
-
-    One layer's files are mapped at a time. Raises CheckpointError as `open_layer` does.
-    """
-    shards, layers, shapes = find_shards(folder), config.num_hidden_layers, parameter_shapes(config)
-    sizes = {index: sum(path.stat().st_size for path in paths) for index, paths in shards.items()}
-    total = sum(sizes.values())
-    quick = total < 100e6  # a bar would come up on a busy machine only, and stay in a notebook's stored output
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="Reading weights", delay=2, leave=False, disable=quick
-    ) as bar:
-        for index, group in groupby(shapes, key=lambda name: place_of(name, layers)[0]):
-            names = {place_of(name, layers)[1]: name for name in group}
-            parts = open_layer(shards[index], {key: shapes[name] for key, name in names.items()})
-            for key, name in names.items():
-                yield name, merge_shards(key, parts.pop(key))
-            bar.update(sizes[index])
-
-
-def check_tied(shards: dict[int, list[Path]], config: NeoXConfig) -> None:
+def check_tied(shards: Shards, config: NeoXConfig) -> None:
     """Raise CheckpointError when a tied model's files hold an output matrix that is not its embedding."""
-    for first, last in zip(shards[0], shards.get(config.num_hidden_layers + 4, []), strict=False):
-        embedding, output = open_tensors(first)["word_embeddings.weight"], [*open_tensors(last).values()]
-        if len(output) != 1 or not torch.equal(output[0], embedding):
+    for first, last in zip(shards.paths[0], shards.paths.get(config.num_hidden_layers + 4, []), strict=False):
+        embedding, output = [*shards.look(first).values()], [*shards.take(last).values()]
+        if len(output) != 1 or not torch.equal(output[0], embedding[0]):
             raise CheckpointError(
                 f"{last}: differs from {first.name}, and the config says that both are tied; check it"
             )
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype of a slim checkpoint's embedding, and so of its matrices. Raises CheckpointError as `open_tensors`."""
-    path = find_shards(folder)[0][0]
-    tensors = open_tensors(path)
-    check_tensors(
-        path, tensors, {"word_embeddings.weight": tuple(next(iter(tensors.values())).shape)} if tensors else {}
-    )
-    return tensors["word_embeddings.weight"].dtype
+class SlimCheckpoint:
+    """A folder in the slim layout, opened: see `Checkpoint`. Raises CheckpointError for files that can't be used.
 
-
-class LayerFile(NamedTuple):
-    """One row of a checkpoint's inventory."""
-
-    file: str
-    rank: int
-    part: str
-    nbytes: int
-
-
-def describe_slim(folder: str | Path) -> list[LayerFile]:
-    """Which file holds what, and its size; reads no weights. Raises CheckpointError as `read_config` does."""
-    layers = read_config(folder).num_hidden_layers
-    return [
-        LayerFile(path.name, rank, part_of_file(index, layers), path.stat().st_size)
-        for index, paths in find_shards(folder).items()
-        for rank, path in enumerate(paths)
-    ]
-
-
-def load_slim(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
-) -> NeoXModel:
-    """The model of a slim checkpoint, in eval mode and with gradients off, every parameter on `device`.
-
-    `dtype` is one for all, or a function from a parameter's name to its dtype; None keeps the files'. The model starts
-    on the meta device, without memory, and each tensor goes straight to its final place, so that the process never
-    holds much more than the model itself. Raises CheckpointError for files that can't be used.
+    Each file is opened once, and one layer's files are mapped at a time.
     """
-    config = read_config(folder)
-    model = empty_model(config)
-    for name, tensor in read_tensors(folder, config):
-        tensor = tensor.to(device, dtype(name) if callable(dtype) else dtype)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings:
-        check_tied(find_shards(folder), config)
-        model.final_linear.weight = model.word_embeddings.weight
-    return model.eval()
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.shards = Path(folder), Shards(folder)
+        self.config = read_config(self.shards)
+        path, ranks, key = self.shards.paths[0][0], len(self.shards.paths[0]), "word_embeddings.weight"
+        shape = shard_shape(key, parameter_shapes(self.config)[key], ranks)
+        check_tensors(path, self.shards.look(path), {key: shape})
+        self.dtype = self.float_dtype = self.shards.look(path)[key].dtype
+        self.nbytes = self.config.weight_bytes(self.dtype)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def layers(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Each layer file's index, and the names of our parameters by their keys in it."""
+        places = ((*place_of(name, self.config.num_hidden_layers), name) for name in parameter_shapes(self.config))
+        for index, group in groupby(places, key=lambda place: place[0]):
+            yield index, {key: name for _, key, name in group}
+
+    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+        if self.config.tie_word_embeddings:
+            check_tied(self.shards, self.config)
+        shapes = parameter_shapes(self.config)
+        with reading_bar(sum(row.nbytes for row in self.files())) as bar:
+            for index, names in self.layers():
+                layer = open_layer(self.shards, index, {key: shapes[name] for key, name in names.items()})
+                for key, name in names.items():
+                    yield name, layer.pop(key)
+                bar.update(sum(path.stat().st_size for path in self.shards.paths[index]))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, merge_shards(name, parts)) for name, parts in self.parts())
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        shapes, found = parameter_shapes(self.config), {}
+        for index, names in self.layers():
+            layer = open_layer(self.shards, index, {key: shapes[name] for key, name in names.items()})
+            found |= {name: layer[key][0].dtype for key, name in names.items()}
+        return found
+
+    def files(self) -> list[LayerFile]:
+        return inventory(self.shards, self.config.num_hidden_layers)

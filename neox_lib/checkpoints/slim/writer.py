@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError, save_tensors, write_text_atomically
+from neox_lib.checkpoints.atomic import write_text_atomically
+from neox_lib.checkpoints.files import CheckpointError, save_tensors
 from neox_lib.checkpoints.saving import begin_save, finish_save
 from neox_lib.checkpoints.slim.layout import layer_file_name, place_of
 from neox_lib.checkpoints.slim.partition import split_tensor
@@ -40,7 +41,7 @@ def write_tensors(
 
 
 def write_slim(model: NeoXModel, folder: str | Path, ranks: int, spread_seed: int | None = None) -> None:
-    """Save a model in the slim layout; `load_slim` gives back exactly the same numbers in the same dtypes.
+    """Save a model in the slim layout; `build_model` gives back exactly the same numbers in the same dtypes.
 
     `spread_seed` as in `split_tensor`. Raises CheckpointError when the ranks don't divide the model, when the folder
     already holds one, and when the disk has no room, all before anything is written.

@@ -1,4 +1,4 @@
-"""What each exercise asks for, and the check that says which property a wrong try lacks.
+"""What each exercise asks for, and the check that names the property which a wrong try lacks.
 
-A module for each notebook; only notebooks and the classroom import them.
+One module per notebook; only notebooks, the course and the classroom import them.
 """

@@ -10,11 +10,10 @@ from torch import Tensor
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
 from neox_lib.course.checks import exercise, require, require_equal, story_with
-from neox_lib.generation import next_token_logits, prompt_ids
-from neox_lib.loading import create_model
+from neox_lib.generation import prompt_ids
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.sampling import fewest_reaching, keep_likeliest
-from neox_lib.tokenizer import create_tokenizer
+from neox_lib.sampling import Sampling
 
 BOUND = 1e-3  # fp32 rounding moves these logits by about 1e-5, a wrong cache by whole units
 ONE_LAYER = NeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
@@ -44,7 +43,7 @@ def greedy(yours: Callable[[NeoXModel, Tensor, int], Tensor]) -> str:
     model, expected = shipped_model(), prompt
     with torch.inference_mode():
         for _ in range(12):
-            chosen = next_token_logits(model, expected, None).argmax(dim=-1, keepdim=True)
+            chosen = model(expected, last_only=True)[:, -1].argmax(dim=-1, keepdim=True)
             expected = torch.cat([expected, chosen], dim=1)
         found = yours(model, prompt, 12)
     same = int((found == expected).long().cumprod(dim=1).sum()) - prompt.shape[1]
@@ -165,6 +164,8 @@ def top_p(yours: Callable[[Tensor, float], Tensor]) -> None:
         found = yours(four.clone(), p)
         require_equal(found, torch.tensor(expected), f"my_top_p([0.125, 0.5, 0.25, 0.125], {p}) ({reason})", 1e-6)
     probabilities = torch.randn(50, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
-    kept = fewest_reaching(probabilities[None], 0.8)
-    found, expected = yours(probabilities.clone(), 0.8), keep_likeliest(probabilities[None], kept)[0]
-    require_equal(found, expected, f"my_top_p of 50 random probabilities, p 0.8 ({int(kept)} kept)", 1e-5)
+    expected = Sampling(temperature=1, top_p=0.8).probabilities(probabilities.log()[None])[0].float()
+    kept = int((expected > 0).sum())
+    require_equal(
+        yours(probabilities, 0.8), expected, f"my_top_p of 50 random probabilities, p 0.8 ({kept} kept)", 1e-5
+    )

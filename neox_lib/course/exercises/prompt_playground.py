@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 
 from neox_lib.course.checks import exercise, require, require_equal, story
 from neox_lib.generation import Step, prompt_ids, stream_generate
-from neox_lib.loading import create_model
-from neox_lib.tokenizer import create_tokenizer
+from neox_lib.loading import create_model, create_tokenizer
 
 PROMPT = "Once upon a time, a fox"
 TEXTS = ["fox", "né", "a 🦊!", "狐狸", ""]

@@ -11,10 +11,9 @@ from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
 from neox_lib.course.checks import exercise, in_place_of, require, require_equal
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
-from neox_lib.loading import create_model
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
 from neox_lib.quantization.int8_linear import use_int8_linear
-from neox_lib.tokenizer import create_tokenizer
 
 PROMPT = "Once upon a time, a fox"
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from neox_lib.course.checks import describe, exercise, numbers, require
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import prompt_ids, stream_generate
-from neox_lib.loading import create_model
+from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.sampling import Sampling
-from neox_lib.tokenizer import create_tokenizer
 
 PROMPT = "Once upon a time, a fox"
 ROWS = [[0.1, 2.5, -1.0], [-3.0, -0.5, -2.0], [1.0, -4.0, 2.0]]

@@ -6,8 +6,8 @@ from neox_lib import tokenizer as library
 from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.course.checks import describe, exercise, in_place_of, require, require_equal
 from neox_lib.generation import greedy_generate_text
-from neox_lib.loading import create_model
-from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, create_tokenizer, read_tokenizer
+from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, read_tokenizer
 
 PROMPT = "Once upon a time, a fox"
 SMALL_VOCABULARY = {0: "fox", 1: "Ġfox", 2: "ðŁ", 3: "¦", 4: "Ĭ", 5: "  "}

@@ -1,4 +1,4 @@
-"""The notebooks' figures, a module for each notebook, all drawn with `plots`.
+"""The notebooks' figures: one module per notebook, all drawn with `plots`.
 
-Only notebooks and the course import them.
+Only notebooks and the course import them, and `train` for its curves.
 """

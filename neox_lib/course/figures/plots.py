@@ -158,16 +158,9 @@ class TokenSpans:
 
 def token_spans(tokenizer, ids: Sequence[int]) -> TokenSpans:
     """The tokens of some ids as spans; a token that is no whole character shows its bytes, such as <E2 82>."""
-    from neox_lib.tokenizer import token_to_bytes
+    from neox_lib.inspection.tokens import token_label
 
-    pieces = []
-    for token_id in ids:
-        raw = token_to_bytes(tokenizer.id_to_token(token_id))
-        try:
-            pieces.append((raw.decode("utf-8"), int(token_id)))
-        except UnicodeDecodeError:
-            pieces.append((f"<{raw.hex(' ').upper()}>", int(token_id)))
-    return TokenSpans(tuple(pieces))
+    return TokenSpans(tuple((token_label(tokenizer, token_id), int(token_id)) for token_id in ids))
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

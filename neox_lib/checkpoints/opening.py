@@ -1,0 +1,44 @@
+"""From a path to an opened checkpoint: the one place that tells the layouts apart."""
+
+from pathlib import Path
+
+from neox_lib.checkpoints.checkpoint import Checkpoint
+from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, is_huggingface
+from neox_lib.checkpoints.huggingface.reader import open_huggingface
+from neox_lib.checkpoints.quantized import INT8_ENDING, Int8Checkpoint, find_int8
+from neox_lib.checkpoints.slim.layout import UNFINISHED, is_slim
+from neox_lib.checkpoints.slim.reader import SlimCheckpoint
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a slim or Hugging Face folder, an int8 file or a folder with one, told apart by the names of the files.
+
+    Reads config and headers, no weights. Raises CheckpointError, saying what is there, when it is no checkpoint, and
+    for a config that can't be used.
+    """
+    path = Path(path)
+    if (path / UNFINISHED).exists():
+        raise CheckpointError(f"{path}: a save into this folder was interrupted; save again to complete it")
+    if is_slim(path):
+        return SlimCheckpoint(path)
+    if is_huggingface(path):
+        return open_huggingface(path)
+    if (file := find_int8(path)) is not None:
+        return Int8Checkpoint(file)
+    raise CheckpointError(describe_what_is_there(path))
+
+
+def describe_what_is_there(path: Path) -> str:
+    """One line for a path that holds no checkpoint: what was expected, and what is there instead."""
+    expected = (
+        "expected a folder with layer_00-model_00-model_states.pt and so on, or with config.json and "
+        f"{' or '.join(WEIGHT_FILES[::2])}, or a NAME{INT8_ENDING}"
+    )
+    if not path.exists():
+        return f"{path}: no such {'file' if path.name.endswith(INT8_ENDING) else 'folder'}; {expected}"
+    if path.is_file():
+        return f"{path}: a file; {expected}"
+    if (path / "config.json").is_file():
+        return f"{path}: a config.json without weights; {expected}. Fetch the weights too"
+    return f"{path}: no checkpoint in it; {expected}"

@@ -1,0 +1,32 @@
+"""`full-size`: a model of 20B's shapes written, quantized, loaded and run on this machine."""
+
+import argparse
+from pathlib import Path
+
+PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
+
+
+def add(commands) -> None:
+    description = (
+        "Write random weights in the shapes of GPT-NeoX-20B (41 GB), convert them to int8 (21 GB), load that from disk "
+        "and from memory, and write text, measuring each phase. What was found is printed and kept in "
+        "FOLDER/results.json; remove the folder afterwards."
+    )
+    parser = commands.add_parser("full-size", help="rehearse 20B on this machine", description=description)
+    parser.add_argument("phase", choices=("all", *PHASES), help="all runs each of the others in a process of its own")
+    parser.add_argument("folder", type=Path, help="holds slim/, int8/ and results.json")
+    parser.add_argument(
+        "--shape", default="neox_20b", help="neox_20b, middle, small or a Pythia size (default: neox_20b)"
+    )
+    parser.add_argument("--delete-shards", action="store_true", help="remove each layer's files once converted")
+    parser.add_argument("--long-prompt", type=int, default=128, help="tokens of the long prompt (default: 128)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    from neox_lib.bench.full_size import Rehearsal, run_all, run_phase
+
+    rehearsal = Rehearsal(arguments.folder, arguments.shape, arguments.long_prompt, arguments.delete_shards)
+    if arguments.phase == "all":
+        return run_all(rehearsal)
+    print("\n".join(run_phase(arguments.phase, rehearsal)), flush=True)

@@ -1,0 +1,24 @@
+"""`learner-copy`: the notebooks in a folder of your own, as `make lab` and `make lab-refresh` keep it."""
+
+import argparse
+from pathlib import Path
+
+
+def add(commands) -> None:
+    description = (
+        "Copy new notebooks to notebooks/mine, your own folder, and report originals that have changed since. Never "
+        "overwrites what is yours."
+    )
+    parser = commands.add_parser("learner-copy", help="your own copy of the notebooks", description=description)
+    parser.add_argument("--refresh", action="store_true", help="put changed originals beside your copies")
+    parser.add_argument("--originals", type=Path, help="folder to copy from (default: the notebooks of this clone)")
+    parser.add_argument("--mine", type=Path, help="folder to copy to (default: the folder mine inside it)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from neox_lib.course.learner_copy import NOTEBOOKS, describe, update_copy
+
+    originals = arguments.originals or NOTEBOOKS
+    mine = arguments.mine or originals / "mine"
+    print(describe(update_copy(originals, mine, arguments.refresh), originals, mine))

@@ -1,0 +1,118 @@
+"""Where names went that notebooks of before the rooms import: a learner's copy is older than the library.
+
+Copies are never changed: `make lab` says what in them has moved, and promoting looks each name up where it stands now.
+"""
+
+import hashlib
+
+# Modules, below neox_lib; the longest that fits a name counts.
+MODULES = {
+    "checkpoint": "checkpoints.slim.reader",
+    "files": "checkpoints.files",
+    "layout": "checkpoints.slim.layout",
+    "lesson": "course",
+    "lesson.diagrams": "course.figures.diagrams",
+    "lesson.figures_attention": "course.figures.attention",
+    "lesson.figures_cached_generation": "course.figures.cached_generation",
+    "lesson.figures_checkpoint_loading": "course.figures.checkpoint_loading",
+    "lesson.figures_parallel_residual": "course.figures.parallel_residual",
+    "lesson.figures_rotary": "course.figures.rotary",
+    "lesson.figures_start_here": "course.figures.start_here",
+    "lesson.figures_tokenizer": "course.figures.tokenizer",
+    "lesson.figures_two_devices": "course.figures.two_devices",
+    "lesson.plots": "course.figures.plots",
+    "play": "playground",
+    "release": "checkpoints.slim.config",
+    "scale.bench": "bench.measure",
+    "scale.int8_file": "checkpoints.quantized",
+    "scale.int8_linear": "quantization.int8_linear",
+    "scale.linear": "decoding.linear",
+    "scale.loading": "loading",
+    "scale.parallel": "distributed.tensor_parallel",
+    "scale.quantization": "quantization.int8",
+    "scale.ranks": "distributed.ranks",
+    "scale.weights": "checkpoints.checkpoint",
+    "scoring": "evaluation.likelihood",
+    "sharding": "checkpoints.slim.partition",
+    "slim_writer": "checkpoints.slim.writer",
+    "splitting": "checkpoints.slim.partition",
+    "streaming": "playground.streaming",
+}
+
+# Names that did not stay with the others of their module.
+NAMES = {
+    "checkpoint.BUFFERS": "checkpoints.files.BUFFERS",
+    "checkpoint.LayerFile": "checkpoints.checkpoint.LayerFile",
+    "files.write_text_atomically": "checkpoints.atomic.write_text_atomically",
+    "layout.empty_model": "checkpoints.build.empty_model",
+    "layout.parameter_shapes": "config.parameter_shapes",
+    "model.model_attention_weights": "inspection.attention.model_attention_weights",
+    "scale.fits.preset": "config.preset",
+    "scale.named.create_tokenizer": "loading.create_tokenizer",
+    "tokenizer.create_tokenizer": "loading.create_tokenizer",
+    "tokenizer.find_tokenizer": "checkpoints.tokenizer_files.find_tokenizer",
+}
+
+# Names that are no more, and what does their work.
+GONE = {
+    "checkpoint.describe_slim": "checkpoints.slim.reader.inventory",
+    "checkpoint.load_slim": "loading.create_model",
+    "checkpoint.read_tensors": "checkpoints.slim.reader.SlimCheckpoint",
+    "checkpoint.stored_dtype": "checkpoints.slim.reader.SlimCheckpoint",
+    "generation.PrefillStopped": "model.Stopped",
+    "generation._Row": "generation.generate_tokens",
+    "generation._steps": "generation.generate_tokens",
+    "generation.next_token_logits": "generation.prefill",
+    "sampling.fewest_reaching": "sampling.top_p_mask",
+    "scale.int8_file.load_int8": "loading.create_model",
+    "scale.weights.open_weights": "checkpoints.opening.open_checkpoint",
+}
+
+# Of every promoted definition that the originals held before: the first 8 digits of its text's SHA-256. In a copy such
+# a text is nobody's own work, and may not take the library back.
+OLDER_TEXTS = """
+    4faf9d90 7689868c 1ab2624b 7cf38376 2fb28f6a ff88abca dcd70231 1c062b11 11a546ba 0c1e5d0a c84981fe a85fd331
+    19881b20 e7692925 b14e7af8 3f46918a 949ef859 84d270e0 99704545 6b12fbce 36a22b2f 14b62d8f c2100411 78e1c975
+    5fb0a69c 2b72bac1 880ab54c 1b9fec65 600486e4 74c8b832 75da1093 83e9e3dc 61875ece 21d06dda 51871891 876b20c2
+    aef438ee 325ef5b4 e697de42 4145b4c4 4b37261a bf4309b9 9d7e593d 4fe48d5e 200792bd ae2444dd cae5b6bc dfd17923
+    108635ee 6446703a 2d3c35b3 60a3ae67 8e70e9d0 c6ca1285 1170c839 42a05dc7 39946011 171eeab0 28d9e2d1 c7635725
+    1a336e73 e36ee5e2 4ae49ffc 07530b98 721fb3e4 d85bbd56 ace07721 be305c06 f0055f2a a9d74c20 c31834e2 448a66dd
+    79b0c640 759e9e99 12d338f3 fee23aa6 78387467 38979cb0 3b35c4ec 7c77c584 3c0be8db 754ea05a 825acf87
+"""
+
+
+def step(name: str) -> tuple[str, str] | None:
+    """The entry that moves a dotted name, old and new; None for one that stands where it was."""
+    if name in NAMES:
+        return name, NAMES[name]
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        old = ".".join(parts[:length])
+        if old in MODULES:
+            return old, MODULES[old]
+    return None
+
+
+def current(name: str) -> str:
+    """Where a dotted name below neox_lib stands now.
+
+    >>> current("lesson.plots.lines"), current("attention.Attention")
+    ('course.figures.plots.lines', 'attention.Attention')
+    """
+    entry = step(name)
+    return name if entry is None else entry[1] + name.removeprefix(entry[0])
+
+
+def current_origin(origin: str) -> str:
+    """The same for a name from anywhere: only those of neox_lib can have moved."""
+    return f"neox_lib.{current(origin[9:])}" if origin.startswith("neox_lib.") else origin
+
+
+def successor(name: str) -> str | None:
+    """What does the work of a name that is gone, called as before or as if it had moved; None for any other name."""
+    return {current(old): new for old, new in GONE.items()}.get(current(name))
+
+
+def is_older_text(text: str) -> bool:
+    """Whether a definition's text is that of an original of before."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:8] in OLDER_TEXTS.split()
