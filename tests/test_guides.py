@@ -18,6 +18,7 @@ from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "notebooks" / "README.md", *sorted((ROOT / "notebooks" / "guides").glob("*.md"))]
+NOT_TYPED = [*ROOT.glob("CONTRIBUTING.md"), ROOT / "notebooks" / "TEACHING.md"]  # for authors, and a plan to talk by
 PROGRAMS = r"(?:make|python3?|pip|py|jupyter|conda|torchrun|git|source|export|sphinx-build|xcode-select) \S"
 
 SERVER = "serves until it is stopped; the tests in a browser start the same server"
@@ -150,3 +151,12 @@ def test_a_command_works_as_it_stands_there(results, command):
 
 def test_the_list_of_what_is_not_run_names_no_command_that_has_gone():
     assert not set(NOT_RUN) - set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", NOT_TYPED, ids=lambda page: page.name)
+def test_a_page_that_is_not_typed_names_commands_that_exist(page):
+    text, makefile = page.read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    assert set(re.findall(r"(?:`|^ *)make\s+([a-z][a-z-]*)", text, re.MULTILINE)) <= targets
+    verbs = {path.stem.replace("_", "-") for path in (ROOT / "neox_lib" / "cli").glob("[a-z]*.py")}
+    assert set(re.findall(r"-m neox_lib ([a-z][a-z-]+)", text)) <= verbs
