@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SET_UP = 'set the environment up again: make clean, then make lab (without make: see "Without make" in notebooks/guides/install.md)'
+SET_UP = (
+    "set the environment up again: make clean, then make lab "
+    '(without make: see "Without make" in notebooks/guides/install.md)'
+)
 GIB = 2**30
 
 
