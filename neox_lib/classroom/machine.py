@@ -16,8 +16,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SET_UP = (
-    "set the environment up again: make clean, then make lab (without make: see notebooks/guides/install.md, "
-    '"Without make")'
+    "set the environment up again: make clean, then make lab "
+    '(without make: see "Without make" in notebooks/guides/install.md)'
 )
 GIB = 2**30
 
