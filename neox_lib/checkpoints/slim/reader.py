@@ -92,7 +92,9 @@ class SlimCheckpoint:
                 bar.update(sum(path.stat().st_size for path in self.shards.paths[index]))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, merge_shards(name, parts)) for name, parts in self.parts())
+        for name, parts in self.parts():
+            yield name, merge_shards(name, parts)
+            del parts  # or their files would stay mapped while the next layer's are opened
 
     def dtypes(self) -> dict[str, torch.dtype]:
         shapes, found = parameter_shapes(self.config), {}
