@@ -440,7 +440,7 @@ def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play, monkey
 def test_what_20b_needs_is_its_arithmetic():
     """41.1 GB are 20,554,567,680 weights of two bytes; two operations for each and token; 44 x 2 x 6144 x 2 bytes."""
     words = needs_of_20b(100)
-    assert "41.1 GB of weights" in words and "100 tokens: 108 MB of KV cache" in words
+    assert "38.3 GiB of weights" in words and "100 tokens: 103.1 MiB of KV cache" in words
     assert "4.11 trillion operations" in words and "40.6 GB to move" in words and "0.41 s at 100 GB" in words
     assert "this text of 1 token:" in needs_of_20b(1)
 

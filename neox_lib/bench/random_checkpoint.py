@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from neox_lib.checkpoints.saving import whole_or_gone
-from neox_lib.checkpoints.slim.layout import place_of
 from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 from neox_lib.checkpoints.slim.writer import write_tensors
 from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes, preset, tiny
@@ -60,15 +59,9 @@ def write_random(folder: str | Path, config: NeoXConfig) -> None:
 class ConsumedCheckpoint(SlimCheckpoint):
     """A slim folder that is read once, its files removed as soon as their layer was read: an interruption loses it."""
 
-    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
-        left, reading = dict(self.shards.paths), None
-        for name, parts in super().parts():
-            index = place_of(name, self.config.num_hidden_layers)[0]
-            if reading not in (None, index):
-                for path in left.pop(reading):
-                    path.unlink()
-            reading = index
-            yield name, parts
-        for path in [path for paths in left.values() for path in paths]:
-            path.unlink()
+    def opened_layers(self) -> Iterator[tuple[dict[str, str], dict[str, list[Tensor]]]]:
+        for (index, _, _), opened in zip(self.layers(), super().opened_layers(), strict=True):
+            yield opened
+            for path in self.shards.paths[index]:
+                path.unlink()
         (self.folder / "config.json").unlink(missing_ok=True)

@@ -46,6 +46,7 @@ def whole_tensors(
             yield name, merge_shards(name, parts).to(device, dtype_of(name))
         else:
             yield name, parts[0].to(device, dtype_of(name), copy=True, memory_format=torch.contiguous_format)
+        del parts  # or their file would stay mapped while the next one is opened
 
 
 def fill_model(model: NeoXModel, tensors: Iterable[tuple[str, Tensor]]) -> NeoXModel:

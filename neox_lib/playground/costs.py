@@ -4,7 +4,7 @@ from statistics import median
 
 import torch
 
-from neox_lib.config import NeoXConfig, neox_20b
+from neox_lib.config import NeoXConfig, format_bytes, neox_20b
 
 POINTS = 120  # of a curve, at most: more than that no screen shows
 
@@ -29,17 +29,6 @@ class Costs:
         ]
 
 
-def bytes_in_words(count: float) -> str:
-    """
-    >>> [bytes_in_words(size) for size in (92_000, 41_100_000_000)]
-    ['92 kB', '41.1 GB']
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def model_in_words(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
     parameters = config.parameter_count()
     size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.3g} million"
@@ -58,8 +47,8 @@ def needs_of_20b(tokens: int) -> str:
     operations = 2 * config.parameter_count() * tokens
     moved = weights - config.vocab_size * config.hidden_size * half.itemsize + cache
     return (
-        f"20B in fp16, by arithmetic: {bytes_in_words(weights)} of weights; this text of {tokens:,} "
-        f"token{'s' if tokens > 1 else ''}: {bytes_in_words(cache)} of KV cache, {operations / 1e12:.3g} trillion "
-        f"operations to read it, then {bytes_in_words(moved)} to move for each new token, {moved / 1e11:.2f} s at "
-        "100 GB a second"
+        f"20B in fp16, by arithmetic: {format_bytes(weights)} of weights; this text of {tokens:,} "
+        f"token{'s' if tokens > 1 else ''}: {format_bytes(cache)} of KV cache, {operations / 1e12:.3g} trillion "
+        f"operations to read it, then {format_bytes(moved)} to move for each new token, {moved / (100 * 2**30):.2f} s "
+        "at 100 GiB per second"
     )

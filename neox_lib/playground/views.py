@@ -3,9 +3,9 @@
 import math
 import time
 
-from neox_lib.config import NeoXConfig
+from neox_lib.config import NeoXConfig, format_bytes
 from neox_lib.inspection.tokens import Candidate
-from neox_lib.playground.costs import bytes_in_words, model_in_words, needs_of_20b
+from neox_lib.playground.costs import model_in_words, needs_of_20b
 from neox_lib.playground.pieces import Piece, Speller, spell, text_of
 from neox_lib.playground.roads import Road
 from neox_lib.playground.state import State
@@ -134,7 +134,7 @@ def speed_view(state: State) -> list[str]:
         lines.append(f"{state.tokens_per_second:,.1f} tokens/s")
     if tokens:
         cache = state.model.config.kv_cache_bytes(tokens, state.model.norm.weight.dtype)
-        kept = bytes_in_words(cache) if state.settings.use_cache else f"off ({bytes_in_words(cache)} if it were on)"
+        kept = format_bytes(cache) if state.settings.use_cache else f"off ({format_bytes(cache)} if it were on)"
         lines.append(f"KV cache {kept}")
     needed = tokens or max(1, len(encode_text(state.tokenizer, state.prompt)))  # type: ignore[arg-type]
     return [" · ".join(lines), needs_of_20b(needed)]

@@ -77,32 +77,33 @@ class SlimCheckpoint:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def layers(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Each layer file's index, and the names of our parameters by their keys in it."""
-        places = ((*place_of(name, self.config.num_hidden_layers), name) for name in parameter_shapes(self.config))
-        for index, group in groupby(places, key=lambda place: place[0]):
-            yield index, {key: name for _, key, name in group}
+    def layers(self) -> Iterator[tuple[int, dict[str, str], dict[str, tuple[int, ...]]]]:
+        """Each layer file's index, and by the keys in it our parameters' names and their shapes."""
+        shapes, count = parameter_shapes(self.config), self.config.num_hidden_layers
+        for index, group in groupby(shapes, key=lambda name: place_of(name, count)[0]):
+            names = {place_of(name, count)[1]: name for name in group}
+            yield index, names, {key: shapes[name] for key, name in names.items()}
 
-    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+    def opened_layers(self) -> Iterator[tuple[dict[str, str], dict[str, list[Tensor]]]]:
+        """Each layer's names and parts by their keys; take the parts out, so that their memory can be given back."""
         if self.config.tie_word_embeddings:
             check_tied(self.shards, self.config)
-        shapes = parameter_shapes(self.config)
         with reading_bar(sum(row.nbytes for row in self.files())) as bar:
-            for index, names in self.layers():
-                layer = open_layer(self.shards, index, {key: shapes[name] for key, name in names.items()})
-                for key, name in names.items():
-                    yield name, layer.pop(key)
+            for index, names, shapes in self.layers():
                 bar.update(sum(path.stat().st_size for path in self.shards.paths[index]))
+                yield names, open_layer(self.shards, index, shapes)
+
+    def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
+        for names, layer in self.opened_layers():
+            yield from ((name, layer.pop(key)) for key, name in names.items())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, merge_shards(name, parts)) for name, parts in self.parts())
+        for names, layer in self.opened_layers():
+            yield from ((name, merge_shards(key, layer.pop(key))) for key, name in names.items())
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        shapes, found = parameter_shapes(self.config), {}
-        for index, names in self.layers():
-            layer = open_layer(self.shards, index, {key: shapes[name] for key, name in names.items()})
-            found |= {name: layer[key][0].dtype for key, name in names.items()}
-        return found
+        opened = ((names, open_layer(self.shards, index, shapes)) for index, names, shapes in self.layers())
+        return {names[key]: parts[0].dtype for names, layer in opened for key, parts in layer.items()}
 
     def files(self) -> list[LayerFile]:
         return inventory(self.shards, self.config.num_hidden_layers)
