@@ -23,7 +23,7 @@ ENDOFTEXT_ID = 0  # the release's own; Hugging Face's class default, 2, is anoth
 def next_token_scores(logits: Tensor, config: NeoXConfig) -> Tensor:
     """The last position's scores, of tokens that exist: logits `[B, T, V]` -> `[B, tokenizer_vocab_size]`, fp32.
 
-    The padded rows behind them stand for no token. Cut off, they can't be chosen and take no share of the probability.
+    The dead rows behind them stand for no token. Cut off, they can't be chosen and take no share of the probability.
     """
     return logits[:, -1, : config.tokenizer_vocab_size].float()
 

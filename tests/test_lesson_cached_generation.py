@@ -106,6 +106,14 @@ def wrong_caches(right: type) -> dict[str, type]:
         def update(self, layer_index, key, value):
             return super().update(0, key, value)
 
+    class FirstTextForAll(right):
+        def update(self, layer_index, key, value):
+            end = self.length + key.shape[2]
+            for rows, new in ((self.keys, key), (self.values, value)):
+                rows[layer_index, 0, :, self.length : end] = new[0]
+            keys, values = self.keys[layer_index, :1, :, :end], self.values[layer_index, :1, :, :end]
+            return keys.expand(len(key), -1, -1, -1), values.expand(len(key), -1, -1, -1)
+
     class NewRowsOnly(right):
         def update(self, layer_index, key, value):
             super().update(layer_index, key, value)
@@ -133,6 +141,7 @@ def wrong_caches(right: type) -> dict[str, type]:
     return {
         "advance counts": CountsInUpdate,
         "layer 0, after layer 1": OneLayerForAll,
+        "keys of text 1": FirstTextForAll,
         "token 2 after tokens 0 and 1": NewRowsOnly,
         "another tensor": Grows,
         "after truncate(3) of 4 tokens length should be 3, but is 0": ForgetsAll,

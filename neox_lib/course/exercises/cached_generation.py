@@ -77,6 +77,7 @@ def cache(yours: type) -> str:
     device = torch.device("cpu")
     require_first_steps(yours(ONE_LAYER, 1, 6, device, torch.float32))
     require_layers_apart(yours(TWO_LAYERS, 1, 6, device, torch.float32))
+    require_texts_apart(yours(ONE_LAYER, 2, 6, device, torch.float32))
     require_truncation(yours(ONE_LAYER, 1, 6, device, torch.float32))
     require_any_splitting(yours)
 
@@ -117,6 +118,20 @@ def require_layers_apart(cache) -> None:
     require_equal(
         first[0, 0, :, 0], torch.tensor([0.0, 1.0, 2.0]), "the keys of layer 0, after layer 1 stored its own,"
     )
+
+
+def require_texts_apart(cache) -> None:
+    """A batch of two texts, each with keys and values of its own."""
+    for tokens, held in ((2, 0), (1, 2)):
+        rows = torch.cat([numbered(tokens, held), numbered(tokens, 10 + held)])  # [2, 1, T, 8]
+        key, value = cache.update(0, rows, -rows)
+        cache.advance(tokens)
+    for name, found, sign in (("keys", key, 1), ("values", value, -1)):
+        for text in (0, 1):
+            expected = sign * torch.tensor([0.0, 1.0, 2.0]) + sign * 10 * text
+            require_equal(
+                found[text, 0, :, 0], expected, f"three tokens in a batch of two texts: {name} of text {text}"
+            )
 
 
 def require_truncation(cache) -> None:
