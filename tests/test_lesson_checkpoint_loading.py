@@ -118,6 +118,17 @@ def test_wrong_tries_are_told_apart(name):
     assert len({result.message for result in results}) == len(tries)
 
 
+def test_any_refusal_of_an_unknown_key_counts_once_the_known_keys_are_right():
+    """A `raise NotImplementedError(key)` at the end of a whole solution is no stub."""
+
+    def refuses_with_a_stub_s_error(key, parts):
+        if "masked" in key:
+            raise NotImplementedError(key)
+        return library_merge(key, parts)
+
+    assert exercises.merge_shards(refuses_with_a_stub_s_error).passed
+
+
 def test_the_heart_lets_the_shipped_model_write():
     assert "Once upon a time" in result_of_solution("my_merge_shards").message
     assert "Once upon a time" not in exercises.merge_shards(averaged_biases).message
