@@ -189,6 +189,13 @@ def test_promotion_mends_a_library_that_is_broken_now(house):
     assert module_text(house) == MODULE
 
 
+@pytest.mark.parametrize("direction", [promote.promote, promote.differences, promote.pull])
+def test_a_module_that_is_no_python_is_named_with_the_remedy(house, direction):
+    (house / "neox_lib" / "small.py").write_text(MODULE + "def broken(:\n")
+    with pytest.raises(PromotionError, match=r"^neox_lib/small\.py: not valid Python: .*git checkout neox_lib/small"):
+        direction(house / "notebooks")
+
+
 @pytest.mark.parametrize("failing_write", [1, 2])
 def test_a_failed_write_leaves_the_library_whole(house, monkeypatch, failing_write):
     """A full disk after the first of two modules must not leave one new and one old."""
@@ -273,6 +280,18 @@ def test_the_text_of_an_older_original_does_not_take_the_library_back(house, mon
     assert [each.definition.name for each in left] == ["WIDTH", "root"]
     assert promote.promote(house / "notebooks") == ["small"]
     assert "x**0.5" in module_text(house) and "# mine" in module_text(house)
+
+
+def test_of_a_copy_of_before_only_what_the_learner_changed_differs(house, monkeypatch):
+    """Not the old texts, nor the new definitions that only newer originals promote."""
+    digests = [hashlib.sha256(each.text.encode()).hexdigest()[:8] for each in promote.definitions(MODULE)]
+    monkeypatch.setattr(table, "OLDER_TEXTS", " ".join(digests))
+    newer = MODULE.replace("math.sqrt(x)", "x**0.5") + "\n\ndef new():\n    return 1\n"
+    (house / "neox_lib" / "small.py").write_text(newer)
+    assert promote.differences(house / "notebooks") == []
+    edit_notebook(house, "# why not", "# mine")
+    (diff,) = promote.differences(house / "notebooks")
+    assert "# mine" in diff and "sqrt" not in diff
 
 
 def test_a_text_that_the_originals_still_hold_is_promoted(house, monkeypatch):

@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neox_lib.course.promote import Promoted
 
 
 def add(commands) -> None:
@@ -17,6 +21,16 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
+def left_out(older: "list[Promoted]") -> str:
+    """One line on the pieces of a copy that are still an older original's."""
+    names = ", ".join(f"{each.module}.{each.definition.name}" for each in older[:3])
+    more = f" and {len(older) - 3} more" if len(older) > 3 else ""
+    return (
+        f"Left out, since the library's text is newer and yours is the old original's: {names}{more}. "
+        "make lab-refresh puts the new originals beside your copy."
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     from neox_lib.course import promote
 
@@ -24,8 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of notebooks")
     if arguments.check:
-        found = promote.differences(folder)
-        print("\n".join(found) if found else "Notebooks and library agree.")
+        found, older = promote.differences(folder), promote.of_older_originals(promote.collect(folder))
+        if found or not older:
+            print("\n".join(found) if found else "Notebooks and library agree.")
+        if older:
+            print(left_out(older))
         return 1 if found else 0
     changed = promote.pull(folder) if arguments.pull else promote.promote(folder)
     older = [] if arguments.pull else promote.of_older_originals(promote.collect(folder))
@@ -34,12 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("Nothing to change." if older else "Nothing to change: notebooks and library agree.")
     if older:
-        names = ", ".join(f"{each.module}.{each.definition.name}" for each in older[:3])
-        more = f" and {len(older) - 3} more" if len(older) > 3 else ""
-        print(
-            f"Left out, since the library's text is newer and yours is the old original's: {names}{more}. "
-            "make lab-refresh puts the new originals beside your copy."
-        )
+        print(left_out(older))
     if changed and not arguments.pull:
         if stale := promote.older_copies(folder, changed):
             print(

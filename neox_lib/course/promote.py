@@ -162,6 +162,20 @@ def module_path(module: str, library: Path | None = None) -> Path:
     return (library or LIBRARY) / f"{module.replace('.', '/')}.py"
 
 
+def module_source(module: str) -> str:
+    """A module's text. Raises PromotionError when it is no Python: then nobody can say where its definitions stand."""
+    source = module_path(module).read_text("utf-8")
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        name = file_name(module)
+        raise PromotionError(
+            f"{name}: not valid Python: {error.msg} (line {error.lineno}). Mend it, or take it back as it was: "
+            f"git checkout {name}"
+        ) from None
+    return source
+
+
 def replaced(source: str, wanted: list[Definition]) -> str:
     """A module's text with these definitions in place of its own; a new one follows the one before it in the list."""
     for position, definition in enumerate(wanted):
@@ -180,13 +194,18 @@ def replaced(source: str, wanted: list[Definition]) -> str:
 
 def differences(folder: Path) -> list[str]:
     """What tells the notebooks and the library apart, a text for each: diffs, missing and unpromoted definitions,
-    imports that bring another object. Empty when they agree."""
+    imports that bring another object. Empty when they agree.
+
+    What a copy holds as an older original had it is left out, as `promote` does; and then nothing is said of public
+    definitions that no notebook promotes, since the newer originals do.
+    """
     promoted = collect(folder)
+    older = of_older_originals(promoted)
     found = []
     for module in dict.fromkeys(each.module for each in promoted):
-        source = module_path(module).read_text("utf-8")
+        source = module_source(module)
         places = {each.name: each for each in definitions(source)}
-        ours = [each for each in promoted if each.module == module]
+        ours = [each for each in promoted if each.module == module and each not in older]
         for each in ours:
             library_text = places[each.definition.name].text if each.definition.name in places else ""
             found += unified_diff(each, library_text)
@@ -194,7 +213,7 @@ def differences(folder: Path) -> list[str]:
         found += [
             f"{file_name(module)}: {name} is public, but no notebook promotes it"
             for name, place in places.items()
-            if place.public and name not in names
+            if place.public and name not in names and not older
         ]
         found += foreign_names(ours, promoted, source)
     return found
@@ -254,7 +273,7 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
             if why := gone(f"{module}.{each.definition.name}", each.where):
                 raise PromotionError(why)
         before[path] = path.read_bytes()
-        text = replaced(before[path].decode("utf-8"), [each.definition for each in ours])
+        text = replaced(module_source(module), [each.definition for each in ours])
         for foreign in foreign_names(ours, promoted, text):
             raise PromotionError(foreign)
         if text.encode("utf-8") != before[path]:
@@ -301,7 +320,7 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
             if "promote" not in cell.metadata.get("tags", []):
                 continue
             where = f"{path.name}, cell {index + 1}"
-            places = {each.name: each for each in definitions(module_path(cell.metadata.module).read_text("utf-8"))}
+            places = {each.name: each for each in definitions(module_source(cell.metadata.module))}
             wanted = cell_definitions(cell.source, where)
             for each in wanted:
                 if each.name not in places:
