@@ -62,17 +62,22 @@ class RotaryTable(nn.Module):
             self.fill(device)
         return self
 
-    def rows(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, start: int | Tensor, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
 
+        With a start for each text of a batch, `[B]`, they are `[B, 1, T, rotary_ndims]`; below 0 is padding, as at 0.
         Raises ValueError past the context: the model has never seen a later position.
         """
-        end = start + tokens
-        if end > self.max_positions:
-            raise ValueError(f"{start} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
+        latest = start if isinstance(start, int) else int(start.max())
+        if latest + tokens > self.max_positions:
+            raise ValueError(f"{latest} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
         if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
             self.fill(like.device)
-        return self.cos[start:end].to(like.dtype), self.sin[start:end].to(like.dtype)
+        if isinstance(start, int):
+            positions = slice(start, start + tokens)
+        else:
+            positions = (start[:, None, None] + torch.arange(tokens, device=like.device)).clamp(min=0)  # [B, 1, T]
+        return self.cos[positions].to(like.dtype), self.sin[positions].to(like.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first `rotary_ndims` dimensions of each head by its position's angles; the others pass through.
 
-    x: `[B, H, T, D]`; cos and sin: `[T, rotary_ndims]`, the rows of the T positions. Returns `[B, H, T, D]`.
+    x: `[B, H, T, D]`; cos and sin: `[T, rotary_ndims]`, the rows of the T positions, or `[B, 1, T, rotary_ndims]` where
+    each text has its own. Returns `[B, H, T, D]`.
     """
     rotary_ndims = cos.shape[-1]
     turned, passed = x[..., :rotary_ndims], x[..., rotary_ndims:]
