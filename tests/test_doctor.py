@@ -14,7 +14,7 @@ from neox_lib.classroom.machine import GIB, REPOSITORY, Finding
 
 
 @pytest.mark.parametrize(
-    "version, state", [((3, 10, 9), "fix"), ((3, 11, 0), "ok"), ((3, 14, 2), "ok"), ((3, 15, 0), "fix")]
+    ("version", "state"), [((3, 10, 9), "fix"), ((3, 11, 0), "ok"), ((3, 14, 2), "ok"), ((3, 15, 0), "fix")]
 )
 def test_a_python_that_is_too_old_or_too_new_is_to_be_fixed(version, state):
     assert machine.look_at_python(version).state == state
@@ -29,13 +29,13 @@ def test_a_python_of_32_bits_is_to_be_fixed():
     assert machine.look_at_python((3, 12, 0), bits=32).state == "fix"
 
 
-@pytest.mark.parametrize("free, state", [(GIB // 2, "fix"), (3 * GIB // 2, "note"), (8 * GIB, "ok")])
+@pytest.mark.parametrize(("free", "state"), [(GIB // 2, "fix"), (3 * GIB // 2, "note"), (8 * GIB, "ok")])
 def test_memory_that_is_short_says_what_to_close(free, state):
     finding = machine.look_at_memory(free)
     assert finding.state == state and (state != "fix" or "close" in finding.advice)
 
 
-@pytest.mark.parametrize("free, state", [(GIB // 4, "fix"), (GIB, "note"), (9 * GIB, "ok")])
+@pytest.mark.parametrize(("free", "state"), [(GIB // 4, "fix"), (GIB, "note"), (9 * GIB, "ok")])
 def test_a_full_disk_is_to_be_fixed(free, state, tmp_path):
     assert machine.look_at_disk(tmp_path, free).state == state
 
@@ -55,7 +55,7 @@ def test_a_port_that_is_in_use_is_passed_over_and_none_at_all_is_to_be_fixed():
 
 
 @pytest.mark.parametrize(
-    "text, word", [("raise ImportError('no such DLL')", "no such DLL"), ("import os; os.abort()", "crashed")]
+    ("text", "word"), [("raise ImportError('no such DLL')", "no such DLL"), ("import os; os.abort()", "crashed")]
 )
 def test_a_package_that_fails_or_crashes_is_named(text, word, tmp_path, monkeypatch):
     (tmp_path / "ipywidgets.py").write_text(text)
@@ -115,7 +115,7 @@ def test_a_look_that_fails_is_a_finding():
     assert finding.state == "fix" and "look_at_nothing" in finding.found
 
 
-@pytest.mark.parametrize("state, code", [("ok", 0), ("note", 0), ("fix", 1)])
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("fix", 1)])
 def test_the_exit_code_says_whether_something_must_be_fixed(state, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "QUICK", (lambda: Finding("thing", state, "found", "do this"),))
     monkeypatch.setattr(doctor, "IN_PROCESSES", (list,))

@@ -12,7 +12,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     from neox_lib.classroom.doctor import examine_and_report
 
     text, to_fix = examine_and_report()
