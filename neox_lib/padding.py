@@ -53,12 +53,12 @@ def padding_mask(padding: Tensor, queries: int, keys: int) -> Tensor:
     A token sees what the causal mask shows it, less the padding. A padding token sees itself: nobody reads what it
     computes, but the weights of a query that sees nothing are 0 / 0, and a NaN spreads even from behind a mask.
 
-    >>> padding_mask(torch.tensor([0, 1]), 2, 3)[:, 0].int()
+    >>> padding_mask(torch.tensor([0, 2]), 2, 3)[:, 0].int()
     tensor([[[1, 1, 0],
              [1, 1, 1]],
     <BLANKLINE>
             [[0, 1, 0],
-             [0, 1, 1]]], dtype=torch.int32)
+             [0, 0, 1]]], dtype=torch.int32)
     """
     column = torch.arange(keys, device=padding.device)
     own = column >= padding[:, None]  # [B, S]

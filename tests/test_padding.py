@@ -13,7 +13,7 @@ from neox_lib.cache import KVCache
 from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
-from neox_lib.padding import pad_left
+from neox_lib.padding import pad_left, padding_mask
 from neox_lib.quantization.int8_linear import use_int8_linear
 from neox_lib.sampling import GREEDY, Sampling
 from tests.small_models import BASE, family
@@ -217,11 +217,11 @@ def test_each_row_has_positions_of_its_own(random_model):
 
 @torch.inference_mode()
 def test_every_splitting_of_a_padded_batch_gives_the_same(random_model):
-    """Passes of padding alone among them: their rows are nobody's, and no NaN comes out of them."""
+    """Passes of padding alone among them: nobody reads what they compute, and none of it may be NaN."""
     model = random_model(BASE, gain=1.0)
     ids, padding = pad_left([list(range(12)), [20, 21]])
+    assert padding_mask(padding, 12, 12).any(dim=-1).all(), "some attention kernels give NaN for a query without a key"
     whole = model(ids, padding=padding)
-    assert whole.isfinite().all()
     for sizes in ([1] * 12, [4, 8], [5, 1, 6], [11, 1]):
         cache = KVCache(BASE, 2, 12, torch.device("cpu"), torch.float32)
         parts = torch.cat([model(part, cache, padding=padding) for part in ids.split(sizes, dim=1)], dim=1)
