@@ -94,7 +94,7 @@ class NeoXConfig:
         return self.parameter_count() * dtype.itemsize
 
     def kv_cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers a layer."""
+        """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers per layer."""
         return 2 * self.num_hidden_layers * self.hidden_size * tokens * dtype.itemsize
 
     def to_json(self) -> str:

@@ -117,7 +117,7 @@ class Need:
         return max(0, min(tokens, (free - SPARE - self.weights) * tokens // self.cache))
 
     def tokens_per_second(self, bandwidth: float, share: float = 1.0) -> float:
-        """At most, behind that share of the text, for memory that is read at `bandwidth` bytes a second."""
+        """At most, behind that share of the text, for memory that is read at `bandwidth` bytes per second."""
         return bandwidth / (self.read + share * self.cache)
 
 

@@ -53,7 +53,7 @@ def test_a_large_matrix_repeats_the_block_and_never_a_row():
         assert BLOCK_NUMBERS % width
 
 
-def test_the_same_words_write_the_same_weights():
+def test_the_same_command_writes_the_same_weights():
     first, second = (dict(random_tensors(SMALL)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -16,7 +16,7 @@ from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.model import NeoXModel
 
 # Each of our dtypes, and what it is measured against. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
-RIVALS = {
+BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
     "ctranslate2": {
         "float32": "float32",
@@ -35,7 +35,7 @@ def is_installed(library: str) -> bool:
         return False
 
 
-def make_rival(library: str, model: NeoXModel, dtype: str) -> Generate:
+def make_baseline(library: str, model: NeoXModel, dtype: str) -> Generate:
     """What `library` makes of the weights of an fp32 `model`. Raises ImportError where it is not installed."""
     if library == "transformers":
         return hugging_face_generate(hugging_face_twin(model, WEIGHT_DTYPES[dtype]))
@@ -70,7 +70,7 @@ def hugging_face_generate(model: Any) -> Generate:
 
 
 def ctranslate2_spec(model: NeoXModel) -> Any:
-    """The model in CTranslate2's words: queries, keys and values each in one piece, token ids as their own vocabulary.
+    """The model under CTranslate2's names: queries, keys and values each in one tensor, ids as their own vocabulary.
 
     Raises ImportError without ctranslate2, ValueError for a model that it can't hold.
     """

@@ -76,8 +76,7 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 def multiply_rate(rows: int, hidden: int) -> float:
-    """Floating-point operations a second of fp32 products of `rows` rows with matrices that no cache holds: the best of
-    several."""
+    """Operations per second of fp32 products: `rows` rows by matrices too large for any cache; the best of several."""
     input, weight = torch.randn(rows, hidden), torch.randn(max(hidden, 2**25 // hidden), hidden)
     seconds = []
     for _ in range(5):

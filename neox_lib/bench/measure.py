@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from neox_lib.bench.baselines import (
-    RIVALS,
+    BASELINES,
     ctranslate2_logits,
     ctranslate2_twin,
     hugging_face_generate,
     hugging_face_twin,
     is_installed,
-    make_rival,
+    make_baseline,
 )
 from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model
 from neox_lib.bench.table import (
@@ -58,7 +58,7 @@ def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
 
-    A packed weight counts with the bytes a number that it has in either layout.
+    A packed weight counts with the bytes per number that it has in either layout.
     """
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
@@ -68,11 +68,11 @@ def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 
-def choose_rivals(names: list[str]) -> list[str]:
+def choose_baselines(names: list[str]) -> list[str]:
     """Those of the named libraries that are installed. Raises ValueError for one that is not known."""
-    unknown = set(names) - set(RIVALS)
+    unknown = set(names) - set(BASELINES)
     if unknown:
-        raise ValueError(f"bench measures against {', '.join(RIVALS)}, not {', '.join(sorted(unknown))}")
+        raise ValueError(f"bench measures against {', '.join(BASELINES)}, not {', '.join(sorted(unknown))}")
     return [name for name in names if is_installed(name)]
 
 
@@ -82,24 +82,29 @@ def run_bench(
     prompts: list[int],
     new_tokens: int = 65,
     rounds: int = 3,
-    against: Sequence[str] = tuple(RIVALS),
+    against: Sequence[str] = tuple(BASELINES),
 ) -> Iterator[Row]:
-    """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and each rival's in turns.
+    """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and each baseline's in turns.
 
-    Raises ValueError for a shape, dtype or rival that is not known.
+    Raises ValueError for a shape, dtype or baseline that is not known.
     """
     unknown = set(dtypes) - set(OURS)
     if unknown:
         raise ValueError(f"bench knows the dtypes {', '.join(OURS)}, not {', '.join(sorted(unknown))}")
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
-    rivals = choose_rivals(list(against))
+    baselines = choose_baselines(list(against))
     for shape in shapes:
         model = random_model(preset(shape))
         ours = {dtype: our_model(model, dtype) for dtype in dtypes}
         sides = {("", dtype): our_generate(ours[dtype]) for dtype in dtypes}
-        wanted = [(rival, RIVALS[rival][dtype]) for rival in rivals for dtype in dtypes if dtype in RIVALS[rival]]
-        sides |= {(rival, dtype): make_rival(rival, model, dtype) for rival, dtype in dict.fromkeys(wanted)}
+        wanted = [
+            (baseline, BASELINES[baseline][dtype])
+            for baseline in baselines
+            for dtype in dtypes
+            if dtype in BASELINES[baseline]
+        ]
+        sides |= {(baseline, dtype): make_baseline(baseline, model, dtype) for baseline, dtype in dict.fromkeys(wanted)}
         for prompt in prompts:
             ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt))
             timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in sides}
@@ -110,9 +115,9 @@ def run_bench(
                     timings[key].append(time_answer(generate, ids, new_tokens))
             for dtype in dtypes:
                 read = bytes_per_token(ours[dtype], prompt, new_tokens)
-                for rival in [name for name in rivals if dtype in RIVALS[name]] or [""]:
-                    theirs = timings[rival, RIVALS[rival][dtype]] if rival else []
-                    yield Row(shape, prompt, dtype, rival, timings["", dtype], theirs, read)
+                for baseline in [name for name in baselines if dtype in BASELINES[name]] or [""]:
+                    theirs = timings[baseline, BASELINES[baseline][dtype]] if baseline else []
+                    yield Row(shape, prompt, dtype, baseline, timings["", dtype], theirs, read)
 
 
 def time_load(shape: str, rounds: int = 3) -> LoadRow:

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
-    """One line: model, prefill milliseconds, tokens a second of the steps after the first."""
+    """One line: model, prefill milliseconds, tokens per second of the steps after the first."""
     weight = model.layers[0].attention.dense.weight  # the embedding of an int8 model is not in int8
     dtype = str(weight.dtype).removeprefix("torch.")
     line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"

@@ -66,7 +66,7 @@ def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
 
     The check never raises: a stub (NotImplementedError) is told what is missing, a wrong try which property failed, and
     any other error in the learner's code is named with its line. `key` is where the outcome is kept, if the piece is
-    the learner's: its name starts with `my`. What the library or a museum's piece does is nobody's progress.
+    the learner's: its name starts with `my`. What the library or a bug exhibit does is nobody's progress.
     """
 
     def decorate(check: Callable[..., str | None]) -> Callable[..., Result]:

@@ -43,9 +43,11 @@ MODULES = {
 NAMES = {
     "checkpoint.BUFFERS": "checkpoints.files.BUFFERS",
     "checkpoint.LayerFile": "checkpoints.checkpoint.LayerFile",
+    "course.figures.two_devices.meetings": "course.figures.two_devices.all_reduces",
     "files.write_text_atomically": "checkpoints.atomic.write_text_atomically",
     "layout.empty_model": "checkpoints.build.empty_model",
     "layout.parameter_shapes": "config.parameter_shapes",
+    "lesson.figures_two_devices.meetings": "course.figures.two_devices.all_reduces",
     "model.model_attention_weights": "inspection.attention.model_attention_weights",
     "scale.fits.preset": "config.preset",
     "scale.named.create_tokenizer": "loading.create_tokenizer",

@@ -1,4 +1,4 @@
-"""Questions that come before a surprising result: the learner bets, then reads why each option is right or wrong."""
+"""Questions before a surprising result: the learner predicts, then reads why each option is right or wrong."""
 
 import html
 import re

@@ -66,7 +66,7 @@ def create_rank_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> NeoXModel:
-    """`create_model` for ranks that have met: every rank calls it, and gets its own part of the model.
+    """`create_model` for the ranks of a process group: every rank calls it, and gets its own part of the model.
 
     On GPUs each rank takes the one of its number. What has to be downloaded, one rank of each machine downloads. Raises
     what `create_model` raises, and CheckpointError for int8, which runs in one process.

@@ -50,7 +50,7 @@ def rank_device(device: str | torch.device) -> torch.device:
 
 
 def join_ranks(device: torch.device) -> None:
-    """Meet the other ranks, as torchrun's environment says: through nccl on GPUs, gloo on CPUs.
+    """Join the other ranks in a process group, as torchrun's environment says: through nccl on GPUs, gloo on CPUs.
 
     torchrun gives each process one thread unless OMP_NUM_THREADS says otherwise; here the ranks of a machine share its
     cores.
@@ -174,9 +174,9 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments, device: str = "cp
     processes, pipes = [], []
     try:
         for rank in range(ranks):
-            words = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+            variables = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
             pipe, their_end = context.Pipe(duplex=False)
-            environment = {name: str(value) for name, value in words.items()}
+            environment = {name: str(value) for name, value in variables.items()}
             given = (their_end, environment, device, work, arguments)
             process = context.Process(target=_serve_rank, args=given, daemon=True)
             process.start()

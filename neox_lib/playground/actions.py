@@ -32,8 +32,8 @@ def perform(session: Session, message: dict) -> None:
             session.look(expect(message, "position", int))
         case "take":
             session.take(expect(message, "token", int))
-        case "road":
-            session.choose_road(expect(message, "road", int))
+        case "branch":
+            session.choose_branch(expect(message, "branch", int))
         case "watch":
             session.watch(expect(message, "on", bool))
         case "head":

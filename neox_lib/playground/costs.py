@@ -1,4 +1,4 @@
-"""What writing costs: milliseconds a token by position, speed and memory, and what 20B would need for the same text."""
+"""What writing costs: milliseconds per token by position, speed, memory, and what 20B would need for the text."""
 
 from statistics import median
 
@@ -29,7 +29,7 @@ class Costs:
         ]
 
 
-def model_in_words(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
+def describe_model(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
     parameters = config.parameter_count()
     size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.3g} million"
     return f"{name}: {size} parameters, {str(dtype).removeprefix('torch.')}"

@@ -35,7 +35,7 @@ class Page(anywidget.AnyWidget):
     marks = synced(traitlets.Dict, {})  # phase, status, error, and where one looks
     bars = synced(traitlets.Dict, {})
     attention = synced(traitlets.Dict, {})
-    roads = synced(traitlets.List, [])
+    branches = synced(traitlets.List, [])
     costs = synced(traitlets.Dict, {})
     speed = synced(traitlets.List, [])
     heard = synced(traitlets.Int, 0)  # the number of the page's last message that has arrived
@@ -50,7 +50,7 @@ class Page(anywidget.AnyWidget):
             self.comm._reply_subshell_for = lambda data, default: default  # type: ignore[attr-defined]
             self.comm.on_close(lambda message: self.on_closed())
         self.state = state
-        self.words = views.Text(state.tokenizer)
+        self.shown = views.Text(state.tokenizer)
         self.publishing = threading.RLock()  # callbacks and the worker's thread both publish
         self.costs_shown = 0.0
         self.facts = views.facts_view(state)
@@ -70,21 +70,21 @@ class Page(anywidget.AnyWidget):
         """Bring the page up to date: what grows while it streams, else everything; what is the same is not sent."""
         state = self.state
         with self.publishing, self.hold_sync():
-            road = state.roads.road if len(state.roads) else None
-            now = self.words.view(road)
-            edge = [id(road), len(now["settled"])]
+            branch = state.branches.branch if len(state.branches) else None
+            now = self.shown.view(branch)
+            edge = [id(branch), len(now["settled"])]
             if self.text.get("edge") != edge:
                 self.text = {"edge": edge, "given": now["given"], "rows": now["settled"]}
             self.tail = now["tail"]
             names = ("phase", "status", "error", "chosen")
             self.marks = {name: getattr(state, name) for name in names}
-            self.bars = views.bars_view(state, self.words)
+            self.bars = views.bars_view(state, self.shown)
             if state.phase != "writing" or time.monotonic() - self.costs_shown > COSTS_PAUSE:
                 self.costs_shown = time.monotonic()
                 self.costs = views.costs_view(state)
             if state.phase != "writing":
                 self.attention = views.attention_view(state)
-                self.roads = views.roads_view(state)
+                self.branches = views.branches_view(state)
                 self.settings = vars(state.settings) | {}
                 self.speed = views.speed_view(state)
                 self.publish_prompt()

@@ -7,9 +7,9 @@ from neox_lib.generation import prompt_ids
 from neox_lib.model import NeoXModel
 from neox_lib.playground import jobs
 from neox_lib.playground.costs import Costs
-from neox_lib.playground.pieces import without_surrogates
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Worker
+from neox_lib.playground.token_text import without_surrogates
 
 Job = Callable[[threading.Event], None]
 
@@ -79,8 +79,8 @@ class Session:
         self._ask("write", lambda stopping: jobs.write(self.state, prompt, stopping, self.say))
 
     def go_on(self) -> None:
-        """Write more on the road in hand; without one, as `generate`."""
-        if len(self.state.roads):
+        """Write more on the branch in hand; without one, as `generate`."""
+        if len(self.state.branches):
             self._ask("write", lambda stopping: jobs.write(self.state, None, stopping, self.say))
         else:
             self.generate()
@@ -92,11 +92,11 @@ class Session:
             self.worker.stop()
 
     def clear(self) -> None:
-        """Forget text, roads and costs; the prompt and the settings stay."""
+        """Forget text, branches and costs; the prompt and the settings stay."""
 
         def job(stopping: threading.Event) -> None:
             state = self.state
-            state.roads.clear()
+            state.branches.clear()
             state.recall.forget()
             state.forget_looks()
             state.costs, state.chosen, state.error = Costs(), 0, ""
@@ -106,10 +106,10 @@ class Session:
         self._ask("change", job)
 
     def look(self, position: int | None = None) -> None:
-        """Choose a position of the road in hand, and see what could stand there. None: where one looks already."""
-        if not len(self.state.roads):
+        """Choose a position of the branch in hand, and see what could stand there. None: where one looks already."""
+        if not len(self.state.branches):
             return
-        last = len(self.state.roads.road.ids)
+        last = len(self.state.branches.branch.ids)
         self.state.chosen = self.state.chosen if position is None else max(0, min(position, last))
         self.state.forget_looks()
         self.show()
@@ -133,22 +133,22 @@ class Session:
         self.show()
 
     def take(self, token_id: int) -> None:
-        """Put another token at the chosen position: a road forks off there and is written on."""
+        """Put another token at the chosen position: a branch forks off there and is written on."""
         position, found = self.state.chosen, {each.token_id: each.score for each in self.state.candidates}
         if token_id not in found or self.state.scored != position:
             return self.say("idle", "That token is not among the ones shown; choose a position first.")
 
         def job(stopping: threading.Event) -> None:
-            self.state.roads.take(position, token_id, found[token_id])
+            self.state.branches.take(position, token_id, found[token_id])
             jobs.write(self.state, None, stopping, self.say)
 
         self._ask("change", job)
 
-    def choose_road(self, number: int) -> None:
-        """Take another road in hand, at its end."""
+    def choose_branch(self, number: int) -> None:
+        """Take another branch in hand, at its end."""
 
         def job(stopping: threading.Event) -> None:
-            self.state.chosen = len(self.state.roads.choose(number).ids)
+            self.state.chosen = len(self.state.branches.choose(number).ids)
             self.state.forget_looks()
             jobs.look(self.state, stopping, self.say)
 

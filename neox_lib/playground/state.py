@@ -6,9 +6,9 @@ from torch import Tensor
 
 from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
+from neox_lib.playground.branches import Branches
 from neox_lib.playground.costs import Costs
 from neox_lib.playground.recall import Recall
-from neox_lib.playground.roads import Roads
 from neox_lib.playground.settings import Settings
 
 
@@ -17,7 +17,7 @@ class State:
     """A model, a prompt, what has been written, and what is looked at.
 
     `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
-    the road in hand; its length stands for the token that is still to come. `candidates` could stand at position
+    the branch in hand; its length stands for the token that is still to come. `candidates` could stand at position
     `scored`, which need not be the chosen one yet, and `taken` stands there. `attention` is what the chosen token looks
     at, `[L, H, T]`, if `watching`.
     """
@@ -27,7 +27,7 @@ class State:
     name: str = "model"
     prompt: str = ""
     settings: Settings = field(default_factory=Settings)
-    roads: Roads = field(default_factory=Roads)
+    branches: Branches = field(default_factory=Branches)
     phase: str = "idle"
     status: str = "Ready."
     error: str = ""

@@ -54,7 +54,7 @@ class Playground:
 
     @property
     def written(self) -> str:
-        """The text of the road in hand, its prompt included; the prompt before there is one."""
+        """The text of the branch in hand, its prompt included; the prompt before there is one."""
         return text_in_hand(self.state)
 
     def write(self, prompt: str | None = None) -> str:
@@ -66,7 +66,7 @@ class Playground:
         return self.written
 
     def save(self, file: str | Path) -> None:
-        """Write prompt, settings and all roads to a JSON file, which `Playground.open` restores."""
+        """Write prompt, settings and all branches to a JSON file, which `Playground.open` restores."""
         saved.save(self.state, file)
 
     def act(self, message: dict) -> None:

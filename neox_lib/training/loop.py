@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from neox_lib.block import Block
 from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
-from neox_lib.evaluation.likelihood import stories_of, story_stream, surprise
+from neox_lib.evaluation.likelihood import negative_log_likelihood, stories_of, story_stream
 from neox_lib.model import NeoXModel
 
 
@@ -101,7 +101,7 @@ def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
 def add_dropout(model: NeoXModel, probability: float) -> None:
     """While the model is in training mode, drop a share of what each layer's two branches add to the residual stream.
 
-    Hooks leave the pieces as they are: 20B was trained without dropout (`configs/20B.yml`), on text read once.
+    Hooks leave the model as it is: 20B was trained without dropout (`configs/20B.yml`), on text read once.
     (Srivastava et al. 2014.)
     """
 
@@ -117,7 +117,7 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
 def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
     """One update on windows `[B, length + 1]`, about 2,048 tokens at a time: they fit the processor's caches better.
 
-    Returns the loss before the update, in nats a token.
+    Returns the loss before the update, in nats per token.
     """
     rows = max(1, 2048 // batch.shape[1])
     total = 0.0
@@ -135,10 +135,10 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
 
 
 def spread_sample(stream: Tensor, windows: int, length: int) -> Tensor:
-    """Up to `windows` pieces of `length` tokens, evenly spread over a stream `[N]`, joined; a short one as it is."""
-    pieces = min(windows, len(stream) // length)
-    starts = [(len(stream) - length) * index // max(1, pieces - 1) for index in range(pieces)]
-    return torch.cat([stream[start : start + length] for start in starts]) if pieces else stream
+    """Up to `windows` windows of `length` tokens, spread evenly over a stream `[N]`, joined; a short stream whole."""
+    count = min(windows, len(stream) // length)
+    starts = [(len(stream) - length) * index // max(1, count - 1) for index in range(count)]
+    return torch.cat([stream[start : start + length] for start in starts]) if count else stream
 
 
 def train(
@@ -153,7 +153,7 @@ def train(
     """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
 
     `folder/state.pt` is written every five minutes, and a second call goes on from there; `folder/history.json` holds
-    step, tokens, loss, validation loss (nats a token, in windows of the whole context) and seconds of training.
+    step, tokens, loss, validation loss (nats per token, in windows of the whole context) and seconds of training.
     `start_from` is the folder of another run whose weights, not its optimizer, this one begins with. Raises ValueError
     when the state in the folder was made with another config or plan.
     """
@@ -179,7 +179,9 @@ def train(
             bar.update()
             if step % 100 == 0 or step == plan.steps:
                 model.eval()
-                validation_loss = surprise(model, validation, config.max_position_embeddings).mean().item()
+                validation_loss = (
+                    negative_log_likelihood(model, validation, config.max_position_embeddings).mean().item()
+                )
                 loss = sum(losses) / len(losses)
                 losses.clear()
                 history.append(

@@ -7,7 +7,7 @@ from neox_lib.generation import StreamDecoder
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """A token and the characters that it completes: none while a character still waits for its last byte.
 
     `control` marks tokens such as <|endoftext|>, whose `text` is their name and no part of the story.
@@ -19,27 +19,27 @@ class Piece:
 
 
 class Speller:
-    """Turns token ids into pieces one at a time; bytes of an unfinished character are kept back, never shown halved."""
+    """Turns token ids into text one at a time; the bytes of an unfinished character are held back until it is whole."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.decoder = StreamDecoder(tokenizer)
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> TokenText:
         if token_id in self.decoder.silent:
-            return Piece(token_id, self.tokenizer.id_to_token(token_id), control=True)
-        return Piece(token_id, self.decoder.push(token_id))
+            return TokenText(token_id, self.tokenizer.id_to_token(token_id), control=True)
+        return TokenText(token_id, self.decoder.push(token_id))
 
 
-def spell(tokenizer, ids: Iterable[int]) -> list[Piece]:
-    """The pieces of a whole text, in order, one for each id."""
+def spell(tokenizer, ids: Iterable[int]) -> list[TokenText]:
+    """The text of each id of a whole text, in order."""
     speller = Speller(tokenizer)
     return [speller.push(token_id) for token_id in ids]
 
 
-def text_of(pieces: Iterable[Piece], control: bool = True) -> str:
-    """The text that pieces make up; without the names of control tokens if `control` is False."""
-    return "".join(piece.text for piece in pieces if control or not piece.control)
+def text_of(tokens: Iterable[TokenText], control: bool = True) -> str:
+    """The tokens' text joined; without the names of control tokens if `control` is False."""
+    return "".join(token.text for token in tokens if control or not token.control)
 
 
 def without_surrogates(text: str) -> str:
