@@ -39,11 +39,12 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     begins = state.branches.branch.ids if prompt is None else prompt
     room = state.context - len(begins)
     if room < 1:
-        return say(
+        say(
             "idle",
             f"No room to write: the text has {len(begins):,} tokens and this model's context holds {state.context:,}. "
             "Nothing is lost; shorten the prompt or go back.",
         )
+        return
     branch = state.branches.start(prompt) if prompt is not None else state.branches.branch
     wanted, start = min(settings.tokens, room), len(branch.ids)
     state.chosen = start
@@ -91,7 +92,8 @@ def finish(
     if written > 1:
         state.tokens_per_second = (written - 1) / (moments[-1] - moments[1])
     if not written:
-        return say("idle", "Stopped while the prompt was read; no token was written.")
+        say("idle", "Stopped while the prompt was read; no token was written.")
+        return
     amount = f"{written} token{'s' if written > 1 else ''}"
     if state.branches.branch.ids[-1] == ENDOFTEXT_ID:
         status = f"The model ended the text after {amount}."
@@ -142,5 +144,5 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
         if state.watching:
             state.attention = attention_of_last(state.model, branch.ids[: position + 1], report)
     except Stopped:
-        return say("idle", "Stopped looking.")
+        status = "Stopped looking."
     say("idle", status or "Ready.")
