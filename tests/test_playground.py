@@ -162,7 +162,7 @@ def test_stop_works_while_a_long_prompt_is_read(shipped, monkeypatch):
     started = time.monotonic()
     marks = done(play, do="stop")
     assert time.monotonic() - started < 0.5
-    assert "Stopped while the prompt was read" in marks["status"] and play.written == PROMPT
+    assert "Stopped while reading the prompt" in marks["status"] and play.written == PROMPT
 
 
 def test_an_exception_in_the_worker_is_shown_and_the_playground_works_on(play, monkeypatch):

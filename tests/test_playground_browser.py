@@ -154,7 +154,7 @@ def test_a_slow_model_tells_how_far_it_reads_and_can_be_stopped_meanwhile(visit)
         slow.locator(".np-status", has_text=re.compile(f"Reading the prompt: {layers} of 40 layers")).wait_for()
     started = time.monotonic()
     slow.get_by_role("button", name="Stop").click()
-    slow.locator(".np-status", has_text="Stopped while the prompt was read").wait_for()
+    slow.locator(".np-status", has_text="Stopped while reading the prompt").wait_for()
     assert time.monotonic() - started < 3
 
 

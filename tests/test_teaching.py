@@ -200,8 +200,8 @@ def test_a_lesson_has_all_its_parts(each):
     assert talk.count("Good answer:") == len(re.findall(r"^\d\. ", talk, flags=re.MULTILINE))
 
 
-def section_of(stem: str, words: str) -> str:
-    (title,) = [each.title for each in sections(stem) if words in each.text]
+def section_of(stem: str, phrase: str) -> str:
+    (title,) = [each.title for each in sections(stem) if phrase in each.text]
     return title
 
 
@@ -277,8 +277,8 @@ def test_a_command_is_there(command):
 @every_lesson
 def test_what_is_pressed_in_the_playground_has_that_name_there(each):
     page = (ROOT / "neox_lib" / "assets" / "playground" / "playground.js").read_text("utf-8")
-    for words in re.findall(r"\*\*([^*]+)\*\*", each.part("Playground")):
-        assert f'"{" ".join(words.split())}"' in page, f"the page has no {words}"
+    for label in re.findall(r"\*\*([^*]+)\*\*", each.part("Playground")):
+        assert f'"{" ".join(label.split())}"' in page, f"the page has no {words}"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""How fast: our model against others' on the same random weights, in turns, and against the machine's memory."""
+"""Measuring speed: our model in turns with the baselines, on the same random weights, and against the memory's
+speed.
+"""
 
 import contextlib
 import io
@@ -33,7 +35,7 @@ from neox_lib.model import NeoXModel
 
 
 def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
-    """Bytes a second at which this machine reads memory that no cache holds: the best of several sums of a buffer."""
+    """Bytes per second at which this machine reads uncached memory: the best of several sums over a buffer."""
     buffer = torch.ones(megabytes * 2**18)
     seconds = []
     for _ in range(repeats):
@@ -44,21 +46,22 @@ def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
 
 
 def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
-    """Two generations, of 1 and of `new_tokens` tokens. Raises RuntimeError when one comes out shorter than asked."""
+    """Time two generations, of 1 and of `new_tokens` tokens. Raises RuntimeError if one is shorter than asked for."""
     seconds = []
     for asked in (1, new_tokens):
         started = time.perf_counter()
         written = generate(ids, asked)
         seconds.append(time.perf_counter() - started)
         if len(written) != asked:
-            raise RuntimeError(f"{len(written)} tokens came where {asked} were asked for: the speeds would be wrong")
+            raise RuntimeError(f"{len(written)} tokens came instead of {asked}: the speeds would be wrong")
     return Timing(seconds[0], seconds[1], new_tokens)
 
 
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
-    """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
+    """Bytes that a decode step must read, half-way through the answer: the weights, one row of the embedding, the
+    cache.
 
-    A packed weight counts with the bytes per number that it has in either layout.
+    A packed weight counts with the bytes per number of the layout in use.
     """
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
@@ -69,7 +72,7 @@ def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
 
 
 def choose_baselines(names: list[str]) -> list[str]:
-    """Those of the named libraries that are installed. Raises ValueError for one that is not known."""
+    """Those of the named libraries that are installed. Raises ValueError for an unknown one."""
     unknown = set(names) - set(BASELINES)
     if unknown:
         raise ValueError(f"bench measures against {', '.join(BASELINES)}, not {', '.join(sorted(unknown))}")
@@ -84,9 +87,9 @@ def run_bench(
     rounds: int = 3,
     against: Sequence[str] = tuple(BASELINES),
 ) -> Iterator[Row]:
-    """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and each baseline's in turns.
+    """Yields a Row as soon as it is measured: each shape, prompt length and dtype, ours in turns with each baseline.
 
-    Raises ValueError for a shape, dtype or baseline that is not known.
+    Raises ValueError for an unknown shape, dtype or baseline.
     """
     unknown = set(dtypes) - set(OURS)
     if unknown:
@@ -109,7 +112,7 @@ def run_bench(
             ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt))
             timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in sides}
             for generate in sides.values():
-                generate(ids[:, :8], 2)  # first calls set things up
+                generate(ids[:, :8], 2)  # warm-up
             for _ in range(rounds):
                 for key, generate in sides.items():
                     timings[key].append(time_answer(generate, ids, new_tokens))
@@ -121,9 +124,9 @@ def run_bench(
 
 
 def time_load(shape: str, rounds: int = 3) -> LoadRow:
-    """Load fp16 weights from a temporary folder and write one token, which reads every weight that a load put off.
+    """Load fp16 weights from a temporary folder and write one token, which reads every weight that was loaded lazily.
 
-    Ours from a slim folder of one rank, theirs from safetensors; in turns, from the file cache of the system.
+    Ours from a slim folder of one rank, theirs from safetensors; in turns, with the files in the page cache.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64)
     model = random_model(preset(shape)).half()
@@ -144,7 +147,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
             for side, load in loaders.items():
                 started = time.perf_counter()
                 load()(ids, 1)
-                if number > 0:  # the first round brings the files into the cache
+                if number > 0:  # the first round fills the page cache
                     seconds[side].append(time.perf_counter() - started)
     return LoadRow(shape, seconds["ours"], seconds["theirs"])
 

@@ -1,4 +1,4 @@
-"""What the bench found, and how it is shown: rows of timings, ratios, a table."""
+"""The bench's results and how they are shown: rows of timings, ratios, a table."""
 
 import contextlib
 import platform
@@ -36,12 +36,12 @@ class Row:
     baseline: str  # "transformers", "ctranslate2" or ""
     ours: list[Timing]
     theirs: list[Timing]
-    bytes_per_token: float  # what one decode step of ours has to read: weights, and keys and values
+    bytes_per_token: float  # bytes that one of our decode steps reads: weights, keys and values
 
 
 @dataclass(frozen=True)
 class LoadRow:
-    """Seconds from a folder on disk to the first token, each round's."""
+    """Seconds from a folder on disk to the first token, one per round."""
 
     shape: str
     ours: list[float]
@@ -53,12 +53,12 @@ def median(timings: list[Timing], of: str) -> float:
 
 
 def ratio(slow: list[Timing], fast: list[Timing], of: str) -> float:
-    """How many times the seconds of `fast` go into those of `slow`: the median over rounds, each compared in itself."""
+    """How many times as long `slow` takes as `fast`: the median of the ratios of each round."""
     return statistics.median(getattr(a, of) / getattr(b, of) for a, b in zip(slow, fast, strict=True))
 
 
 def describe_machine(bandwidth: float) -> str:
-    """What was measured on: the processor, threads, memory speed, and the versions."""
+    """The machine and the versions: processor, threads, memory speed, Python, libraries."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -79,7 +79,7 @@ HEADER = (
 
 
 def format_speed(seconds: float | None, of: str) -> str:
-    """Milliseconds of a prefill or an answer, tokens per second of a decode step, "-" for a side that is not there."""
+    """Milliseconds of a prefill or an answer, tokens per second of a decode step, "-" for a missing side."""
     if seconds is None:
         return f"{'-':>8}"
     if seconds <= 0:
@@ -102,7 +102,7 @@ def format_row(row: Row, bandwidth: float) -> str:
 
 
 def format_best(rows: list[Row]) -> str:
-    """A line for each shape, prompt and baseline: each side in its fastest dtype, int8 apart."""
+    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 apart."""
     lines = []
     for shape, prompt, baseline in dict.fromkeys((row.shape, row.prompt, row.baseline) for row in rows if row.theirs):
         group = [row for row in rows if (row.shape, row.prompt, row.baseline) == (shape, prompt, baseline)]
@@ -127,7 +127,7 @@ def best_ratio(rows: list[Row], of: str) -> str:
 
 
 def format_positions(rows: list[Row], new_tokens: int) -> str:
-    """Of rows that differ in the prompt alone: milliseconds per token in the middle of what was written."""
+    """For rows that differ only in the prompt: milliseconds per token in the middle of the answer."""
     lines = []
     for shape, dtype, baseline in dict.fromkeys((row.shape, row.dtype, row.baseline) for row in rows):
         group = [row for row in rows if (row.shape, row.dtype, row.baseline) == (shape, dtype, baseline)]

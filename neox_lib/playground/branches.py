@@ -1,4 +1,4 @@
-"""The text as a tree: where another token was taken, a branch forks off, and all branches stay."""
+"""The text as a tree: taking another token starts a new branch, and all branches are kept."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ Score = float | None  # a token's log-probability, None for a token of the promp
 
 @dataclass
 class Branch:
-    """One text from its first token to its last: ids, and the log-probability of each that the model gave.
+    """One text from first token to last: its ids, and the log-probability that the model gave each.
 
-    The first `given` tokens are the prompt's. `parent` is the number of the branch that it left, at position `fork`.
+    The first `given` tokens are the prompt's. `parent` is the number of the branch it left, at position `fork`.
     """
 
     ids: list[int]
@@ -19,13 +19,13 @@ class Branch:
     fork: int = 0
 
     def add(self, token_id: int, score: Score) -> None:
-        self.scores.append(score)  # first, so that whoever reads meanwhile finds a score for every id
+        self.scores.append(score)  # first, so that a concurrent reader finds a score for every id
         self.ids.append(token_id)
 
 
 @dataclass
 class Branches:
-    """All branches from one prompt, oldest first; `current` is the number of the one on show."""
+    """All branches from one prompt, oldest first; `current` is the index of the one being shown."""
 
     branches: list[Branch] = field(default_factory=list)
     current: int = 0
@@ -35,7 +35,7 @@ class Branches:
 
     @property
     def branch(self) -> Branch:
-        """The branch in hand. Raises IndexError before there is one."""
+        """The current branch. Raises IndexError before there is one."""
         return self.branches[self.current]
 
     def start(self, ids: list[int]) -> Branch:
@@ -47,17 +47,17 @@ class Branches:
         self.branches, self.current = [], 0
 
     def choose(self, number: int) -> Branch:
-        """Take another branch in hand. Raises ValueError for a number that no branch has."""
+        """Make another branch current. Raises ValueError for a number that no branch has."""
         if type(number) is not int or not 0 <= number < len(self.branches):
             raise ValueError(f"there is no branch {number!r}: they run from 0 to {len(self.branches) - 1}")
         self.current = number
         return self.branch
 
     def take(self, position: int, token_id: int, score: float) -> Branch:
-        """Take `token_id` at `position` of the branch in hand, where it had another token, or after its end.
+        """Take `token_id` at `position` of the current branch: another token than it had, or one after its end.
 
-        A branch that begins so already is taken in hand; else a new one forks off there. At the very end the branch in
-        hand goes on. Raises ValueError for a position that it does not have.
+        A branch that already begins this way becomes current; else a new one forks off. At the very end the current
+        branch continues. Raises ValueError for a position outside it.
         """
         branch = self.branch
         if not 0 <= position <= len(branch.ids):

@@ -1,4 +1,4 @@
-"""The jobs that need the model: to write on, and to look. Each runs in the worker and ends soon after `stopping`."""
+"""The jobs that need the model: writing and looking. Each runs in the worker and ends soon after `stopping` is set."""
 
 import threading
 import time
@@ -14,13 +14,13 @@ from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Throttle, follow
 
-Say = Callable[[str, str], None]  # (phase, status): something has changed
+Say = Callable[[str, str], None]  # called with (phase, status) when something has changed
 
 
 def progress(stopping: threading.Event, say: Say, what: str) -> Callable[[int, int], bool]:
-    """What is called between layers: it tells how far a pass is, and carries Stop."""
+    """A callback between layers: it reports progress, and returns False once Stop was pressed."""
     throttle = Throttle()
-    throttle.ready()  # a pass that is over in a moment is not worth a word
+    throttle.ready()  # a short pass needs no progress report
 
     def report(done: int, total: int) -> bool:
         if done < total and throttle.ready():
@@ -31,9 +31,9 @@ def progress(stopping: threading.Event, say: Say, what: str) -> Callable[[int, i
 
 
 def write(state: State, prompt: list[int] | None, stopping: threading.Event, say: Say) -> None:
-    """Write on the branch in hand, or on a new one from `prompt`, as the settings say now.
+    """Continue the current branch, or start a new one from `prompt`, with the current settings.
 
-    A change of settings while it streams is for the next run. What was written stays, whatever ends it.
+    Settings changed while it streams apply to the next run. What was written is kept, however the run ends.
     """
     settings, state.error = state.settings, ""
     begins = state.branches.branch.ids if prompt is None else prompt
@@ -82,9 +82,9 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
 def finish(
     state: State, settings: Settings, moments: list[float], wanted: int, stopping: threading.Event, say: Say
 ) -> None:
-    """Say how a run ended, and look at what could come next where that costs one token's pass.
+    """Report how a run ended, and score what could come next where that costs only one token's pass.
 
-    `moments` are the start and then the time of each token: speed is what a person saw, the page's share included.
+    `moments` are the start and then the time of each token: the speed is the one a person saw, drawing included.
     """
     written = len(moments) - 1
     if written:
@@ -92,7 +92,7 @@ def finish(
     if written > 1:
         state.tokens_per_second = (written - 1) / (moments[-1] - moments[1])
     if not written:
-        say("idle", "Stopped while the prompt was read; no token was written.")
+        say("idle", "Stopped while reading the prompt; no token was written.")
         return
     amount = f"{written} token{'s' if written > 1 else ''}"
     if state.branches.branch.ids[-1] == ENDOFTEXT_ID:
@@ -109,9 +109,9 @@ def finish(
 
 
 def glance(state: State, stopping: threading.Event) -> None:
-    """Between two tokens: score what could stand at the chosen position, if nobody has; one token's pass.
+    """Between two tokens, score the candidates at the chosen position, unless that is done; costs one token's pass.
 
-    Needs a cache that holds the text, and leaves it as it was: the run goes on as if nobody had looked.
+    Needs a cache that holds the text, and leaves it unchanged, so the run is not affected.
     """
     branch, position = state.branches.branch, state.chosen
     if state.scored == position or not 0 < position < len(branch.ids):
@@ -125,15 +125,15 @@ def glance(state: State, stopping: threading.Event) -> None:
 
 
 def keep_scores(state: State, position: int, logits: torch.Tensor) -> None:
-    """Keep the likeliest tokens at a position, and what stands there."""
+    """Store the likeliest tokens at a position, and the one that stands there."""
     ids = state.branches.branch.ids
     state.candidates = likeliest(logits, state.tokenizer)
     state.taken = candidate(logits, state.tokenizer, ids[position]) if position < len(ids) else None
-    state.scored = position  # last: another position may be chosen at any moment, and then these are not shown
+    state.scored = position  # set last: if another position is chosen meanwhile, these are not shown
 
 
 def look(state: State, stopping: threading.Event, say: Say, status: str = "") -> None:
-    """Score what could stand at the chosen position, if nobody has, and, when watched, what its token looks at."""
+    """Score the candidates at the chosen position, unless that is done, and compute its attention if it is shown."""
     branch, position = state.branches.branch, state.chosen
     state.attention = None
     say("looking", status or "Looking.")

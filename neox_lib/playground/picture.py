@@ -8,14 +8,14 @@ from neox_lib.playground.token_text import spell, text_of
 from neox_lib.playground.views import SHOWN_OF_PROMPT, branches_view, candidate_row
 from neox_lib.tokenizer import encode_text
 
-# From likely to unlikely: least probability, background, underline, label. Black on each is read easily.
+# From likely to unlikely: least probability, background, underline, label. Black text is readable on each.
 LEVELS = (
     (0.5, "#fdf3dc", "none", "50 % or more"),
     (0.1, "#fbdc9a", "1px dotted #111", "10 to 50 %"),
     (0.01, "#f5bd45", "2px solid #111", "1 to 10 %"),
     (0.0, "#ef9a3d", "4px double #111", "below 1 %"),
 )
-# A page that is reopened without its kernel can't show the widget that follows; the picture stands in for its error.
+# A page reopened without its kernel can't show the widget below; the picture replaces its error message.
 INSTEAD = (
     "<style>.jp-OutputArea-child:has(.np-still) + .jp-OutputArea-child:has(.jupyter-widgets):not(:has(.np))"
     "{display:none}</style>"
@@ -43,7 +43,7 @@ def percent(probability: float) -> str:
 
 
 def span(text: str, token_id: int, score: float | None) -> str:
-    """A token with its tint; a prompt's token is grey."""
+    """A token tinted by probability; the prompt's tokens are grey."""
     title, background, underline = f"id {token_id}", "#e9ecef", "none"
     if score is not None:
         probability = math.exp(score)
@@ -64,7 +64,7 @@ def legend() -> str:
 
 
 def branch_html(state: State) -> str:
-    """The branch in hand as tinted tokens, or the prompt's tokens where nothing has been written."""
+    """The current branch as tinted tokens, or the prompt's tokens where nothing has been written."""
     if len(state.branches):
         branch = state.branches.branch
         tokens = zip(spell(state.tokenizer, branch.ids), branch.scores, strict=True)
@@ -74,7 +74,7 @@ def branch_html(state: State) -> str:
 
 
 def visible(text: str) -> str:
-    """A token on its own, as HTML: spaces and line ends can be seen."""
+    """A token as HTML, with spaces and line ends made visible."""
     return html.escape(text).replace(" ", "&middot;").replace("\n", "&#8629;")
 
 
@@ -104,7 +104,7 @@ def picture_html(state: State) -> str:
 
 
 def text_in_hand(state: State) -> str:
-    """The text of the branch in hand, or the prompt where nothing has been written."""
+    """The text of the current branch, or the prompt where nothing has been written."""
     return text_of(spell(state.tokenizer, state.branches.branch.ids)) if len(state.branches) else state.prompt
 
 

@@ -1,4 +1,4 @@
-"""A playground as a JSON file: prompt, settings, every branch with its text and probabilities; and back, checked."""
+"""Saving a playground as a JSON file (prompt, settings, every branch with its probabilities), and reading it back."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ FORMAT = "neox playground 1"
 
 
 def to_json(state: State) -> str:
-    """All that `read_into` restores; text and tokens are there for people who read the file."""
+    """Everything that `read_into` restores; the texts are there for human readers."""
     branches = []
     for branch in state.branches.branches:
         tokens = spell(state.tokenizer, branch.ids)
@@ -36,7 +36,7 @@ def save(state: State, path: str | Path) -> None:
 
 
 def branch_from(entry: dict, number: int, state: State) -> Branch:
-    """One branch of a file. Raises ValueError for what can't be a branch of this model."""
+    """One branch of a file. Raises ValueError for one that this model can't have."""
     ids = [token["id"] for token in entry["tokens"]]
     scores = [token["log_probability"] for token in entry["tokens"]]
     given, parent, fork = entry["given"], entry["parent"], entry["fork"]
@@ -45,7 +45,7 @@ def branch_from(entry: dict, number: int, state: State) -> Branch:
         if type(token_id) is not int or not 0 <= token_id < limit:
             raise ValueError(f"token id {token_id!r} is outside this model's vocabulary of {limit}")
         if score is not None and (type(score) not in (int, float) or not score <= 1e-3):
-            raise ValueError(f"log-probability {score!r} is no number of at most 0")
+            raise ValueError(f"log-probability {score!r} must be a number of at most 0")
     if not 1 <= len(ids) <= state.context:
         raise ValueError(f"a branch of {len(ids)} tokens; this model's context holds 1 to {state.context}")
     if type(given) is not int or not 0 <= given <= len(ids):
@@ -57,18 +57,18 @@ def branch_from(entry: dict, number: int, state: State) -> Branch:
     text = text_of(spell(state.tokenizer, ids))
     if text != entry["text"]:
         raise ValueError(
-            f"its ids spell {text[:40]!r} here, not {str(entry['text'])[:40]!r}: another tokenizer wrote it"
+            f"its ids decode to {text[:40]!r} here, not {str(entry['text'])[:40]!r}: another tokenizer wrote it"
         )
     return Branch(ids, scores, given, parent, fork)
 
 
 def read_into(state: State, path: str | Path) -> None:
-    """Restore what `save` wrote. Raises ValueError naming file and place; the state is then as it was."""
+    """Restore what `save` wrote. Raises ValueError naming the file and the place, and leaves the state unchanged."""
     place = ""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f'it is no playground file: "format" should be "{FORMAT}"')
+            raise ValueError(f'not a playground file: "format" should be "{FORMAT}"')
         place = "prompt and settings: "
         settings = Settings().changed(content["settings"])
         prompt, current = content["prompt"], content["current"]

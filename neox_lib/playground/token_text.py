@@ -1,4 +1,4 @@
-"""Tokens as they are shown: whole characters only, control tokens by their name."""
+"""The text of each token as it is shown: whole characters only, control tokens by name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from neox_lib.generation import StreamDecoder
 class TokenText:
     """A token and the characters that it completes: none while a character still waits for its last byte.
 
-    `control` marks tokens such as <|endoftext|>, whose `text` is their name and no part of the story.
+    `control` marks tokens such as <|endoftext|>, whose `text` is their name, not part of the story.
     """
 
     token_id: int
@@ -43,5 +43,5 @@ def text_of(tokens: Iterable[TokenText], control: bool = True) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    """The text with each lone surrogate, half a character that no UTF-8 has, as U+FFFD."""
+    """The text with each lone surrogate, which UTF-8 can't encode, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

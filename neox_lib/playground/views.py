@@ -1,4 +1,4 @@
-"""A State as plain values for a page: what JSON can hold, small enough to be sent twenty times a second."""
+"""A State as plain values for a page: JSON values, small enough to be sent 20 times a second."""
 
 import math
 import time
@@ -11,8 +11,8 @@ from neox_lib.playground.state import State
 from neox_lib.playground.token_text import Speller, TokenText, spell, text_of
 from neox_lib.tokenizer import encode_text
 
-SETTLED = 64  # tokens: only the last, incomplete block of so many is sent again while text streams
-SHOWN_OF_PROMPT = 600  # tokens of a prompt that are drawn as spans; all are counted
+SETTLED = 64  # tokens per block: while text streams, only the last, incomplete block is sent again
+SHOWN_OF_PROMPT = 600  # a prompt's tokens drawn as spans; all are counted
 READY_PROMPTS = {
     "a fox": "Once upon a time, a fox",
     "two friends": "Tom and his sister went to the beach.",
@@ -41,7 +41,9 @@ class Text:
                 self.rows.append([*row_of(token), None if score is None else round(score, 4)])
 
     def view(self, branch: Branch | None) -> dict:
-        """`settled` + `tail` are the text, [id, text, control, log-probability] each; the first `given` its prompt."""
+        """`settled` + `tail` are the text, [id, text, control, log-probability] each; the first `given` are the
+        prompt.
+        """
         self.update(branch)
         edge = len(self.rows) // SETTLED * SETTLED
         return {"settled": self.rows[:edge], "tail": self.rows[edge:], "given": branch.given if branch else 0}
@@ -64,18 +66,18 @@ def facts_view(state: State) -> dict:
 
 
 def prompt_view(state: State) -> dict:
-    """The prompt's tokens, their number, how long that took, and what is to be said about it."""
+    """The prompt's tokens, their count, the time it took, and a note for the user."""
     started = time.perf_counter()
     ids = encode_text(state.tokenizer, state.prompt)  # type: ignore[arg-type]
     milliseconds = round(1e3 * (time.perf_counter() - started), 1)
     over = len(ids) - state.context
     note = ""
     if not ids:
-        note = "Empty: the model begins a text of its own, after <|endoftext|>."
+        note = "Empty: the model starts a text of its own, after <|endoftext|>."
     elif over >= 0:
         note = f"{len(ids):,} tokens are {over + 1:,} too many: the context holds {state.context:,}, one of them new."
     elif len(ids) + state.settings.tokens > state.context:
-        note = f"Only {state.context - len(ids):,} tokens fit behind it."
+        note = f"Only {state.context - len(ids):,} tokens fit after it."
     rows = [row_of(token) for token in spell(state.tokenizer, ids[:SHOWN_OF_PROMPT])]
     return {"tokens": rows, "count": len(ids), "over": over >= 0, "note": note, "ms": milliseconds}
 
@@ -85,7 +87,7 @@ def candidate_row(each: Candidate) -> list:
 
 
 def bars_view(state: State, text: Text) -> dict:
-    """The likeliest tokens at the chosen position as [id, text, log-probability, rank], and what stands there."""
+    """The likeliest tokens at the chosen position as [id, text, log-probability, rank], and the token there."""
     before = text_of(text.tokens[: state.chosen])
     candidates, taken = (state.candidates, state.taken) if state.scored == state.chosen else ([], None)
     shares = sum(math.exp(each.score) for each in candidates)
@@ -99,14 +101,14 @@ def bars_view(state: State, text: Text) -> dict:
 
 
 def attention_view(state: State) -> dict:
-    """What one head looks at, from the chosen token: `weights` has a number for each token up to it."""
+    """One head's attention from the chosen token: `weights` has a number for each token up to it."""
     layer, head = state.layer, state.head
     weights = [] if state.attention is None else [round(value, 4) for value in state.attention[layer, head].tolist()]
     return {"layer": layer, "head": head, "weights": weights}
 
 
 def branches_view(state: State) -> list[dict]:
-    """Each branch around the place where it left another, or where the first other one left it."""
+    """An excerpt of each branch around its fork, or around the first fork from it."""
     branches, rows = state.branches.branches, []
     for number, branch in enumerate(branches):
         forks = [each.fork for each in branches if each.parent == number]
@@ -125,7 +127,7 @@ def costs_view(state: State) -> dict:
 
 
 def speed_view(state: State) -> list[str]:
-    """What is written under the text: this model's speed and memory, and what 20B would need."""
+    """The lines below the text: this model's speed and memory, and what 20B would need."""
     tokens = len(state.branches.branch.ids) if len(state.branches) else 0
     lines = []
     if state.prefill_seconds:

@@ -276,7 +276,7 @@ function textPart(model, id, post, ask) {
   return { choose, cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
 }
 
-// The ten likeliest tokens; each is a button that takes that branch.
+// The ten likeliest tokens; each is a button that takes that token.
 function nextPart(model, ask) {
   const title = make("p", { class: "np-note" });
   const list = make("ol", { class: "np-bars" });
