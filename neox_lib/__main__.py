@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """What was typed. What a command that passes arguments on doesn't know itself stands in `further`."""
+    """The parsed arguments. For a command that passes arguments on, those it doesn't know are in `further`."""
     parser = build_parser()
     arguments, further = parser.parse_known_args(argv)
     if further and not getattr(arguments, "passes_on", False):
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
+    """Run a command. Errors that a user can fix give one line on stderr and exit code 2; Ctrl-C gives 130."""
     arguments = parse(argv)
     show_messages()
     try:

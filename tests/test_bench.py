@@ -164,7 +164,7 @@ def test_a_negative_difference_reads_as_noise():
 
 
 def test_a_token_far_back_is_compared_with_a_near_one():
-    """By hand: 0.01 s a token around position 100, 0.02 s around 2000."""
+    """By hand: 0.01 s per token around position 100, 0.02 s around 2000."""
     rows = [
         Row("160m", prompt, "int8", "", [Timing(0.1, 0.1 + 64 * step, 65)], [], 1e8)
         for prompt, step in ((68, 0.01), (1968, 0.02))

@@ -278,7 +278,7 @@ def test_a_command_is_there(command):
 def test_what_is_pressed_in_the_playground_has_that_name_there(each):
     page = (ROOT / "neox_lib" / "assets" / "playground" / "playground.js").read_text("utf-8")
     for label in re.findall(r"\*\*([^*]+)\*\*", each.part("Playground")):
-        assert f'"{" ".join(label.split())}"' in page, f"the page has no {words}"
+        assert f'"{" ".join(label.split())}"' in page, f"the page has no {label}"
 
 
 @pytest.fixture(scope="module")

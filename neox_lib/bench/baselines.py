@@ -15,7 +15,7 @@ from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.model import NeoXModel
 
-# The dtype that each baseline is measured in, for each of ours. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
+# For each of our dtypes, the one a baseline uses. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
 BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
     "ctranslate2": {

@@ -1,4 +1,4 @@
-"""`bench`: how fast, against others."""
+"""`bench`: speed, compared with other libraries."""
 
 import argparse
 
@@ -13,7 +13,7 @@ def add(commands) -> None:
         "--dtypes",
         nargs="+",
         default=["float32", "float16", "packed", "int8", "packed-int8"],
-        help="of the weights; packed: float16, or int8, laid out anew for long sessions (default: all but bfloat16)",
+        help="of the weights; packed: float16, or int8, rearranged for long sessions (default: all but bfloat16)",
     )
     parser.add_argument(
         "--against",

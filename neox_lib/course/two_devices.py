@@ -29,14 +29,14 @@ class Wire:
         self.all_reduces, self.numbers = 0, 0
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """The sum of the devices' tensors, one from each, which every device then has."""
+        """The sum of the devices' tensors, one from each."""
         self.all_reduces += 1
         self.numbers += partials[0].numel()
         return torch.stack(list(partials)).sum(dim=0)
 
 
 class OwnHeads:
-    """One device's share of a cache that lies in one process: its own heads of every layer."""
+    """One device's share of a cache in the same process: its own heads of every layer."""
 
     def __init__(self, cache: KVCache, rank: int):
         self.cache, self.rank = cache, rank
@@ -52,7 +52,7 @@ class OwnHeads:
 
 
 class _BlockOnDevices(nn.Module):
-    """Stands in a model in place of a block, and lets the devices compute it."""
+    """Replaces a block of a model; the devices compute it."""
 
     def __init__(self, blocks: Sequence[nn.Module], compute: BlockOnDevices, wire: Wire):
         super().__init__()
@@ -64,7 +64,7 @@ class _BlockOnDevices(nn.Module):
 
 
 def shipped_parts(ranks: int) -> list[NeoXModel]:
-    """The shipped model's parts for so many devices, all in this process, in fp32 on the CPU."""
+    """The shipped model cut for `ranks` devices, all in this process, in fp32 on the CPU."""
     checkpoint = open_checkpoint(SHIPPED_MODEL)
     return [
         build_rank(checkpoint.config, checkpoint.parts(), rank, ranks, CPU, lambda name: torch.float32)
@@ -166,7 +166,7 @@ def differ_a_little(prompt: str, new_tokens: int) -> dict:
 
 
 def leave_early() -> None:
-    """The work of two ranks, of which rank 1 ends without a word."""
+    """The work of two ranks, of which rank 1 exits silently."""
     if dist.get_rank() == 1:
         os._exit(1)
     dist.barrier()
