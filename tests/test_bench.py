@@ -107,7 +107,7 @@ def test_int8_moves_our_logits_less_than_ctranslate2s():
 
 def test_a_short_answer_is_refused():
     """Fewer tokens than asked for in the same time is not a speed."""
-    with pytest.raises(RuntimeError, match="3 tokens came where 1"):
+    with pytest.raises(RuntimeError, match="3 tokens came instead of 1"):
         time_answer(lambda ids, new_tokens: [1, 2, 3], torch.zeros(1, 1, dtype=torch.int64), 5)
 
 
