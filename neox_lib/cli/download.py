@@ -23,21 +23,19 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from neox_lib.hub.download import download_to_cache, download_to_folder
+    from neox_lib import hub
 
     where, *rest = arguments.to or [None]
     if len(rest) > (where == "int8"):
         raise ValueError("--to takes one folder, or int8 and one folder")
     try:
         if where == "int8":
-            from neox_lib.hub.download_int8 import download_int8
-
-            folder = download_int8(arguments.model, *rest, revision=arguments.revision)
+            folder = hub.download_int8(arguments.model, *rest, revision=arguments.revision)
         elif where is not None:
-            folder = download_to_folder(arguments.model, where, arguments.revision)
+            folder = hub.download_to_folder(arguments.model, where, arguments.revision)
         else:
-            folder = download_to_cache(arguments.model, arguments.revision)
+            folder = hub.download(arguments.model, arguments.revision)
     except KeyboardInterrupt:
-        print("\nneox_lib: stopped; what has arrived is kept, and the same words go on from there", file=sys.stderr)
+        print("\nneox_lib: stopped; whole files are kept, and the same words go on from there", file=sys.stderr)
         raise
     print(folder)
