@@ -30,7 +30,7 @@ class Int8Stream:
         self.specs = int8_specs(config, dtype)
         self.start, self.begins, self.nbytes = lay_out(self.specs, int8_metadata(config, dtype))
         self.done: dict[str, list[str]] = {}
-        if self.record.exists():
+        if self.record.exists() and self.weights.exists():
             with self.weights.open("rb") as file:
                 if file.read(len(self.start)) == self.start:  # else another version of this library laid it out
                     self.done = json.loads(self.record.read_text("utf-8"))

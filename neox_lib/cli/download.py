@@ -7,7 +7,7 @@ import sys
 def add(commands) -> None:
     description = (
         "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. Interrupted, the same words go on "
-        "where it stopped. Prints the folder that `--model` takes."
+        "behind the last whole file. Prints the folder that `--model` takes."
     )
     parser = commands.add_parser("download", help="fetch a model from the Hub", description=description)
     parser.add_argument("model", help="its name on the Hub, such as EleutherAI/pythia-70m")
@@ -15,7 +15,7 @@ def add(commands) -> None:
         "--to",
         nargs="+",
         metavar=("FOLDER", "INT8_FOLDER"),
-        help="a folder of your own (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
+        help="a new folder (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
         "shard by shard, so that the disk never holds all of the model",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit, such as step1000 (default: main)")
