@@ -25,7 +25,7 @@ class Lesson:
     def names(self) -> dict:
         """Every name that its code cells bind, after running them in order. Stubs are what they are: stubs."""
         names: dict = {"__name__": "lesson"}
-        before = os.getcwd()
+        before = Path.cwd()
         os.chdir(NOTEBOOKS)
         try:
             for cell in self.cells:

@@ -17,7 +17,7 @@ from neox_lib.bench.baselines import (
 )
 from neox_lib.bench.candidates import in_precision, our_generate, our_model, random_model
 from neox_lib.bench.measure import bytes_per_token, run_bench, time_answer, time_load
-from neox_lib.bench.table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
+from neox_lib.bench.table import LoadRow, Row, Timing, format_best, format_load, format_positions, format_row, ratio
 from neox_lib.config import NeoXConfig
 from neox_lib.decoding.linear import FastLinear
 
@@ -148,18 +148,18 @@ def test_table_shows_speeds_ratios_and_the_share_of_memory():
         Row("160m", 64, "float32", "transformers", ours, theirs, 1e8),
         Row("160m", 64, "float16", "transformers", ours, theirs, 5e7),
     ]
-    lines = format_table(rows, bandwidth=2e10).splitlines()
+    lines = [format_row(row, bandwidth=2e10) for row in rows]
     assert (
-        " ".join(lines[2].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+        " ".join(lines[0].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
     )
-    assert lines[3].endswith("25%")
-    assert lines[4].endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
+    assert lines[1].endswith("25%")
+    assert format_best(rows).endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
 
 
 def test_a_negative_difference_reads_as_noise():
     """On a busy machine the short run can take longer than the long one; -138 tokens a second helps nobody."""
     row = Row("tiny", 8, "float32", "transformers", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
-    table = format_table([row], bandwidth=1e10)
+    table = format_row(row, bandwidth=1e10)
     assert "noise" in table and math.isfinite(row.ours[0].per_token)
 
 

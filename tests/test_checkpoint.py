@@ -332,7 +332,7 @@ FORWARD_CASES = {
 }
 
 
-@pytest.mark.parametrize("changes, ranks", FORWARD_CASES.values(), ids=FORWARD_CASES)
+@pytest.mark.parametrize(("changes", "ranks"), FORWARD_CASES.values(), ids=FORWARD_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_loaded_model_is_what_the_ranks_compute(tmp_path, random_model, token_ids, changes, ranks, dtype):
     """The merge rules stand or fall here: the ranks' biases and norms differ, and the ranks know no merge rule."""
@@ -479,7 +479,7 @@ YML_DIALECT = {
 }
 
 
-@pytest.mark.parametrize("old, new, changes", YML_DIALECT.values(), ids=YML_DIALECT)
+@pytest.mark.parametrize(("old", "new", "changes"), YML_DIALECT.values(), ids=YML_DIALECT)
 def test_the_dialect_of_the_yml(release, old, new, changes):
     """Every setting that changes the arithmetic is taken from the file, in either spelling."""
     folder, _ = release
@@ -501,7 +501,7 @@ BAD_YML = {
 }
 
 
-@pytest.mark.parametrize("old, new, words", BAD_YML.values(), ids=BAD_YML)
+@pytest.mark.parametrize(("old", "new", "words"), BAD_YML.values(), ids=BAD_YML)
 def test_a_yml_that_does_not_fit_is_named(release, old, new, words):
     folder, _ = release
     rewrite_yml(folder, old, new)
@@ -644,7 +644,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("damage, words", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("damage", "words"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damage, words):
     """File, expected and found in one line; and whatever is in a shard, nothing of it is run."""
     folder = tmp_path / "c"

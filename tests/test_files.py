@@ -116,7 +116,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("make, words", BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.parametrize(("make", "words"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_is_named(tmp_path, make, words):
     """Whatever is wrong with a file, the learner reads its name and what was expected, not a traceback of torch."""
     path = tmp_path / "layer_07.pt"
@@ -180,7 +180,7 @@ WRONG_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("tensors, words", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+@pytest.mark.parametrize(("tensors", "words"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
 def test_wrong_tensors_are_named(tensors, words):
     """File, key, expected and found are all in the message: enough to see which copy went wrong."""
     with pytest.raises(CheckpointError) as error:

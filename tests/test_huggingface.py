@@ -437,7 +437,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_used_is_one_line_that_names_it(folder, tmp_path, monkeypatch, damage, words):
     """File, what was expected and what was found; and whatever is in a file, nothing of it is run."""
     monkeypatch.chdir(tmp_path)

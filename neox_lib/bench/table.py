@@ -147,9 +147,3 @@ def format_load(row: LoadRow) -> str:
         return line
     faster = statistics.median(a / b for a, b in zip(row.theirs, row.ours, strict=True))
     return f"{line}, theirs {statistics.median(row.theirs):.2f} s, {faster:.2f}x"
-
-
-def format_table(rows: list[Row], bandwidth: float) -> str:
-    """The table of all rows, with the comparisons across dtypes under it."""
-    lines = [HEADER, *(format_row(row, bandwidth) for row in rows), format_best(rows)]
-    return "\n".join(line for line in lines if line)

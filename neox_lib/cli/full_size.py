@@ -30,3 +30,4 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.phase == "all":
         return run_all(rehearsal)
     print("\n".join(run_phase(arguments.phase, rehearsal)), flush=True)
+    return None

@@ -82,7 +82,7 @@ def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
                 outcome, message = str(failure), f"Not yet. {failure}"
             except Exception as error:  # whatever the learner's code does, the notebook goes on
                 outcome = f"{type(error).__name__}: {error}"
-                message = f"Not yet. Your code raised {outcome}{place_of_error(error, yours)}"
+                message = f"Not yet. Your code raised {outcome}{place_of_error(error)}"
             else:
                 keep(key, yours, "passed")
                 return Result(True, "Passed." + (f"\n\n{remark}" if remark else ""))
@@ -99,7 +99,7 @@ def keep(key: str, yours, outcome: str) -> None:
         record("exercises", key, outcome)
 
 
-def place_of_error(error: Exception, yours) -> str:
+def place_of_error(error: Exception) -> str:
     """Where in the learner's own code an error arose: the last line of it on the way there."""
     frames = [each for each in traceback.extract_tb(error.__traceback__) if "ipykernel" in each.filename]
     return f" (line {frames[-1].lineno} of your cell: {frames[-1].line})" if frames else ""

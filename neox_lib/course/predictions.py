@@ -41,7 +41,7 @@ class Prediction:
                 rows.append(f"<details>{summary}<p>{verdict} {explanation}</p></details>")
         return "".join(rows)
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+    def _repr_mimebundle_(self, **_) -> dict:
         static = f"<p><b>Predict.</b> {self.question}</p>{self.folded()}"
         options = [f"{letter(number)}. {text}" for number, (text, _) in enumerate(self.options)]
         bundle = {"text/plain": "\n".join(["Predict. " + self.question, *options]), "text/html": static}

@@ -17,7 +17,7 @@ class NotebookAnchors(Transform):
 
     default_priority = 840  # before MyST looks up the links of the page itself, at 879
 
-    def apply(self, **kwargs: Any) -> None:
+    def apply(self, **_: Any) -> None:
         slugs = getattr(self.document, "myst_slugs", {})
         for line, anchor, title in list(slugs.values()):
             slugs[title.replace(" ", "-")] = line, anchor, title
@@ -36,7 +36,7 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def reach_by_keyboard(app, page: str, template: str, context: dict[str, Any], document) -> None:
+def reach_by_keyboard(_app, _page: str, _template: str, context: dict[str, Any], _document) -> None:
     """Lets the keyboard scroll what is wider than the page: code, outputs, formulas and tables."""
     if "body" in context:
         body = context["body"].replace("<pre>", '<pre tabindex="0">')

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -110,13 +111,13 @@ def as_rank(device: str | torch.device) -> Iterator[None]:
     """
     rank, ranks, stderr = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.stderr
 
-    def terminate(number, frame):
+    def terminate(*_):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     with contextlib.ExitStack() as stack:
         if rank > 0:
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
         try:

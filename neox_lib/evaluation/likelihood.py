@@ -62,9 +62,3 @@ def bits_per_byte(model: NeoXModel, tokenizer, stories: list[str], length: int =
     """
     nats = surprise(model, story_stream(tokenizer, stories), length).sum().item()
     return nats / math.log(2) / sum(len(story.encode("utf-8")) for story in stories)
-
-
-def loss_by_position(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
-    """Mean nats a token at each position of the window, `[length]`, over all whole windows of the stream `[N]`."""
-    whole = (len(stream) - 1) // length * length
-    return surprise(model, stream[: whole + 1], length).view(-1, length).mean(dim=0)

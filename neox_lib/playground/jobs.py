@@ -39,11 +39,12 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     begins = state.roads.road.ids if prompt is None else prompt
     room = state.context - len(begins)
     if room < 1:
-        return say(
+        say(
             "idle",
             f"No room to write: the text has {len(begins):,} tokens and this model's context holds {state.context:,}. "
             "Nothing is lost; shorten the prompt or go back.",
         )
+        return
     road = state.roads.start(prompt) if prompt is not None else state.roads.road
     wanted, start = min(settings.tokens, room), len(road.ids)
     state.chosen = start
@@ -91,7 +92,8 @@ def finish(
     if written > 1:
         state.tokens_per_second = (written - 1) / (moments[-1] - moments[1])
     if not written:
-        return say("idle", "Stopped while the prompt was read; no token was written.")
+        say("idle", "Stopped while the prompt was read; no token was written.")
+        return
     words = f"{written} token{'s' if written > 1 else ''}"
     if state.roads.road.ids[-1] == ENDOFTEXT_ID:
         status = f"The model ended the text after {words}."
@@ -142,5 +144,5 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
         if state.watching:
             state.attention = attention_of_last(state.model, road.ids[: position + 1], report)
     except Stopped:
-        return say("idle", "Stopped looking.")
+        status = "Stopped looking."
     say("idle", status or "Ready.")

@@ -94,7 +94,7 @@ class Session:
     def clear(self) -> None:
         """Forget text, roads and costs; the prompt and the settings stay."""
 
-        def job(stopping: threading.Event) -> None:
+        def job(_: threading.Event) -> None:
             state = self.state
             state.roads.clear()
             state.recall.forget()
@@ -136,7 +136,8 @@ class Session:
         """Put another token at the chosen position: a road forks off there and is written on."""
         position, found = self.state.chosen, {each.token_id: each.score for each in self.state.candidates}
         if token_id not in found or self.state.scored != position:
-            return self.say("idle", "That token is not among the ones shown; choose a position first.")
+            self.say("idle", "That token is not among the ones shown; choose a position first.")
+            return
 
         def job(stopping: threading.Event) -> None:
             self.state.roads.take(position, token_id, found[token_id])

@@ -1,13 +1,13 @@
 """The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes on the wire."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_lib.config import NeoXConfig, neox_20b, pythia
-from neox_lib.course.checks import exercise, require, require_equal, story
+from neox_lib.course.checks import PropertyFailed, exercise, require, require_equal, story
 from neox_lib.course.figures.plots import seeded
 from neox_lib.course.two_devices import CPU, BlockOnDevices, Wire, model_on_devices, shipped_parts, write
 from neox_lib.distributed.loading import build_rank
@@ -42,9 +42,10 @@ class StrictWire(Wire):
         super().__init__()
         self.ranks = ranks
 
-    def all_reduce(self, partials: list[Tensor]) -> Tensor:
-        given = f"{len(partials)} tensors" if isinstance(partials, list | tuple) else f"a {type(partials).__name__}"
-        right = isinstance(partials, list | tuple) and len(partials) == self.ranks
+    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+        a_list = isinstance(partials, list | tuple)
+        given = f"{len(partials)} tensors" if a_list else f"a {type(partials).__name__}"
+        right = a_list and len(partials) == self.ranks
         require(right, f"all_reduce takes a list with one tensor from each of {self.ranks} devices, but got {given}")
         return super().all_reduce(partials)
 
@@ -60,7 +61,7 @@ def random_blocks(ranks: int) -> tuple[nn.Module, list[nn.Module]]:
     return model.layers[1], [part.layers[1] for part in parts]
 
 
-def possible_sums(whole: nn.Module, blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
+def possible_sums(blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
     """What comes out of a block when the devices' parts are joined in ways that people have tried: words -> output."""
     attended = [block.attention(block.input_layernorm(x), *table) for block in blocks]  # type: ignore[operator]
     bent = [block.mlp(block.post_attention_layernorm(x)) for block in blocks]  # type: ignore[operator]
@@ -97,7 +98,7 @@ def block(yours: BlockOnDevices) -> str:
         found, expected = yours(x, blocks, *table, caches, wire.all_reduce), whole(x, *table)
         require(torch.equal(x, before), f"{what} changes its input: use hidden + ..., not hidden += ...")
         if isinstance(found, Tensor) and found.shape == expected.shape:
-            for words, output in possible_sums(whole, blocks, x, table).items():
+            for words, output in possible_sums(blocks, x, table).items():
                 require((found - output).abs().max().item() > 1e-4, f"{what} is {words}")
         require_equal(found, expected, what, tolerance=1e-4)
         asked, right = [cache.asked for cache in caches], [[(1, 4 // ranks)]] * ranks
@@ -126,7 +127,7 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
             found = yours(given, rows, first)
         except IndexError as error:
             message = "a token whose row is elsewhere must not be looked up here: look up any row, then put zeros"
-            require(False, f"{what} raised IndexError ({error}): {message}")
+            raise PropertyFailed(f"{what} raised IndexError ({error}): {message}") from None
         if first == 2 and isinstance(found, Tensor) and found.shape == expected.shape:
             wrapped = torch.equal(found[0, 1], rows[0])
             require(not wrapped, f"{what} gives token 0 the vector of row -2, counted from the end: zeros are expected")

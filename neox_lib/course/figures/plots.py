@@ -27,7 +27,7 @@ class Picture:
     figure: Figure
     alt: str
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_) -> dict[str, str]:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", metadata={"Software": None})
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -146,7 +146,7 @@ class TokenSpans:
     pieces: tuple[tuple[str, int], ...]
     colours = ("#cfe8f7", "#fde9c4", "#cdeee2", "#f6d9c9", "#efdcea")
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_) -> dict[str, str]:
         spans = []
         for index, (text, token_id) in enumerate(self.pieces):
             shown = html.escape(text).replace(" ", "&middot;").replace("\n", "&#8629;<br>")

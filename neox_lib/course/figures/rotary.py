@@ -44,7 +44,7 @@ class TurningPair:
 
     speed: float = 0.5
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+    def _repr_mimebundle_(self, **_) -> dict:
         static = hands(((3, 1), (8, 6)), self.speed)._repr_mimebundle_()
         return (self.widget()._repr_mimebundle_() or {}) | static
 
@@ -56,7 +56,7 @@ class TurningPair:
         key = ipywidgets.IntSlider(1, 0, 20, description="key at")
         dial = ipywidgets.HTML()
 
-        def draw(change=None) -> None:
+        def draw(_=None) -> None:
             dial.value = hands(((query.value, key.value),), self.speed)._repr_mimebundle_()["text/html"]
 
         query.observe(draw, "value")
