@@ -1,8 +1,9 @@
 """Models on the Hugging Face Hub, by name: looked up, fetched by `huggingface_hub`, and kept in its cache.
 
-What that library does not do is done here (2.4.0, measured over plain HTTP). It compares sizes only: a file with one
-byte flipped on the way was taken, and stayed in the cache for good. It begins on a disk that is too small. And it has
-no stream of shards for `download_int8`.
+What that library does not do is done here (2.4.0, measured over plain HTTP). It compares sizes only: a file with one byte
+flipped on the way was taken, and stayed in the cache for good. It begins on a disk that is too small. It gives files
+their names one by one, where a folder must hold a whole model or none. Like it, we keep no part of a file for the next
+run.
 
 May import checkpoints and every room above it; loading and every room below may import it.
 """
@@ -10,7 +11,6 @@ May import checkpoints and every room above it; loading and every room below may
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ def fetch(listing: Listing, name: str, folder: Path | None = None) -> Path:
             digest = hashlib.sha1(b"blob %d\0" % file.size + stored.read(), usedforsecurity=False)
     if digest.hexdigest() != file.checksum:
         for each in {path.resolve(), path}:  # in the cache a file is a link to its blob
-            each.unlink()
+            each.unlink(missing_ok=True)
         raise DownloadError(
             f"{listing.model}: {name} arrived damaged (not the Hub's checksum {file.checksum[:12]}...) and was "
             "removed; run the same again. If it recurs, something on the way changes the data"
@@ -227,7 +227,7 @@ def new_folder(folder: Path, commit: str) -> Iterator[Path]:
         place.mkdir(exist_ok=True)
         yield place
         shutil.rmtree(place / ".cache", ignore_errors=True)  # notes of huggingface_hub
-        os.replace(place, folder)
+        place.replace(folder)
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -91,4 +91,4 @@ class Int8Stream:
     def finish(self, target: Path) -> None:
         """Give the file its name. Raises CheckpointError while a parameter is missing."""
         self.check_complete("the shards", [key for keys in self.done.values() for key in keys])
-        os.replace(self.weights, target)
+        self.weights.replace(target)
