@@ -463,7 +463,7 @@ def test_a_streamed_text_is_sent_in_small_pieces(play, monkeypatch):
 
 @pytest.mark.slow
 def test_streaming_costs_little_of_the_loops_own_speed(play, shipped):
-    """At most 15 %: measured in the worker's processor time, the best of ten rounds: a busy machine passes too."""
+    """At most 15 %: measured in the worker's processor time, the best of six rounds: a busy machine passes too."""
     ids = prompt_ids(shipped[1], PROMPT)
 
     def alone(stopping):
@@ -486,7 +486,7 @@ def test_streaming_costs_little_of_the_loops_own_speed(play, shipped):
         return spent[0]
 
     play.session.set(tokens=100)
-    rounds = [(seconds(alone), seconds(streamed)) for _ in range(10)]
+    rounds = [(seconds(alone), seconds(streamed)) for _ in range(6)]
     best_alone, best_streamed = map(min, zip(*rounds, strict=True))
     print(f"streaming takes {1 - best_alone / best_streamed:.1%} of the loop's speed")
     assert 1 - best_alone / best_streamed <= 0.15
