@@ -1,9 +1,8 @@
 """Models on the Hugging Face Hub, by name: looked up, fetched by `huggingface_hub`, and kept in its cache.
 
-What that library does not do is done here (2.4.0, measured over plain HTTP). It compares sizes only: a file with one byte
-flipped on the way was taken, and stayed in the cache for good. It begins on a disk that is too small. It gives files
-their names one by one, where a folder must hold a whole model or none. Like it, we keep no part of a file for the next
-run.
+What that library does not do is done here (2.4.0, measured over plain HTTP). It compares only sizes: a file with one
+byte flipped on the way was accepted, and stayed in the cache for good. It starts on a disk that is too small. It names
+files one by one, where a folder must hold a whole model or none. Like it, we keep no part of a file for the next run.
 
 May import checkpoints and every room above it; loading and every room below may import it.
 """
