@@ -1,4 +1,4 @@
-"""A notebook's own code for tests: its names, its solutions and its museum, run outside a kernel."""
+"""A notebook's own code for tests: its names, its solutions and its bug exhibits, run outside a kernel."""
 
 import ast
 import functools
@@ -52,8 +52,8 @@ class Lesson:
         exec(compile(text, "solution", "exec"), names)
         return names[name]
 
-    def museum(self) -> list[str]:
-        """The sources of the museum's wrong versions, in order."""
+    def exhibits(self) -> list[str]:
+        """The sources of the bug exhibits, in order."""
         return [cell.source for cell in self.cells if "museum" in cell.metadata.get("tags", [])]
 
     def stub_is_told(self, check, name: str) -> None:

@@ -38,7 +38,7 @@ def small_shapes(monkeypatch):
     monkeypatch.setattr(bench, "preset", lambda shape: SMALL)
 
 
-def without_rivals(monkeypatch):
+def without_baselines(monkeypatch):
     for library in ("transformers", "ctranslate2"):
         monkeypatch.setitem(sys.modules, library, None)
 
@@ -107,7 +107,7 @@ def test_int8_moves_our_logits_less_than_ctranslate2s():
 
 def test_a_short_answer_is_refused():
     """Fewer tokens than asked for in the same time is not a speed."""
-    with pytest.raises(RuntimeError, match="3 tokens came where 1"):
+    with pytest.raises(RuntimeError, match="3 tokens came instead of 1"):
         time_answer(lambda ids, new_tokens: [1, 2, 3], torch.zeros(1, 1, dtype=torch.int64), 5)
 
 
@@ -132,10 +132,10 @@ def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     pytest.importorskip("transformers")
     pytest.importorskip("ctranslate2")
     rows = list(run_bench(["a", "b"], ["float32", "packed", "int8"], [4, 9], new_tokens=3, rounds=2))
-    pairs = [(dtype, rival) for dtype in ("float32", "packed") for rival in ("transformers", "ctranslate2")]
+    pairs = [(dtype, baseline) for dtype in ("float32", "packed") for baseline in ("transformers", "ctranslate2")]
     pairs.append(("int8", "ctranslate2"))
     expected = [(shape, prompt, *pair) for shape in "ab" for prompt in (4, 9) for pair in pairs]
-    assert [(row.shape, row.prompt, row.dtype, row.rival) for row in rows] == expected
+    assert [(row.shape, row.prompt, row.dtype, row.baseline) for row in rows] == expected
     for row in rows:
         assert len(row.ours) == len(row.theirs) == 2
         assert all(timing.first > 0 and timing.whole > 0 for timing in row.ours + row.theirs)
@@ -157,14 +157,14 @@ def test_table_shows_speeds_ratios_and_the_share_of_memory():
 
 
 def test_a_negative_difference_reads_as_noise():
-    """On a busy machine the short run can take longer than the long one; -138 tokens a second helps nobody."""
+    """On a busy machine the short run can take longer than the long one; -138 tokens per second helps nobody."""
     row = Row("tiny", 8, "float32", "transformers", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
     table = format_row(row, bandwidth=1e10)
     assert "noise" in table and math.isfinite(row.ours[0].per_token)
 
 
 def test_a_token_far_back_is_compared_with_a_near_one():
-    """By hand: 0.01 s a token around position 100, 0.02 s around 2000."""
+    """By hand: 0.01 s per token around position 100, 0.02 s around 2000."""
     rows = [
         Row("160m", prompt, "int8", "", [Timing(0.1, 0.1 + 64 * step, 65)], [], 1e8)
         for prompt, step in ((68, 0.01), (1968, 0.02))
@@ -173,9 +173,9 @@ def test_a_token_far_back_is_compared_with_a_near_one():
     assert shown == "160m, int8, ours: a token takes 10.0 ms at 100, 20.0 ms at 2000; 2.00 times as long"
 
 
-def test_without_rivals_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
+def test_without_baselines_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
     """Neither of them is among our requirements."""
-    without_rivals(monkeypatch)
+    without_baselines(monkeypatch)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda megabytes: 1e10)
     assert main(["bench", "--prompts", "4", "--new-tokens", "3", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out

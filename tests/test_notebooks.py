@@ -81,10 +81,10 @@ def test_no_output_names_a_machine(path):
     """Outputs are compared on every machine, and read by strangers."""
     for cell in code_cells(path):
         if "nbval-ignore-output" not in cell.metadata.get("tags", []):
-            words = str(
+            shown = str(
                 [output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
             )
-            assert not re.search(r"/home/|/root/|/tmp/|0x[0-9a-f]{6,}|cuda:", words), words
+            assert not re.search(r"/home/|/root/|/tmp/|0x[0-9a-f]{6,}|cuda:", shown), shown
 
 
 @every_notebook
@@ -137,7 +137,7 @@ def test_exercises_have_a_check_hints_and_a_folded_solution(path):
 
 
 @every_building_one
-def test_the_museum_has_three_pieces(path):
+def test_there_are_three_bug_exhibits(path):
     assert len(tagged(path, "museum")) == 3
 
 

@@ -115,7 +115,7 @@ def test_few_rows_take_the_int8_product_and_many_do_not(monkeypatch):
     taken = []
     for name in ("multiply_packed", "multiply_cast"):
         real = getattr(int8_linear, name)
-        monkeypatch.setattr(int8_linear, name, lambda *words, n=name, f=real: taken.append(n) or f(*words))
+        monkeypatch.setattr(int8_linear, name, lambda *arguments, n=name, f=real: taken.append(n) or f(*arguments))
     layer = int8_layer(192, 64)
     layer(matrix(PACKED_ROWS, 192)), layer(matrix(PACKED_ROWS + 1, 192))
     assert taken == ["multiply_packed", "multiply_cast"]

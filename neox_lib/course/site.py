@@ -1,4 +1,4 @@
-"""A Sphinx extension for `make site`: what MyST does not know about these notebooks."""
+"""A Sphinx extension for `make site`: what MyST lacks for these notebooks."""
 
 import re
 from typing import Any
@@ -11,11 +11,11 @@ ANCHOR = re.compile(r'<a id="([\w-]+)">')
 
 
 class NotebookAnchors(Transform):
-    """Lets links find two kinds of anchors that MyST does not count: `<a id="token"></a>`, and JupyterLab's own for a
-    heading, which keeps its capital letters and signs, as in `#What-is-a-token?`.
+    """Lets links find two kinds of anchors that MyST ignores: `<a id="token"></a>`, and JupyterLab's own for a heading,
+    which keeps its capital letters and signs, as in `#What-is-a-token?`.
     """
 
-    default_priority = 840  # before MyST looks up the links of the page itself, at 879
+    default_priority = 840  # before MyST resolves the page's own links, at priority 879
 
     def apply(self, **_: Any) -> None:
         slugs = getattr(self.document, "myst_slugs", {})
@@ -26,7 +26,7 @@ class NotebookAnchors(Transform):
 
 
 def visit_math(translator, node: nodes.math) -> None:
-    """MathML, which browsers show by themselves: no script, and nothing to fetch."""
+    """MathML, which browsers render without a script or a download."""
     translator.body.append(convert(node.astext(), display="inline"))
     raise nodes.SkipNode
 
@@ -37,7 +37,7 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
 
 
 def reach_by_keyboard(_app, _page: str, _template: str, context: dict[str, Any], _document) -> None:
-    """Lets the keyboard scroll what is wider than the page: code, outputs, formulas and tables."""
+    """Makes everything wider than the page scrollable by keyboard: code, outputs, formulas and tables."""
     if "body" in context:
         body = context["body"].replace("<pre>", '<pre tabindex="0">')
         context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
