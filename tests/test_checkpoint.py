@@ -25,7 +25,7 @@ from neox_lib.checkpoints.slim import layout, reader
 from neox_lib.checkpoints.slim import partition as sharding
 from neox_lib.checkpoints.slim import writer as slim_writer
 from neox_lib.checkpoints.slim.layout import find_shards, is_slim, layer_file_name
-from neox_lib.checkpoints.slim.partition import merge_shards, split_tensor
+from neox_lib.checkpoints.slim.partition import merge_as_stored, merge_shards, split_tensor
 from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes
@@ -81,7 +81,7 @@ def test_the_files_of_20b():
 def test_inventory(tmp_path, random_model, monkeypatch):
     """`info` lists what each file holds without reading the weights."""
     write_slim(random_model(CONFIG), tmp_path / "c", ranks=2)
-    monkeypatch.setattr(reader, "merge_shards", None)
+    monkeypatch.setattr(reader, "merge_as_stored", None)
     rows = SlimCheckpoint(tmp_path / "c").files()
     parts = ["word embeddings", "block 0", "block 1", "block 2", "final norm", "output matrix"]
     assert [row.part for row in rows] == [part for part in parts for _ in range(2)]
@@ -159,7 +159,7 @@ def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
     counts = []
 
     def watched(key, parts):
-        merged = merge_shards(key, parts)
+        merged = merge_as_stored(key, parts)
         alive.append(weakref.ref(merged))
         return merged
 
@@ -167,7 +167,7 @@ def test_converting_holds_one_layer(tmp_path, random_model, monkeypatch):
         counts.append(sum(reference() is not None for reference in alive))
         files.save_tensors(path, tensors)
 
-    monkeypatch.setattr(reader, "merge_shards", watched)
+    monkeypatch.setattr(reader, "merge_as_stored", watched)
     monkeypatch.setattr(slim_writer, "save_tensors", save)
     convert_to_slim(tmp_path / "c", tmp_path / "d", ranks=4)
     assert len(alive) == 6 * 12 + 4 and max(counts) <= 13  # a block, and the tensor read ahead that ends its group
@@ -221,7 +221,8 @@ def test_a_split_merges_to_the_same_bits(tensor, key, ranks, spread_seed):
     """Halving a bias is not exact (half of the smallest number is none): the last rank must take the remainder."""
     parts = split_tensor(key, tensor, ranks, spread_seed)
     assert len(parts) == ranks and all(part.dtype == tensor.dtype and part.shape == tensor.shape for part in parts)
-    merged = merge_shards(key, parts)
+    assert torch.equal(merge_shards(key, parts), tensor.float()), "in fp32, without a rounding"
+    merged = merge_as_stored(key, parts)
     assert torch.equal(merged.view(BITS[tensor.dtype]), tensor.view(BITS[tensor.dtype]))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from neox_lib.evaluation.likelihood import windows
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
+from neox_lib.sampling import check_scores
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class RoundingCost:
 def rounding_cost(exact: NeoXModel, rounded: NeoXModel, stream: Tensor, length: int = 256) -> RoundingCost:
     """Compare two models of one shape at every position of a token stream `[N]`, read in windows of `length`.
 
-    Padded vocabulary rows stand for no token and are left out. Raises ValueError for a stream of fewer than two tokens.
+    Padded vocabulary rows stand for no token and are left out. Raises ValueError for a stream of fewer than two tokens,
+    and for scores that are no numbers.
     """
     if len(stream) < 2:
         raise ValueError(f"the stream must hold at least 2 tokens, got {len(stream)}")
@@ -45,7 +47,9 @@ def rounding_cost(exact: NeoXModel, rounded: NeoXModel, stream: Tensor, length: 
         plain, squares = plain + a.sum().item(), squares + a.double().square().sum().item()
         same, count = same + int((a.argmax(-1) == b.argmax(-1)).sum()), count + len(a)
         for side, logits in enumerate((a, b)):
-            nats[side] -= logits.log_softmax(-1).gather(-1, window[0, 1:, None].long()).sum().item()
+            found = logits.log_softmax(-1).gather(-1, window[0, 1:, None].long())
+            check_scores(-found.T)
+            nats[side] -= found.sum().item()
     numbers = count * vocab
     spread = math.sqrt(max(0.0, squares / numbers - (plain / numbers) ** 2))
     perplexities = (math.exp(each / count) for each in nats)

@@ -7,6 +7,7 @@ import torch
 from neox_lib.cache import KVCache
 from neox_lib.generation import prefill
 from neox_lib.model import NeoXModel
+from neox_lib.sampling import check_scores
 
 GROWTH = 256  # tokens by which the room grows
 
@@ -64,16 +65,18 @@ class Recall:
     ) -> torch.Tensor:
         """Scores for the token after `ids`: `[1, V]`, fp32. Costs one token's pass where the text is known.
 
-        Raises Stopped when `on_progress` returns False.
+        Raises Stopped when `on_progress` returns False, and ValueError for scores that are no numbers.
         """
         known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
         cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))
         cache.truncate(min(cache.length, len(ids) - 1))
         new = torch.tensor([ids[cache.length :]], device=self.model.norm.weight.device)
         try:
-            return prefill(self.model, new, cache, on_progress=on_progress)
+            scores = prefill(self.model, new, cache, on_progress=on_progress)
         finally:
             if known:  # the rows behind are still there: the pass wrote its own again and no other
                 cache.length = len(known)
             else:
                 self.keep(ids)
+        check_scores(scores)
+        return scores
