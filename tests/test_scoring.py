@@ -18,6 +18,7 @@ from neox_lib.evaluation.likelihood import (
     token_log_probabilities,
     windows,
 )
+from neox_lib.evaluation.rounding import rounding_cost
 
 SMALL = NeoXConfig(
     vocab_size=64,
@@ -84,6 +85,20 @@ def test_rows_of_no_token_get_no_share(random_model, token_ids):
     before = token_log_probabilities(model, ids)
     model.final_linear.weight[50:] *= 100
     assert torch.equal(token_log_probabilities(model, ids), before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_damaged_model_has_no_perplexity(random_model, token_ids, bad):
+    """NaN compares as neither better nor worse, so a score of it passes for a score; the row with it is named."""
+    model, ids = random_model(SMALL).requires_grad_(False), token_ids(SMALL, 2, 12)
+    model.word_embeddings.weight[ids[1, 7]] = bad
+    ids[0] = (ids[1, 7] + 1) % 50
+    for score in (perplexity, token_log_probabilities):
+        with pytest.raises(ValueError, match="scores of row 1 are NaN"):
+            score(model, ids)
+    for pair in ((model, random_model(SMALL)), (random_model(SMALL), model)):
+        with pytest.raises(ValueError, match="scores of row 0 are NaN"):
+            rounding_cost(*pair, ids[1])
 
 
 @torch.inference_mode()
