@@ -75,7 +75,9 @@ def test_large_weights_agree_on_both_sides_of_every_threshold(dtype, rows):
     check(plain, torch.randn(rows, 771))
 
 
-@pytest.mark.parametrize("row, column", [(1e5, 2.0), (2e3, 40.0), (-4e7, 0.0)], ids=["input", "result", "both, by 0"])
+@pytest.mark.parametrize(
+    ("row", "column"), [(1e5, 2.0), (2e3, 40.0), (-4e7, 0.0)], ids=["input", "result", "both, by 0"]
+)
 @pytest.mark.parametrize("rows", range(1, HALF_ROWS + 2))
 def test_numbers_past_fp16_are_multiplied_as_in_fp32(rows, row, column):
     """fp16 ends at 65504. A model with one such number wrote its prompt's token and then silently token 0."""

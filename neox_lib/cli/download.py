@@ -6,8 +6,8 @@ import sys
 
 def add(commands) -> None:
     description = (
-        "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. Interrupted, the same words go on "
-        "where it stopped. Prints the folder that `--model` takes."
+        "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. After an interruption, the "
+        "same command continues where it stopped. Prints the folder to give to `--model`."
     )
     parser = commands.add_parser("download", help="fetch a model from the Hub", description=description)
     parser.add_argument("model", help="its name on the Hub, such as EleutherAI/pythia-70m")
@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             folder = download_to_cache(arguments.model, arguments.revision)
     except KeyboardInterrupt:
-        print("\nneox_lib: stopped; what has arrived is kept, and the same words go on from there", file=sys.stderr)
+        print(
+            "\nneox_lib: stopped; what has arrived is kept, and the same command continues from there", file=sys.stderr
+        )
         raise
     print(folder)

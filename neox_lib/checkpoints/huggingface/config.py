@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json`, read and written: the same model in the words of `transformers`, old and new."""
+"""Hugging Face's `config.json`, read and written: the same model under the names of `transformers`, old and new."""
 
 import json
 from collections.abc import Mapping
