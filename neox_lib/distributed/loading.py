@@ -18,7 +18,7 @@ from neox_lib.config import NeoXConfig
 from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.distributed.ranks import rank_device
 from neox_lib.distributed.tensor_parallel import SplitBlock, SplitEmbedding, SplitOutput, own_part, share_of
-from neox_lib.hub.names import local_path
+from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision
 
