@@ -86,7 +86,8 @@ def generate_tokens(
 
     Three tensors `[B]` a step, until all rows have ended, by a token of `stop_token_ids` or by their own number of new
     tokens. A row that has ended repeats its last token with log-probability 0. Equal prompts draw with different seeds,
-    others as they would alone. Gives nothing if `on_progress` stops the prefill.
+    others as they would alone. Gives nothing if `on_progress` stops the prefill. Raises ValueError at the step at which
+    a row's scores are no numbers.
     """
     if not any(max_new_tokens):
         return
@@ -105,6 +106,7 @@ def generate_tokens(
     except Stopped:
         return
     for written in count(1):
+        scores = scores.masked_fill(finished[:, None], 0)  # nobody asks for these rows' tokens, even if they are NaN
         chosen = sampling.choose(scores, *generators)
         log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].masked_fill(finished, 0)
         tokens = tokens.where(finished, chosen)
@@ -241,7 +243,8 @@ def stream_generate(
     `use_cache` defaults to the model's own. A `cache` that already holds the first tokens of the rows, and padding
     before them, saves computing them again, and is used whatever `use_cache` says. `on_progress(done, total)` is called
     between layers during prefill; when it returns False the stream ends without a step. Raises ValueError, before any
-    work, for bad ids or masks, when a prompt and its new tokens exceed the context, and for a cache that does not fit.
+    work, for bad ids or masks, when a prompt and its new tokens exceed the context, and for a cache that does not fit;
+    and at a step whose scores are no numbers.
     """
     prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
     most = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
