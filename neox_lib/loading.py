@@ -25,10 +25,15 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"no device is called {device!r}; use auto, cpu, cuda or cuda:0") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'")
+    try:
+        torch.zeros(1, device=chosen).item()
+    except Exception as error:  # each kind of device has its own way to say that it is missing
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"device {chosen} can't be used here ({reason}); use device='auto' or 'cpu'") from None
     return chosen
 
 

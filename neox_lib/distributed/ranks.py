@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,9 +135,10 @@ def as_rank(device: str | torch.device) -> Iterator[None]:
             os._exit(code)  # torch's own end would wait for ranks that are gone
 
 
-def read_once(stream: TextIO) -> str:
-    """All text of a stream that the ranks share, such as standard input: rank 0 reads it and tells the others."""
-    text = [stream.read() if dist.get_rank() == 0 else ""]
+def read_once(read: Callable[[], str]) -> str:
+    """The text that `read` gives, of standard input perhaps, which the ranks share: rank 0 reads it and tells the
+    others."""
+    text = [read() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(text, src=0)
     return text[0]
 

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 from torch import Tensor
 
-from neox_lib.checkpoints.files import BUFFERS, WEIGHT_DTYPES, CheckpointError
-from neox_lib.checkpoints.huggingface.layout import names_by_key, their_name
+from neox_lib.checkpoints.files import BUFFERS, WEIGHT_DTYPES, CheckpointError, unwrapped
+from neox_lib.checkpoints.huggingface.layout import FIRST_WORDS, VALUE_HEAD, names_by_key, their_name
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 from neox_lib.checkpoints.tensor_files import TensorReader, describe_file
 from neox_lib.config import NeoXConfig, parameter_shapes
@@ -39,9 +39,9 @@ def parameters_of_shards(listing: Listing, files: list[HubFile], work: Path, con
         return [Shard(weights[0], frozenset(parameter_shapes(config)))]
     known, found = names_by_key(config), {}
     for key, file in json.loads((work / index.name).read_text("utf-8"))["weight_map"].items():
-        if key in known:
-            found[known[key]] = file
-        elif not key.endswith(BUFFERS):
+        if (name := known.get(unwrapped(key, FIRST_WORDS))) is not None:
+            found[name] = file
+        elif not key.endswith(BUFFERS) and not VALUE_HEAD.fullmatch(key):
             raise CheckpointError(f"{listing.model}: {index.name} has {key}, for which this model has no place")
     for name in parameter_shapes(config):
         if name not in found:
@@ -74,7 +74,9 @@ def read_shard(path: Path, shard: Shard, config: NeoXConfig, dtype: torch.dtype)
     missing = set(shard.names)
     known, shapes, reader = names_by_key(config), parameter_shapes(config), TensorReader()
     for stored in describe_file(path, ignored=BUFFERS):
-        name = known.get(stored.key)
+        if VALUE_HEAD.fullmatch(stored.key):
+            continue
+        name = known.get(unwrapped(stored.key, FIRST_WORDS))
         if name is None:
             raise CheckpointError(f"{shard.file.name}: unexpected {stored.key}; this model has no place for it")
         if stored.shape != shapes[name]:
