@@ -33,6 +33,7 @@ from neox_lib.checkpoints.safetensors_writer import ALIGNMENT, lay_out, write_sa
 from neox_lib.checkpoints.tensor_files import read_ahead
 from neox_lib.config import NeoXConfig, tiny
 from neox_lib.loading import create_model
+from neox_lib.rope_scaling import RopeScaling
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
@@ -93,12 +94,15 @@ def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
     ).abs().max() < 2e-2  # its embedding is not rounded to fp16
 
 
-def test_a_tied_model_has_one_embedding_and_no_output_matrix(random_model, tmp_path):
+def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other_rules(random_model, tmp_path):
     import dataclasses
 
-    model = random_model(dataclasses.replace(tiny(), tie_word_embeddings=True))
+    scaling = RopeScaling("linear", 2.0)
+    model = random_model(
+        dataclasses.replace(tiny(), tie_word_embeddings=True, attention_bias=False, rope_scaling=scaling)
+    )
     loaded = create_model(write_int8(ModelCheckpoint(model), tmp_path / "tied"), device="cpu")
-    assert loaded.final_linear.weight is loaded.word_embeddings.weight
+    assert loaded.final_linear.weight is loaded.word_embeddings.weight and loaded.config == model.config
     ids = torch.arange(2, 60)[None]
     assert (loaded(ids) - model(ids)).abs().mean() < 0.05 * model(ids).std()
 

@@ -104,7 +104,7 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path}: truncated, damaged or unreadable ({type(error).__name__}: {reason}); expected a "
             f"{path.suffix or '.pt'} file of weights. Fetch it again"
         ) from error
-    if isinstance(tensors, dict) and "module" in tensors:
+    if isinstance(tensors, dict) and isinstance(tensors.get("module", 0), dict | None):
         tensors = tensors["module"]
         if not tensors:
             raise CheckpointError(

@@ -95,9 +95,9 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {key} is {value!r}; only attention to all earlier tokens can be run")
     if fields.get("quantization_config"):
         logger.info("%s: quantization_config is passed over; weights are read as they lie in the files", path)
-    named = {name: value for name, value in fields.items() if name in (*COMPUTED, *HARMLESS_WHEN)}
-    for name, value in unusual_settings(named):
-        logger.warning("%s: %s is %r, which transformers passes over, and so do we", path, name, value)
+    for name, value in unusual_settings(fields):
+        if name in (*COMPUTED, *HARMLESS_WHEN):
+            logger.warning("%s: %s is %r, which transformers passes over, and so do we", path, name, value)
 
 
 def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, default: float) -> float:

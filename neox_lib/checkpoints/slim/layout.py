@@ -137,6 +137,12 @@ class Shards:
         for path in sorted(self.sections):
             self.paths.setdefault(int(path.name.rpartition(".")[2]), []).append(path)
 
+    def path_of(self, index: int) -> Path:
+        """Where rank 0's part of a layer lies, or ought to."""
+        for path in self.sections:
+            return path.with_name(f"{path.name.rpartition('.')[0]}.{index}")
+        return self.folder / layer_file_name(index, 0)
+
     def nbytes(self, path: Path) -> int:
         """The bytes that a file takes on the disk, or a layer in its file."""
         section = self.sections.get(path)
@@ -164,7 +170,7 @@ def check_layers(shards: Shards, config: NeoXConfig) -> None:
     expected = {place_of(name, layers)[0] for name in parameter_shapes(config)}
     allowed = expected | ({layers + 4} if config.tie_word_embeddings else set())
     for index in sorted(expected | shards.paths.keys()):
-        path = next(iter(shards.paths.get(index, [])), shards.folder / layer_file_name(index, 0))
+        path = shards.path_of(index)
         if index not in shards.paths:
             raise CheckpointError(f"{path}: missing; {layers} layers need it ({part_of_file(index, layers)})")
         if index not in allowed:
