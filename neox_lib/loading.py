@@ -30,7 +30,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'")
     try:
-        torch.zeros(1, device=chosen).item()
+        if chosen.type != "cuda":
+            torch.zeros(1, device=chosen).item()
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # a tensor there would cost each rank memory of GPU 0
+            raise RuntimeError(f"torch finds {torch.cuda.device_count()} GPU(s), counted from 0")
     except Exception as error:  # each kind of device has its own way to say that it is missing
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(f"device {chosen} can't be used here ({reason}); use device='auto' or 'cpu'") from None

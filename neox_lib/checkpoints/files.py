@@ -108,8 +108,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         tensors = tensors["module"]
         if not tensors:
             raise CheckpointError(
-                f"{path}: holds no weights; those of a model that was trained in a pipeline are in files like "
-                "layer_00-model_00-model_states.pt, which belong beside it"
+                f"{path}: holds no weights, expected some under `module`; those of a model that was trained in a "
+                "pipeline are in files like layer_00-model_00-model_states.pt, which belong beside it"
             )
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(
