@@ -333,7 +333,7 @@ FORWARD_CASES = {
 }
 
 
-@pytest.mark.parametrize("changes, ranks", FORWARD_CASES.values(), ids=FORWARD_CASES)
+@pytest.mark.parametrize(("changes", "ranks"), FORWARD_CASES.values(), ids=FORWARD_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_loaded_model_is_what_the_ranks_compute(tmp_path, random_model, token_ids, changes, ranks, dtype):
     """The merge rules stand or fall here: the ranks' biases and norms differ, and the ranks know no merge rule."""
@@ -492,7 +492,7 @@ YML_DIALECT = {
 }
 
 
-@pytest.mark.parametrize("old, new, changes", YML_DIALECT.values(), ids=YML_DIALECT)
+@pytest.mark.parametrize(("old", "new", "changes"), YML_DIALECT.values(), ids=YML_DIALECT)
 def test_the_dialect_of_the_yml(release, old, new, changes):
     """Every setting that changes the arithmetic is taken from the file, in either spelling."""
     folder, _ = release
@@ -527,17 +527,17 @@ BAD_YML = {
     "pairs of neighbours": ('"norm"', '"rotary_interleaved": true, "norm"', "20B.yml: rotary_interleaved is True"),
     "what a fork may call it": ('"norm"', '"attn_logit_softcap": 30, "norm"', "attn_logit_softcap is 30; .*may change"),
     "no layers named": ('"num-layers": 3,', "", "20B.yml.*num_layers"),
-    "words for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
+    "text for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
     "heads that do not divide": ('"num-attention-heads": 4', '"num-attention-heads": 5', "20B.yml.*64.*5"),
     "not yaml": ("{", "{ ] :", "20B.yml"),
 }
 
 
-@pytest.mark.parametrize("old, new, words", BAD_YML.values(), ids=BAD_YML)
-def test_a_yml_that_does_not_fit_is_named(release, old, new, words):
+@pytest.mark.parametrize(("old", "new", "message"), BAD_YML.values(), ids=BAD_YML)
+def test_a_yml_that_does_not_fit_is_named(release, old, new, message):
     folder, _ = release
     rewrite_yml(folder, old, new)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         SlimCheckpoint(folder)
     assert len(str(error.value).splitlines()) == 1
 
@@ -617,7 +617,7 @@ def keep(folder: Path, wanted, rename=lambda key: key) -> None:
         torch.save({"module": module}, path)
 
 
-@pytest.mark.parametrize("damage, words", WITHOUT_A_PIPELINE.values(), ids=WITHOUT_A_PIPELINE)
+@pytest.mark.parametrize(("damage", "words"), WITHOUT_A_PIPELINE.values(), ids=WITHOUT_A_PIPELINE)
 def test_a_file_of_all_layers_that_cannot_be_used_is_named(release, damage, words):
     folder, _ = release
     without_a_pipeline(folder)
@@ -727,7 +727,7 @@ def change(index: int, rank: int, key: str, value):
 
 
 BIAS, QKV = "attention.dense.bias", "attention.query_key_value.weight"
-# name: (what happens to a good checkpoint of two ranks, words of the error)
+# name: (what happens to a good checkpoint of two ranks, message of the error)
 BROKEN = {
     "a rank of a layer missing": (lambda f: shard(f, 3, 1).unlink(), r"layer_03-model_01.*missing"),
     "a rank missing": (
@@ -776,14 +776,14 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("damage, words", BROKEN.values(), ids=BROKEN)
-def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damage, words):
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damage, message):
     """File, expected and found in one line; and whatever is in a shard, nothing of it is run."""
     folder = tmp_path / "c"
     write_slim(random_model(CONFIG), folder, ranks=2)
     damage(folder)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()

@@ -66,7 +66,7 @@ def test_only_one_figure_stands_on_a_slide():
     assert types(code(3, figure()), code(1, figure()), code(1)) == ["slide", "subslide", "subslide"]
 
 
-def test_the_answer_to_a_bet_is_not_on_its_slide():
+def test_the_answer_to_a_prediction_is_not_on_its_slide():
     assert types(code(1, printed(1), tags=["predict"]), code(1, printed(1))) == ["slide", "subslide"]
 
 

@@ -131,7 +131,7 @@ def playground_lesson(browser, lab) -> Iterator[PlaygroundVisit]:
     visit.close()
 
 
-def test_a_bet_is_laid_on_a_slide(playground_lesson):
+def test_a_prediction_is_made_on_a_slide(playground_lesson):
     visit = playground_lesson
     run_the_cell(visit, 'prompt_playground", "inline_stop"')
     visit.page.locator(".jupyter-widgets input[type=radio]").first.click()

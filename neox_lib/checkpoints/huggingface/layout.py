@@ -51,16 +51,10 @@ def names_by_key(config: NeoXConfig) -> dict[str, str]:
     return keys
 
 
-def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
-
-    Raises CheckpointError, naming the file, for an index that can't be read or that names a file which is not there.
+def read_index(path: Path) -> dict[str, str]:
+    """Which file beside it holds which key, as an index of shards says. Raises CheckpointError for one that can't be
+    read or that names anything but a file of weights beside it.
     """
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
-    if path.suffix != ".json":
-        return [path], {}
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         places = {str(key): str(file) for key, file in weight_map.items()}
@@ -69,13 +63,36 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{path}: not an index of shards ({reason}); fetch it again") from error
-    files = sorted(set(places.values()))
-    for file in files:
+    for file in places.values():
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{path}: names {file!r}; expected .safetensors or .bin files beside it")
+    return places
+
+
+def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
+
+    Raises CheckpointError, naming the file, for a shard that is not there, and as `read_index` does.
+    """
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        return [path], {}
+    places = read_index(path)
+    files = sorted(set(places.values()))
+    for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: missing; {path.name} names it. Fetch it again")
     return [folder / file for file in files], places
+
+
+def is_value_head(where: str, key: str) -> bool:
+    """Whether a tensor is a value head's; if so, a warning says that it is left out."""
+    if not VALUE_HEAD.fullmatch(key):
+        return False
+    logger.warning("%s: a value head beside the model is left out", where)
+    return True
 
 
 def find_stored(folder: Path) -> dict[str, Stored]:
@@ -92,10 +109,8 @@ def find_stored(folder: Path) -> dict[str, Stored]:
     for key, file in places.items():
         if key not in found and not key.endswith(BUFFERS):
             raise CheckpointError(f"{folder / file}: lacks {key}, which the index promises; fetch the file again")
-    heads = [key for key in found if VALUE_HEAD.fullmatch(key)]
-    if heads:
-        logger.warning("%s: left out %s, a value head beside the model", folder, ", ".join(heads))
-    return unwrap_keys(folder, {key: found[key] for key in found if key not in heads}, FIRST_WORDS)
+    found = {key: stored for key, stored in found.items() if not is_value_head(f"{stored.path}: {key}", key)}
+    return unwrap_keys(folder, found, FIRST_WORDS)
 
 
 def match_names(folder: Path, config: NeoXConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -35,7 +35,7 @@ COMPUTED = {
 }
 
 
-def only_full_attention(value: Any, fields: Mapping[str, Any]) -> bool:
+def only_full_attention(value: Any) -> bool:
     """Whether an `attention_config`, such as [[["global", "flash"], 12]], names nothing but full attention."""
     kinds = [kind for kinds, _ in value for kind in ([kinds] if isinstance(kinds, str) else kinds)]
     return all(kind in ("global", "flash") for kind in kinds)
@@ -43,7 +43,7 @@ def only_full_attention(value: Any, fields: Mapping[str, Any]) -> bool:
 
 # Settings that change nothing as long as this holds for their value; where they are off, it need not be asked.
 HARMLESS_WHEN: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    "attention_config": only_full_attention,
+    "attention_config": lambda value, fields: only_full_attention(value),
     "moe_num_experts": lambda value, fields: value == 1,
     "num_kv_heads": lambda value, fields: value == fields.get("num_attention_heads"),
     "num_unique_layers": lambda value, fields: value == fields.get("num_layers"),
