@@ -485,7 +485,7 @@ YML_DIALECT = {
         '"norm"',
         '"scaled-upper-triang-masked-softmax-fusion": true, "rope_fusion": true, "attention-dropout": 0.1, '
         '"apply_query_key_layer_scaling": true, "mup_init_scale": 1.0, "log_grad_norm": true, "moe_top_k": 1, '
-        '"num_kv_heads": 4, "use_mup": false, "pos_train_data_paths": ["a"], "new_way_to_log": 3, "norm"',
+        '"mlp-multiple-of": 2, "num_kv_heads": 4, "use_mup": false, "pos_train_data_paths": ["a"], "new_log": 3, "norm"',
         {},
     ),
     "another base": ('"norm"', '"rotary-emb-base": 500, "norm"', {"rotary_emb_base": 500}),
@@ -524,6 +524,7 @@ BAD_YML = {
     "fewer keys": ('"norm"', '"num-kv-heads": 2, "norm"', "20B.yml: num_kv_heads is 2"),
     "experts": ('"norm"', '"moe-num-experts": 8, "norm"', "20B.yml: moe_num_experts is 8"),
     "a learned prompt": ('"norm"', '"soft-prompt-tuning": {"enabled": true}, "norm"', "20B.yml: soft_prompt_tuning"),
+    "another engine's attention": ('"norm"', '"te_mha": true, "norm"', "20B.yml: te_mha is True; this library"),
     "pairs of neighbours": ('"norm"', '"rotary_interleaved": true, "norm"', "20B.yml: rotary_interleaved is True"),
     "what a fork may call it": ('"norm"', '"attn_logit_softcap": 30, "norm"', "attn_logit_softcap is 30; .*may change"),
     "no layers named": ('"num-layers": 3,', "", "20B.yml.*num_layers"),

@@ -45,6 +45,7 @@ def only_full_attention(value: Any) -> bool:
 HARMLESS_WHEN: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "attention_config": lambda value, fields: only_full_attention(value),
     "moe_num_experts": lambda value, fields: value == 1,
+    "num_experts": lambda value, fields: value == 1,
     "num_kv_heads": lambda value, fields: value == fields.get("num_attention_heads"),
     "num_unique_layers": lambda value, fields: value == fields.get("num_layers"),
     "sliding_window_width": lambda value, fields: value >= fields.get("max_position_embeddings", value + 1),
@@ -53,13 +54,13 @@ HARMLESS_WHEN: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
 # Settings that sound as if they changed a pass and do not: how a kernel computes the same (query-key layer scaling
 # divides by the layer's number and multiplies again), training, and the details of what is off or refused above.
 HARMLESS = re.compile(
-    r"\w+_(fusion|dropout|epsilon|data_paths|init_method)|(log|loss|moe|mup|mamba|rpe|te|gmlp)_\w+|attention_softmax_in_fp32"
+    r"\w+_(fusion|dropout|epsilon|data_paths|init_method)|(log|loss|moe|mup|mamba|rpe|gmlp)_\w+|attention_softmax_in_fp32"
     r"|apply_query_key_layer_scaling|rotary_save_freqs_buffer|sparsity_config|expert_interval|create_moe_param_group"
-    r"|enable_expert_tensor_parallelism|use_flashattn_swiglu|local_rank|return_logits|prompt_end|sparse_gradients"
+    r"|enable_expert_tensor_parallelism|use_flashattn_swiglu|local_rank|mlp_multiple_of|return_logits|prompt_end|sparse_gradients"
 )
 # A word of its name by which a setting that is not known here, a fork's perhaps, may change a pass.
 TELLING = re.compile(
-    r"(^|_)(adapter|alibi|attention|attn|bias|embeddings?|experts?|gelu|glu|interleaved|kv|local|logits?|lora|mlp|moe|mup"
+    r"(^|_)(adapter|alibi|attention|attn|bias|embeddings?|experts?|gelu|glu|interleaved|kv|local|logits?|lora|mha|mlp|moe|mup"
     r"|norms?|layernorm|rmsnorm|pos|positions?|prompt|qkv?|residual|rope|rotary|sliding|softcap|softmax|sparse|swiglu"
     r"|window)(_|$)"
 )
