@@ -485,7 +485,7 @@ YML_DIALECT = {
         '"norm"',
         '"scaled-upper-triang-masked-softmax-fusion": true, "rope_fusion": true, "attention-dropout": 0.1, '
         '"apply_query_key_layer_scaling": true, "mup_init_scale": 1.0, "log_grad_norm": true, "moe_top_k": 1, '
-        '"mlp-multiple-of": 2, "num_kv_heads": 4, "use_mup": false, "pos_train_data_paths": ["a"], "new_log": 3, "norm"',
+        '"mlp-multiple-of": 2, "num_kv_heads": 4, "use_mup": false, "pos_train_data_paths": ["a"], "logs": 3, "norm"',
         {},
     ),
     "another base": ('"norm"', '"rotary-emb-base": 500, "norm"', {"rotary_emb_base": 500}),
