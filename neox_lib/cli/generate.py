@@ -93,7 +93,7 @@ def read_stdin() -> str:
     content = sys.stdin.buffer.read()
     marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     encoding = next((marks[mark] for mark in marks if content.startswith(mark)), sys.stdin.encoding)
-    return content.decode(encoding, sys.stdin.errors or "strict").replace("\r\n", "\n")
+    return content.decode(encoding, sys.stdin.errors or "strict").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
