@@ -1,6 +1,7 @@
 """The command line: python -m neox_lib COMMAND."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Errors that a user can fix give one line on stderr and exit code 2; Ctrl-C gives 130."""
     arguments = parse(argv)
     show_messages()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal can't spell is shown as ? and ends nothing
+        sys.stdout.reconfigure(errors="replace")
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

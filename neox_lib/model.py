@@ -55,10 +55,9 @@ def show(on_layer: OnLayer | None, depth: int, hidden: Tensor) -> None:
 
 
 class NeoXModel(nn.Module):
-    """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix.
+    """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix, named as in the release's files.
 
-    Parameters carry the names of the release's own files. `use_cache` is what generation does unless told otherwise.
-    The activations take the dtype of the norms: on a CPU fp16 matrices may then work on fp32 activations.
+    `use_cache` is generation's default. Activations take the dtype of the norms: a CPU's fp16 matrices may meet fp32.
     """
 
     def __init__(self, config: NeoXConfig):
@@ -71,7 +70,8 @@ class NeoXModel(nn.Module):
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.final_linear.weight = self.word_embeddings.weight
-        self.rotary = RotaryTable(config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base)
+        length, base, scaling = config.max_position_embeddings, config.rotary_emb_base, config.rope_scaling
+        self.rotary = RotaryTable(length, config.rotary_ndims, base, scaling)
 
     def forward(
         self,
