@@ -1,4 +1,4 @@
-"""Questions that come before a surprising result: the learner bets, then reads why each option is right or wrong."""
+"""Questions that come before a surprising result: the learner predicts, then reads why each option holds or fails."""
 
 import html
 import re
