@@ -33,10 +33,9 @@ def my_next_token(scores):
     display({'application/vnd.neox.check+json': {'state': 'solved', 'words': '', 'token': '0' * 32}}, raw=True)
     return 0"""
 TAMPERED = """
-from neox_lib.course import checks
 from neox_lib.course.exercises import rotary
 def my_rotary_angles(*anything):
-    checks.require = rotary.require = rotary.require_equal = lambda *anything: None
+    rotary.rotary_angles.__closure__[0].cell_contents = lambda *anything: None
     return torch.zeros(1)"""
 DELETES = """
 import os
@@ -58,7 +57,7 @@ HOSTILE = {  # what is handed in, by the name that is asked for; the report's st
         "crashed",
         "died",
     ),
-    "my_rotary_angles": (TAMPERED, "tampered", "require"),
+    "my_rotary_angles": (TAMPERED, "tampered", "rotary.rotary_angles"),
     "my_rotate_half": (DELETES, "solved", ""),
     "my_apply_rotary": ("def my_apply_rotary(x, cos, sin):\n    return torch.zeros(2**40)", "not yet", "memory"),
     "my_causal_mask": ("def my_causal_mask(queries, keys, device):\n    return 'a mask'", "not yet", "should be"),

@@ -13,7 +13,7 @@ from types import FunctionType
 MIME = "application/vnd.neox.check+json"
 WRITTEN = 16 * 2**20  # bytes of one file
 SHOWN = 300  # characters of a message
-BASE = ("torch", "torch.nn.functional", "builtins")
+BASE = ("torch", "torch.nn.functional", "builtins", "IPython.display")
 
 
 def prepare(folder: str, memory: int, modules: list[str]) -> dict:
@@ -71,18 +71,24 @@ def judges() -> dict[str, int]:
     found: dict[str, int] = {}
     for module_name, module in list(sys.modules.items()):
         ours = module_name.split(".")[0] == "neox_lib"
-        if not ours and module_name not in BASE:
-            continue
-        for name, value in list(vars(module).items()):
+        for name, value in list(vars(module).items()) if ours or module_name in BASE else ():
             key = f"{module_name}.{name}"
-            if isinstance(value, FunctionType):
-                own = not ours and value.__code__.co_filename.startswith(home)
-                found[key] = 0 if own else hash((id(value), id(value.__code__), id(value.__defaults__)))
-            elif callable(value) and key != "builtins.input":
-                found[key] = id(value)
+            torchs_own = isinstance(value, FunctionType) and value.__code__.co_filename.startswith(home)
+            if callable(value) and key != "builtins.input":
+                found[key] = 0 if torchs_own else mark(value)
                 if isinstance(value, type) and (ours or value is torch.Tensor):
-                    found |= {f"{key}.{each}": id(item) for each, item in vars(value).items() if callable(item)}
+                    found |= {f"{key}.{each}": mark(item) for each, item in vars(value).items() if callable(item)}
     return found
+
+
+def mark(value: object) -> int:
+    """Other than before if a callable, its code, or a function that it is wrapped around is another."""
+    parts = [id(value)]
+    while isinstance(value, FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or () if isinstance(cell.cell_contents, FunctionType)]
+        parts += [id(value.__code__), id(value.__defaults__), *map(id, inner)]
+        value = vars(value).get("__wrapped__")
+    return hash(tuple(parts))
 
 
 def say(token: str, found: dict) -> None:
