@@ -150,11 +150,11 @@ def fetch_tokenizer() -> None:
     write_bytes_atomically(TOKENIZER, content)
 
 
-def main(words: list[str]) -> None:
-    if words == ["tokenizer"]:
+def main(argv: list[str]) -> None:
+    if argv == ["tokenizer"]:
         fetch_tokenizer()
         return
-    if words == ["test"]:
+    if argv == ["test"]:
         add_test_packages()
         return
     set_up()

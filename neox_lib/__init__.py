@@ -1,7 +1,7 @@
 """GPT-NeoX, from a 7 MB story-teller to the released 20B, in the pieces that the notebooks build.
 
-Importing this package imports none of them: a name loads its module when it is first used, so `promote` and `--help`
-still work while a piece is broken.
+Importing this package imports none of them: a name's module is loaded on first use, so `promote` and `--help` still
+work while a piece is broken.
 """
 
 import importlib

@@ -57,19 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """What was typed. What a command that passes arguments on doesn't know itself stands in `further`."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The parsed arguments. For a command that passes arguments on, those it doesn't know are in `further`."""
     parser = build_parser()
-    arguments, further = parser.parse_known_args(words)
+    arguments, further = parser.parse_known_args(argv)
     if further and not getattr(arguments, "passes_on", False):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     arguments.further = further
     return arguments
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run a command. Errors that a user can mend are one line on stderr and exit code 2; Ctrl-C is 130."""
-    arguments = parse(words)
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Errors that a user can fix give one line on stderr and exit code 2; Ctrl-C gives 130."""
+    arguments = parse(argv)
     show_messages()
     try:
         return arguments.run(arguments) or 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ACTIVATIONS = ("gelu_fast", "gelu")
-# The fields of each kind, by name: an annotation may be a string, and a check that asks for types would pass all.
+# The fields of each kind, by name: annotations may be strings, and a check of types would then let everything pass.
 WHOLE_NUMBERS = (
     "vocab_size",
     "tokenizer_vocab_size",
@@ -82,19 +82,19 @@ class NeoXConfig:
 
     @property
     def rotary_ndims(self) -> int:
-        """How many of a head's dimensions turn with position; the others pass through."""
+        """How many of a head's dimensions are rotated by position; the others pass through."""
         return int(self.head_dim * self.rotary_pct)
 
     def parameter_count(self) -> int:
-        """Number of trained numbers in the model (a tied output matrix counts once)."""
+        """Number of trained parameters (a tied output matrix counts once)."""
         return sum(math.prod(shape) for shape in parameter_shapes(self).values())
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that the weights take when every one of them is stored as `dtype`."""
+        """Bytes of the weights if all of them are stored as `dtype`."""
         return self.parameter_count() * dtype.itemsize
 
     def kv_cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers a layer."""
+        """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers per layer."""
         return 2 * self.num_hidden_layers * self.hidden_size * tokens * dtype.itemsize
 
     def to_json(self) -> str:

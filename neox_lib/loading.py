@@ -12,7 +12,7 @@ from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import build_int8_model
 from neox_lib.checkpoints.tokenizer_files import find_tokenizer, open_tokenizer
 from neox_lib.decoding.linear import use_fast_linear
-from neox_lib.hub.names import local_path, local_tokenizer
+from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision, shrink_to_fit
 

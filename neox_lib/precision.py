@@ -1,7 +1,7 @@
-"""What a model needs in each precision, which precision it is held in here, and how fast to expect it.
+"""What a model needs in each precision, which precision is chosen, and how fast to expect the model to be.
 
-A decode step reads every weight once and the cache, so a machine can at most do as many tokens per second as it can
-read them in a second; a CPU comes to some 60 to 95 % of that (`python -m neox_lib bench` measures it).
+A decode step reads every weight once and the cache, so the speed of memory bounds the tokens per second; a CPU reaches
+60 to 95 % of that bound (`python -m neox_lib bench` measures it).
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from neox_lib.checkpoints.quantized import int8_bytes
 from neox_lib.config import NeoXConfig, format_bytes
 
 SMALL_MODEL_PARAMETERS = 100_000_000
-SPARE = 500_000_000  # bytes for the activations, Python and torch
-DTYPES = WEIGHT_DTYPES | {"int8": torch.int8}  # that a model can be held in, by the name that a user types
+SPARE = 500_000_000  # bytes left for activations, Python and torch
+DTYPES = WEIGHT_DTYPES | {"int8": torch.int8}  # dtypes for a model, by the name a user types
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model is held: the dtype of its matrices, that of everything else, and what to tell the user about it.
+    """How a model is stored: the dtype of its matrices, that of everything else, and what to tell the user about it.
 
     Biases and norms are a thousandth of the weights. On a CPU they, the activations and the KV cache stay in fp32
-    whatever the matrices are, because half-precision attention is slow there (16 times, behind 1,024 tokens).
+    whatever the matrices are, because half-precision attention is slow there (16 times slower after 1,024 tokens).
     """
 
     matrices: torch.dtype
@@ -37,8 +37,8 @@ class Precision:
 
 
 def weight_bytes(config: NeoXConfig, dtype: torch.dtype, embedding: torch.dtype = torch.float16) -> int:
-    """Bytes of a model with matrices in `dtype`; beside int8 the word embeddings are in `embedding`. Biases and norms
-    count as if they were in the matrices' dtype, except beside int8.
+    """Bytes of a model with matrices in `dtype`; with int8, the word embeddings are in `embedding`. Biases and norms
+    count as if they were in the matrices' dtype, except with int8.
     """
     return int8_bytes(config, embedding) if dtype == torch.int8 else config.weight_bytes(dtype)
 
@@ -47,8 +47,8 @@ def choose_precision(checkpoint: Checkpoint, device: torch.device, dtype: str | 
     """The rule for dtype="auto", in one place: the file's own on a GPU; on a CPU fp32 for small models, else as stored.
 
     A CPU spends a decode step on reading weights, so half the bytes make up to twice the speed; below 100 million
-    parameters that matters less than fp32's exactness. Raises ValueError for a dtype that is none of ours, and for
-    another than int8 where the weights are stored so.
+    parameters that matters less than fp32's exactness. Raises ValueError for an unknown dtype, and for any other than
+    int8 if the weights are stored in int8.
     """
     matrices = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype != "auto" and matrices not in DTYPES.values():
@@ -57,7 +57,8 @@ def choose_precision(checkpoint: Checkpoint, device: torch.device, dtype: str | 
     if stored == torch.int8 or matrices == torch.int8:
         if matrices not in (None, torch.int8):
             raise ValueError(
-                f"{checkpoint} holds int8 weights; dtype must be auto or int8, got {dtype!r}: load their source"
+                f"{checkpoint} holds int8 weights; dtype must be auto or int8, got {dtype!r}; "
+                "for another dtype, load the model they were made from"
             )
         return Precision(torch.int8, torch.float32 if on_cpu else checkpoint.float_dtype)
     if matrices is not None:
@@ -75,7 +76,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device) -> Precision:
-    """The same precision where the weights fit into a CPU's free memory, or where even int8 does not; else int8."""
+    """The given precision if the weights fit into a CPU's free memory, or if even int8 does not; else int8."""
     free, needed, small = free_memory(device), weight_bytes(config, precision.matrices), int8_bytes(config)
     if device.type != "cpu" or needed <= free or small > free:
         return precision
@@ -87,13 +88,15 @@ def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device
 
 
 def check_memory(config: NeoXConfig, precision: Precision, device: torch.device) -> None:
-    """Raise CheckpointError, before anything is read, when the weights cannot fit: with the numbers and what would."""
+    """Raise CheckpointError, before anything is read, if the weights cannot fit, naming the sizes and a dtype that
+    fits.
+    """
     needed, free = weight_bytes(config, precision.matrices), free_memory(device)
     if needed <= free:
         return
     sizes = {name: weight_bytes(config, dtype) for name, dtype in DTYPES.items()}
     smaller = [f"{name} ({format_bytes(size)})" for name, size in sizes.items() if size < min(needed, free)]
-    advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype of ours fits; use a smaller model"
+    advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype fits; use a smaller model"
     raise CheckpointError(
         f"the weights need {format_bytes(needed)} in {precision.matrices} and {device} has {format_bytes(free)} free: "
         f"{advice}"
@@ -113,19 +116,19 @@ class Need:
         return self.weights + self.cache + SPARE <= free
 
     def longest(self, free: int, tokens: int) -> int:
-        """How many of `tokens`, whose keys and values `cache` is, fit beside the weights."""
+        """How many of `tokens`, whose keys and values take `cache` bytes, fit beside the weights."""
         return max(0, min(tokens, (free - SPARE - self.weights) * tokens // self.cache))
 
     def tokens_per_second(self, bandwidth: float, share: float = 1.0) -> float:
-        """At most, behind that share of the text, for memory that is read at `bandwidth` bytes a second."""
+        """The upper bound after that share of the text, with memory read at `bandwidth` bytes per second."""
         return bandwidth / (self.read + share * self.cache)
 
 
 def needs(config: NeoXConfig, tokens: int, half: torch.dtype = torch.float16) -> list[Need]:
     """A row for each precision: bytes with a text of `tokens`, as this library holds it on a CPU, cache in fp32.
 
-    `half` is the 16-bit dtype, also of the embedding beside int8. Of the input embedding a token reads one row. A tied
-    output matrix is the embedding, and all of it is read.
+    `half` is the 16-bit dtype, also for the embedding of int8. A token reads one row of the input embedding, unless it
+    is tied to the output matrix: then all of it is read.
     """
     cache, rows = config.kv_cache_bytes(tokens, torch.float32), []
     for dtype in (torch.float32, half, torch.int8):
@@ -146,5 +149,5 @@ def format_needs(config: NeoXConfig, tokens: int, free: int, bandwidth: float) -
         speed = f"{need.tokens_per_second(bandwidth, longest / tokens):.3g}" if longest else "-"
         sizes = f"{format_bytes(need.weights):>10} {format_bytes(need.cache):>21}"
         lines.append(f"{need.precision:<10} {sizes}   {fits:<20} {speed:>17}")
-    lines.append(f"{format_bytes(free)} of memory are free here, read at {bandwidth / 1e9:.0f} GB/s")
+    lines.append(f"{format_bytes(free)} of memory are free, read at {bandwidth / 1e9:.0f} GB/s")
     return "\n".join(lines)

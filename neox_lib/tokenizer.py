@@ -41,7 +41,7 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 
 
 def pretokenize(text: str) -> list[str]:
-    """Cut text into pieces that are merged on their own; each keeps its leading space.
+    """Cut text into pretokens, which are merged on their own; each keeps its leading space.
 
     >>> pretokenize("We're off, 3 of us")
     ['We', "'re", ' off', ',', ' 3', ' of', ' us']
@@ -58,13 +58,13 @@ def utf8_bytes(text: str) -> bytes:
         raise ValueError(f"character {error.start} is a lone surrogate, {surrogate!r}: no UTF-8 text has one") from None
 
 
-def byte_symbols(piece: str) -> list[str]:
+def byte_symbols(pretoken: str) -> list[str]:
     """One character for each UTF-8 byte. Raises ValueError for a lone surrogate.
 
     >>> byte_symbols(" é")
     ['Ġ', 'Ã', '©']
     """
-    return [BYTE_TO_CHARACTER[byte] for byte in utf8_bytes(piece)]
+    return [BYTE_TO_CHARACTER[byte] for byte in utf8_bytes(pretoken)]
 
 
 def token_to_bytes(token: str) -> bytes:
@@ -120,19 +120,21 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
     >>> train_merges(["low lower lowest"], 2)
     [('l', 'o'), ('lo', 'w')]
     """
-    piece_counts = Counter(piece for text in texts for piece in pretokenize(unicodedata.normalize("NFC", text)))
-    words = [(byte_symbols(piece), count) for piece, count in piece_counts.items()]
+    pretoken_counts = Counter(
+        pretoken for text in texts for pretoken in pretokenize(unicodedata.normalize("NFC", text))
+    )
+    pretokens = [(byte_symbols(pretoken), count) for pretoken, count in pretoken_counts.items()]
     age = {character: index for index, character in enumerate(sorted(CHARACTER_TO_BYTE))}
     pair_counts: Counter[tuple[str, str]] = Counter()
-    words_with: dict[tuple[str, str], set[int]] = defaultdict(set)
+    pretokens_with: dict[tuple[str, str], set[int]] = defaultdict(set)
 
     def count_pairs(index: int, sign: int) -> None:
-        symbols, count = words[index]
+        symbols, count = pretokens[index]
         for pair in pairwise(symbols):
             pair_counts[pair] += sign * count
-            words_with[pair].add(index)
+            pretokens_with[pair].add(index)
 
-    for index in range(len(words)):
+    for index in range(len(pretokens)):
         count_pairs(index, +1)
     merges = []
     for _ in range(num_merges):
@@ -141,9 +143,9 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
             break
         merges.append(best)
         age.setdefault(best[0] + best[1], len(age))
-        for index in words_with.pop(best):  # only these words change
+        for index in pretokens_with.pop(best):  # only these pretokens change
             count_pairs(index, -1)
-            words[index] = (apply_merges(words[index][0], {best: 0}), words[index][1])
+            pretokens[index] = (apply_merges(pretokens[index][0], {best: 0}), pretokens[index][1])
             count_pairs(index, +1)
         del pair_counts[best]
     return merges
@@ -172,10 +174,10 @@ class BPETokenizer:
         self.tokens = {token_id: token for token, token_id in (vocab | added).items()}
         self.special_pattern = pattern_of_any(special)
         self.added_pattern = pattern_of_any(added.keys() - special)
-        self.word_ids = lru_cache(maxsize=65536)(self._word_ids)
+        self.pretoken_ids = lru_cache(maxsize=65536)(self._pretoken_ids)
 
-    def _word_ids(self, word: str) -> list[int]:
-        return [self.vocab[symbol] for symbol in apply_merges(byte_symbols(word), self.ranks)]
+    def _pretoken_ids(self, pretoken: str) -> list[int]:
+        return [self.vocab[symbol] for symbol in apply_merges(byte_symbols(pretoken), self.ranks)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; specials in it become their ids. Raises ValueError for a lone surrogate.
@@ -184,24 +186,28 @@ class BPETokenizer:
         see only what lies between them, which is why "  a" is a two-space token and an "a" without its space.
         """
         ids: list[int] = []
-        for part in self.special_pattern.split(text):
-            pieces = [part] if part in self.special else self.added_pattern.split(unicodedata.normalize("NFC", part))
-            for piece in pieces:
-                if piece in self.added:
-                    ids.append(self.added[piece])
+        for stretch in self.special_pattern.split(text):
+            parts = (
+                [stretch]
+                if stretch in self.special
+                else self.added_pattern.split(unicodedata.normalize("NFC", stretch))
+            )
+            for part in parts:
+                if part in self.added:
+                    ids.append(self.added[part])
                 else:
-                    ids += [token_id for word in pretokenize(piece) for token_id in self.word_ids(word)]
+                    ids += [token_id for pretoken in pretokenize(part) for token_id in self.pretoken_ids(pretoken)]
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id of no token."""
-        pieces = []
+        parts = []
         for token_id in ids:
             if token_id not in self.tokens:
                 raise ValueError(f"token id {token_id} stands for no token: ids run from 0 to {max(self.tokens)}")
             if not (skip_special_tokens and self.tokens[token_id] in self.special):
-                pieces.append(token_to_bytes(self.tokens[token_id]))
-        return b"".join(pieces).decode("utf-8", errors="replace")
+                parts.append(token_to_bytes(self.tokens[token_id]))
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.tokens.get(token_id)
@@ -230,7 +236,7 @@ def read_tokenizer(path: str | Path) -> BPETokenizer:
         model = data["model"]
         kinds = (model["type"], data["pre_tokenizer"]["type"], data["normalizer"]["type"])
         if kinds != ("BPE", "ByteLevel", "NFC"):
-            raise ValueError(f"expected BPE with ByteLevel pre-tokens and NFC, found {kinds}")
+            raise ValueError(f"expected BPE with ByteLevel pretokens and NFC, found {kinds}")
         if data["pre_tokenizer"]["add_prefix_space"]:
             raise ValueError("add_prefix_space is true, expected false")
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

@@ -102,7 +102,7 @@ def random_model() -> Callable[..., NeoXModel]:
 
 
 def hugging_face_config(config: NeoXConfig, **more):
-    """The same shape in Hugging Face's words (transformers 5), with 20B's token ids, which differ from its defaults."""
+    """The same shape in Hugging Face's names (transformers 5), with 20B's token ids, which differ from its defaults."""
     from transformers import GPTNeoXConfig
 
     fields: dict[str, Any] = huggingface_fields(config, torch.float32)

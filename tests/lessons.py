@@ -1,4 +1,4 @@
-"""A notebook's own code for tests: its names, its solutions and its museum, run outside a kernel."""
+"""A notebook's own code for tests: its names, its solutions and its bug exhibits, run outside a kernel."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ class Lesson:
     def names(self) -> dict:
         """Every name that its code cells bind, after running them in order. Stubs are what they are: stubs."""
         names: dict = {"__name__": "lesson"}
-        before = os.getcwd()
+        before = Path.cwd()
         os.chdir(NOTEBOOKS)
         try:
             for cell in self.cells:
@@ -52,8 +52,8 @@ class Lesson:
         exec(compile(text, "solution", "exec"), names)
         return names[name]
 
-    def museum(self) -> list[str]:
-        """The sources of the museum's wrong versions, in order."""
+    def exhibits(self) -> list[str]:
+        """The sources of the bug exhibits, in order."""
         return [cell.source for cell in self.cells if "museum" in cell.metadata.get("tags", [])]
 
     def stub_is_told(self, check, name: str) -> None:

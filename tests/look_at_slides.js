@@ -41,7 +41,7 @@ async ([smallest]) => {
             for (let tries = 0; tries < 50 && !(slide.classList.contains("present") && box(slide).height); tries++)
                 await frame();
             await frame();
-            lookAt(slide, (words) => found.add(`slide ${column}/${row}: ${words}`));
+            lookAt(slide, (finding) => found.add(`slide ${column}/${row}: ${finding}`));
         }
     return { slides: document.querySelectorAll(".slides > section > section").length, found: [...found] };
 }

@@ -94,8 +94,8 @@ def pages_touched(folder: Path) -> dict[str, float]:
     """The share of each layer file's pages that this process has read while it loaded its part (Linux)."""
     opened, real = [], reader.open_layer
 
-    def held_open(*words):
-        layer = real(*words)
+    def held_open(*arguments):
+        layer = real(*arguments)
         opened.append(dict(layer))
         return layer
 

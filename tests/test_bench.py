@@ -17,7 +17,7 @@ from neox_lib.bench.baselines import (
 )
 from neox_lib.bench.candidates import in_precision, our_generate, our_model, random_model
 from neox_lib.bench.measure import bytes_per_token, run_bench, time_answer, time_load
-from neox_lib.bench.table import LoadRow, Row, Timing, format_load, format_positions, format_table, ratio
+from neox_lib.bench.table import LoadRow, Row, Timing, format_best, format_load, format_positions, format_row, ratio
 from neox_lib.config import NeoXConfig
 from neox_lib.decoding.linear import FastLinear
 
@@ -38,7 +38,7 @@ def small_shapes(monkeypatch):
     monkeypatch.setattr(bench, "preset", lambda shape: SMALL)
 
 
-def without_rivals(monkeypatch):
+def without_baselines(monkeypatch):
     for library in ("transformers", "ctranslate2"):
         monkeypatch.setitem(sys.modules, library, None)
 
@@ -107,7 +107,7 @@ def test_int8_moves_our_logits_less_than_ctranslate2s():
 
 def test_a_short_answer_is_refused():
     """Fewer tokens than asked for in the same time is not a speed."""
-    with pytest.raises(RuntimeError, match="3 tokens came where 1"):
+    with pytest.raises(RuntimeError, match="3 tokens came instead of 1"):
         time_answer(lambda ids, new_tokens: [1, 2, 3], torch.zeros(1, 1, dtype=torch.int64), 5)
 
 
@@ -132,10 +132,10 @@ def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     pytest.importorskip("transformers")
     pytest.importorskip("ctranslate2")
     rows = list(run_bench(["a", "b"], ["float32", "packed", "int8"], [4, 9], new_tokens=3, rounds=2))
-    pairs = [(dtype, rival) for dtype in ("float32", "packed") for rival in ("transformers", "ctranslate2")]
+    pairs = [(dtype, baseline) for dtype in ("float32", "packed") for baseline in ("transformers", "ctranslate2")]
     pairs.append(("int8", "ctranslate2"))
     expected = [(shape, prompt, *pair) for shape in "ab" for prompt in (4, 9) for pair in pairs]
-    assert [(row.shape, row.prompt, row.dtype, row.rival) for row in rows] == expected
+    assert [(row.shape, row.prompt, row.dtype, row.baseline) for row in rows] == expected
     for row in rows:
         assert len(row.ours) == len(row.theirs) == 2
         assert all(timing.first > 0 and timing.whole > 0 for timing in row.ours + row.theirs)
@@ -148,23 +148,23 @@ def test_table_shows_speeds_ratios_and_the_share_of_memory():
         Row("160m", 64, "float32", "transformers", ours, theirs, 1e8),
         Row("160m", 64, "float16", "transformers", ours, theirs, 5e7),
     ]
-    lines = format_table(rows, bandwidth=2e10).splitlines()
+    lines = [format_row(row, bandwidth=2e10) for row in rows]
     assert (
-        " ".join(lines[2].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+        " ".join(lines[0].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
     )
-    assert lines[3].endswith("25%")
-    assert lines[4].endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
+    assert lines[1].endswith("25%")
+    assert format_best(rows).endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
 
 
 def test_a_negative_difference_reads_as_noise():
-    """On a busy machine the short run can take longer than the long one; -138 tokens a second helps nobody."""
+    """On a busy machine the short run can take longer than the long one; -138 tokens per second helps nobody."""
     row = Row("tiny", 8, "float32", "transformers", [Timing(0.3, 0.2, 3)], [Timing(0.1, 0.2, 3)], 1e6)
-    table = format_table([row], bandwidth=1e10)
+    table = format_row(row, bandwidth=1e10)
     assert "noise" in table and math.isfinite(row.ours[0].per_token)
 
 
 def test_a_token_far_back_is_compared_with_a_near_one():
-    """By hand: 0.01 s a token around position 100, 0.02 s around 2000."""
+    """By hand: 0.01 s per token around position 100, 0.02 s around 2000."""
     rows = [
         Row("160m", prompt, "int8", "", [Timing(0.1, 0.1 + 64 * step, 65)], [], 1e8)
         for prompt, step in ((68, 0.01), (1968, 0.02))
@@ -173,9 +173,9 @@ def test_a_token_far_back_is_compared_with_a_near_one():
     assert shown == "160m, int8, ours: a token takes 10.0 ms at 100, 20.0 ms at 2000; 2.00 times as long"
 
 
-def test_without_rivals_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
+def test_without_baselines_ours_is_measured_alone(small_shapes, monkeypatch, capsys):
     """Neither of them is among our requirements."""
-    without_rivals(monkeypatch)
+    without_baselines(monkeypatch)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda megabytes: 1e10)
     assert main(["bench", "--prompts", "4", "--new-tokens", "3", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out

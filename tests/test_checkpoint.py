@@ -332,7 +332,7 @@ FORWARD_CASES = {
 }
 
 
-@pytest.mark.parametrize("changes, ranks", FORWARD_CASES.values(), ids=FORWARD_CASES)
+@pytest.mark.parametrize(("changes", "ranks"), FORWARD_CASES.values(), ids=FORWARD_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_loaded_model_is_what_the_ranks_compute(tmp_path, random_model, token_ids, changes, ranks, dtype):
     """The merge rules stand or fall here: the ranks' biases and norms differ, and the ranks know no merge rule."""
@@ -479,7 +479,7 @@ YML_DIALECT = {
 }
 
 
-@pytest.mark.parametrize("old, new, changes", YML_DIALECT.values(), ids=YML_DIALECT)
+@pytest.mark.parametrize(("old", "new", "changes"), YML_DIALECT.values(), ids=YML_DIALECT)
 def test_the_dialect_of_the_yml(release, old, new, changes):
     """Every setting that changes the arithmetic is taken from the file, in either spelling."""
     folder, _ = release
@@ -495,17 +495,17 @@ BAD_YML = {
     "no positions named": ('"pos-emb": "rotary",', "", "20B.yml: pos_emb"),
     "another norm": ('"layernorm"', '"rmsnorm"', "20B.yml: norm is 'rmsnorm'"),
     "no layers named": ('"num-layers": 3,', "", "20B.yml.*num_layers"),
-    "words for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
+    "text for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
     "heads that do not divide": ('"num-attention-heads": 4', '"num-attention-heads": 5', "20B.yml.*64.*5"),
     "not yaml": ("{", "{ ] :", "20B.yml"),
 }
 
 
-@pytest.mark.parametrize("old, new, words", BAD_YML.values(), ids=BAD_YML)
-def test_a_yml_that_does_not_fit_is_named(release, old, new, words):
+@pytest.mark.parametrize(("old", "new", "message"), BAD_YML.values(), ids=BAD_YML)
+def test_a_yml_that_does_not_fit_is_named(release, old, new, message):
     folder, _ = release
     rewrite_yml(folder, old, new)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         SlimCheckpoint(folder)
     assert len(str(error.value).splitlines()) == 1
 
@@ -595,7 +595,7 @@ def change(index: int, rank: int, key: str, value):
 
 
 BIAS, QKV = "attention.dense.bias", "attention.query_key_value.weight"
-# name: (what happens to a good checkpoint of two ranks, words of the error)
+# name: (what happens to a good checkpoint of two ranks, message of the error)
 BROKEN = {
     "a rank of a layer missing": (lambda f: shard(f, 3, 1).unlink(), r"layer_03-model_01.*missing"),
     "a rank missing": (
@@ -644,14 +644,14 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("damage, words", BROKEN.values(), ids=BROKEN)
-def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damage, words):
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_checkpoint_is_named(tmp_path, random_model, monkeypatch, damage, message):
     """File, expected and found in one line; and whatever is in a shard, nothing of it is run."""
     folder = tmp_path / "c"
     write_slim(random_model(CONFIG), folder, ranks=2)
     damage(folder)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()

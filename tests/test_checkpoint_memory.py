@@ -58,8 +58,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def watched(work: str, *paths: Path) -> dict:
     """What a process saw that did the work, an expression over these paths."""
-    words = [sys.executable, "-c", WATCH.replace("{work}", work), *map(str, paths)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", WATCH.replace("{work}", work), *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -113,7 +113,7 @@ def test_require_raises_only_when_the_property_does_not_hold():
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "words"),
+    ("found", "expected", "message"),
     [
         (None, torch.ones(2), "row should be a tensor, but is None (is there a return?)"),
         ([1.0, 1.0], torch.ones(2), "row should be a tensor, but is a list"),
@@ -125,10 +125,10 @@ def test_require_raises_only_when_the_property_does_not_hold():
         (2, 3, "row should be 3, but is 2"),
     ],
 )
-def test_require_equal_says_what_came_and_what_was_expected(found, expected, words):
+def test_require_equal_says_what_came_and_what_was_expected(found, expected, message):
     with pytest.raises(PropertyFailed) as failure:
         require_equal(found, expected, "row")
-    assert str(failure.value) == words
+    assert str(failure.value) == message
 
 
 def test_require_equal_takes_what_is_within_the_tolerance():
@@ -141,7 +141,7 @@ def test_require_equal_takes_what_is_within_the_tolerance():
 
 
 def test_only_the_learners_own_pieces_count(doubling, own_progress_file):
-    """The Promote section checks the library's piece and the museum a wrong one; neither is the learner's progress."""
+    """The Promote section checks the library's piece and the exhibits wrong ones; neither is the learner's progress."""
 
     def double(x):
         return x * 2
@@ -215,8 +215,8 @@ def test_a_story_is_told_with_the_learners_piece_and_another_story_fails():
     """The heart of each notebook: a piece of the right shape that is wrong tells another story."""
     original = rotary.apply_rotary
 
-    def my_rotary(*words):
-        return original(*words)
+    def my_rotary(*arguments):
+        return original(*arguments)
 
     def my_still_rotary(x, cos, sin):
         return x
@@ -388,8 +388,8 @@ def test_curves_differ_in_dashes_too_for_grey_print():
 @pytest.mark.parametrize("place", PLACES)
 def test_the_map_lights_up_the_piece_in_hand_in_colour_line_and_words(place):
     shown = model_map(place)
-    words = [text for text in shown.figure.axes[0].texts if text.get_text() == PLACES[place][0]]
-    assert [text.get_fontweight() for text in words] == ["bold"]
+    labels = [text for text in shown.figure.axes[0].texts if text.get_text() == PLACES[place][0]]
+    assert [text.get_fontweight() for text in labels] == ["bold"]
     assert shown.alt.endswith(f"You are here: {PLACES[place][0].replace(chr(10), ': ')}.")
 
 
@@ -411,7 +411,7 @@ def test_storing_keeps_what_reads_without_a_kernel_and_takes_the_live_widget_out
     notebook = new_notebook(cells=[new_code_cell("x", outputs=[output, only])], metadata={"widgets": {"state": {}}})
     store.without_live_widgets(notebook)
     assert set(notebook.cells[0].outputs[0].data) == {"text/html"}
-    assert set(notebook.cells[0].outputs[1].data) == {store.WIDGET_VIEW}, "tests tell the author of one without words"
+    assert set(notebook.cells[0].outputs[1].data) == {store.WIDGET_VIEW}, "tests tell the author of one without a text"
     assert "widgets" not in notebook.metadata
 
 

@@ -42,8 +42,8 @@ def test_generate_writes_prompt_and_continuation_to_stdout_and_speed_to_stderr(c
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
 def test_packed_weights_write_a_text_of_the_same_length(checkpoint, capsys, dtype):
     """fp32 weights are left as they are. Rounding may change a token, so lengths are compared."""
-    words = ["generate", "the", "--model", str(checkpoint), "--tokens", "8", "--no-stop", "--device", "cpu"]
-    assert main([*words, "--dtype", dtype, "--pack"]) == 0
+    argv = ["generate", "the", "--model", str(checkpoint), "--tokens", "8", "--no-stop", "--device", "cpu"]
+    assert main([*argv, "--dtype", dtype, "--pack"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("the") and "8 new tokens" in said.err and f", {dtype}, cpu" in said.err
 
@@ -65,7 +65,7 @@ def test_no_cache_writes_the_same_text(checkpoint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "said"),
     [
         (["generate", "x", "--model", "no/such/folder"], "no/such/folder"),
         (["generate", "x", "--tokens", "5000"], "256"),
@@ -80,12 +80,12 @@ def test_no_cache_writes_the_same_text(checkpoint, capsys):
         (["convert", "{model}", "elsewhere", "--ranks", "3"], "3 ranks"),
     ],
 )
-def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monkeypatch, tmp_path, words, said):
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monkeypatch, tmp_path, argv, said):
     monkeypatch.chdir(tmp_path)
-    words = [word.format(model=checkpoint) for word in words]
-    if words[0] == "generate" and "--model" not in words:
-        words += ["--model", str(checkpoint)]
-    assert main(words) == 2
+    argv = [argument.format(model=checkpoint) for argument in argv]
+    if argv[0] == "generate" and "--model" not in argv:
+        argv += ["--model", str(checkpoint)]
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert err.startswith("neox_lib: ") and err.count("\n") == 1 and said in err, err
     assert "Traceback" not in out + err
@@ -121,13 +121,13 @@ def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch, capsys
 def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     """A reader can train a model of their own with one command, and going on after the end changes nothing."""
     stories = tmp_path / "stories.txt"
-    stories.write_text((Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")[:20_000])
-    words = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
-    words += ["--tokens", "16384", "--windows", "0:256", "0.5:256,512"]
-    assert main(words) == 0
+    stories.write_text((Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")[:8_000])
+    argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
+    argv += ["--tokens", "8192", "--windows", "0:128,256"]
+    assert main(argv) == 0
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     first = load(tmp_path / "run" / "model").state_dict()
-    assert main(words) == 0
+    assert main(argv) == 0
     second = load(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
@@ -144,10 +144,10 @@ def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path
 
 def test_ctrl_c_keeps_the_text_so_far(checkpoint):
     """Stopping a slow answer must not lose what was already written, nor end in a traceback."""
-    words = [sys.executable, "-m", "neox_lib", "generate", "the fox", "--model", str(checkpoint), "--tokens", "240"]
-    words += ["--no-stop", "--no-cache"]
+    command = [sys.executable, "-m", "neox_lib", "generate", "the fox", "--model", str(checkpoint), "--tokens", "240"]
+    command += ["--no-stop", "--no-cache"]
     slow = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=slow)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=slow)
     assert process.stdout is not None
     written = process.stdout.read(8)
     time.sleep(0.05)
@@ -175,11 +175,11 @@ def test_help_needs_no_piece_of_the_library():
     assert shown == verbs, "every module of cli is a command, and every command is in the help"
 
 
-@pytest.mark.parametrize("words", [["slides", "02"], ["playground"]], ids=" ".join)
-def test_what_a_server_understands_is_passed_on_to_it(words):
+@pytest.mark.parametrize("argv", [["slides", "02"], ["playground"]], ids=" ".join)
+def test_what_a_server_understands_is_passed_on_to_it(argv):
     """JupyterLab and Voila have hundreds of options; ours would not know them."""
     further = ["--no-browser", "--port", "8890", "--ServerApp.ip=0.0.0.0"]
-    assert parse([*words, *further]).further == further
+    assert parse([*argv, *further]).further == further
 
 
 def test_no_other_command_swallows_a_mistyped_option(capsys):

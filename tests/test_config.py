@@ -45,7 +45,7 @@ def test_20b_is_the_released_model():
 
 
 def test_20b_costs_what_the_lesson_says():
-    """20,554,567,680 parameters, 38.3 GiB in fp16, 1.03 MiB of keys and values a token, 2.06 GiB for 2048."""
+    """20,554,567,680 parameters, 38.3 GiB in fp16, 1.03 MiB of keys and values per token, 2.06 GiB for 2048."""
     config = neox_20b()
     assert config.parameter_count() == 20_554_567_680
     assert config.weight_bytes(torch.float16) == 41_109_135_360
@@ -174,7 +174,7 @@ def test_every_field_is_checked_whatever_its_annotation_is(monkeypatch, module, 
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"hidden_size": 0}, "hidden_size must be a positive whole number, got 0"),
         ({"hidden_size": 6144.0}, "hidden_size must be a positive whole number, got 6144.0"),
@@ -196,9 +196,9 @@ def test_every_field_is_checked_whatever_its_annotation_is(monkeypatch, module, 
         ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
     ],
 )
-def test_a_config_that_cannot_be_names_its_field(change, words):
+def test_a_config_that_cannot_be_names_its_field(change, message):
     """Someone edits a config.json by hand; the error must say which line."""
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(neox_20b(), **change)
 
 
@@ -211,7 +211,7 @@ def changed_json(tmp_path: Path, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda fields: fields.update(hidden_sise=192), "hidden_sise"),
         (lambda fields: fields.pop("rotary_pct"), "missing rotary_pct"),
@@ -220,10 +220,10 @@ def changed_json(tmp_path: Path, change) -> Path:
     ],
     ids=["unknown key", "missing key", "bad value", "null"],
 )
-def test_from_json_refuses_what_is_no_whole_config(tmp_path, change, words):
+def test_from_json_refuses_what_is_no_whole_config(tmp_path, change, message):
     """An ignored key is a setting that someone believes in."""
     path = changed_json(tmp_path, change)
-    with pytest.raises(ValueError, match=f"config.json: not a NeoX config: .*{words}"):
+    with pytest.raises(ValueError, match=f"config.json: not a NeoX config: .*{message}"):
         NeoXConfig.from_json(path)
 
 

@@ -126,7 +126,7 @@ def test_info_tells_what_is_in_hugging_face_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "said"),
     [
         (["{huggingface}", "new", "--to", "slim", "--ranks", "3"], "3 ranks do not divide the attention heads"),
         (["{slim}", "new", "--to", "huggingface", "--ranks", "2"], "--ranks belongs to --to slim"),
@@ -138,11 +138,11 @@ def test_info_tells_what_is_in_hugging_face_files(tmp_path, capsys):
         (["rounded", "new", "--to", "slim"], "int8 weights, which can be run but not converted"),
     ],
 )
-def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys, words, said):
+def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
     write_int8(open_checkpoint(sources["slim"]), "rounded")
     before = {layout: content(folder) for layout, folder in sources.items()}
-    assert main(["convert", *(word.format(**sources) for word in words)]) == 2
+    assert main(["convert", *(argument.format(**sources) for argument in argv)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("neox_lib: ") and err.count("\n") == 1 and said in err, err
     assert not Path("new").exists()
@@ -216,10 +216,10 @@ def test_a_disk_that_fills_up_between_two_tensors_is_told_in_one_line(sources, t
     real = safetensors_writer.write_each
     room = [150_000]
 
-    def write_each(file, *words):
+    def write_each(file, *arguments):
         full = FullDisk(file, room[0])
         try:
-            return real(full, *words)
+            return real(full, *arguments)
         finally:
             room[0] = full.room
 
@@ -254,8 +254,8 @@ from neox_lib.checkpoints import convert
 from neox_lib.checkpoints.huggingface import writer as huggingface_writer
 real = huggingface_writer.write_safetensors
 
-def slow(path, *words):
-    real(path, *words)
+def slow(path, *arguments):
+    real(path, *arguments)
     print(path.name, flush=True)
     time.sleep(30)
 
@@ -271,8 +271,8 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--to", "huggingface"]))
 def test_a_stopped_process_leaves_no_half_model(sources, tmp_path, how):
     """After Ctrl-C nothing is there; after a kill what is there is refused, and converting again completes it."""
     target = tmp_path / "t"
-    words = [sys.executable, "-c", SLOW, str(sources["slim"]), str(target)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", SLOW, str(sources["slim"]), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "model-00001-of-00004.safetensors\n"
     process.send_signal(how)

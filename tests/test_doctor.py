@@ -1,10 +1,10 @@
 """The doctor: what is broken on a student's machine is named in plain words, whatever else is broken too."""
 
+import functools
 import shutil
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,28 +14,29 @@ from neox_lib.classroom.machine import GIB, REPOSITORY, Finding
 
 
 @pytest.mark.parametrize(
-    "version, state", [((3, 10, 9), "fix"), ((3, 11, 0), "ok"), ((3, 14, 2), "ok"), ((3, 15, 0), "fix")]
+    ("version", "state"), [((3, 10, 9), "fix"), ((3, 11, 0), "ok"), ((3, 14, 2), "ok"), ((3, 15, 0), "fix")]
 )
 def test_a_python_that_is_too_old_or_too_new_is_to_be_fixed(version, state):
     assert machine.look_at_python(version).state == state
 
 
 def test_the_advice_names_a_section_that_there_is():
-    _, section, path = machine.SET_UP.rstrip(")").split('"')
-    assert f"\n## {section}\n" in (REPOSITORY / path.removeprefix(" in ")).read_text("utf-8")
+    for advice in (machine.SET_UP, machine.NOTHING_INSTALLED):
+        _, section, path = advice.rstrip(")").split('"')
+        assert f"\n## {section}\n" in (REPOSITORY / path.removeprefix(" in ")).read_text("utf-8")
 
 
 def test_a_python_of_32_bits_is_to_be_fixed():
     assert machine.look_at_python((3, 12, 0), bits=32).state == "fix"
 
 
-@pytest.mark.parametrize("free, state", [(GIB // 2, "fix"), (3 * GIB // 2, "note"), (8 * GIB, "ok")])
+@pytest.mark.parametrize(("free", "state"), [(GIB // 2, "fix"), (3 * GIB // 2, "note"), (8 * GIB, "ok")])
 def test_memory_that_is_short_says_what_to_close(free, state):
     finding = machine.look_at_memory(free)
     assert finding.state == state and (state != "fix" or "close" in finding.advice)
 
 
-@pytest.mark.parametrize("free, state", [(GIB // 4, "fix"), (GIB, "note"), (9 * GIB, "ok")])
+@pytest.mark.parametrize(("free", "state"), [(GIB // 4, "fix"), (GIB, "note"), (9 * GIB, "ok")])
 def test_a_full_disk_is_to_be_fixed(free, state, tmp_path):
     assert machine.look_at_disk(tmp_path, free).state == state
 
@@ -55,7 +56,7 @@ def test_a_port_that_is_in_use_is_passed_over_and_none_at_all_is_to_be_fixed():
 
 
 @pytest.mark.parametrize(
-    "text, word", [("raise ImportError('no such DLL')", "no such DLL"), ("import os; os.abort()", "crashed")]
+    ("text", "word"), [("raise ImportError('no such DLL')", "no such DLL"), ("import os; os.abort()", "crashed")]
 )
 def test_a_package_that_fails_or_crashes_is_named(text, word, tmp_path, monkeypatch):
     (tmp_path / "ipywidgets.py").write_text(text)
@@ -65,18 +66,25 @@ def test_a_package_that_fails_or_crashes_is_named(text, word, tmp_path, monkeypa
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(packages, "FOUND", ("json", "no_such_package"))
+    monkeypatch.setattr(packages, "EVERYTHING", ("json", "no_such_package"))
     assert packages.look_at_packages().found == "not installed: no_such_package"
 
 
-def test_what_hangs_comes_back_with_its_own_advice(monkeypatch):
-    monkeypatch.setattr(packages, "TRY_MODEL", "while True: pass")
-    monkeypatch.setattr(packages, "in_process", lambda code: hanging(code, seconds=1))
-    (finding,) = packages.look_at_model()
-    assert finding.state == "fix" and "not ready" in finding.found and finding.advice == packages.SLOW
+def test_before_anything_is_installed_there_is_one_finding_and_it_says_what_to_type(monkeypatch):
+    """Eight lines that all say the same hide the one thing to do."""
+    monkeypatch.setattr(doctor, "missing_packages", lambda: list(packages.FOUND))
+    (finding,) = doctor.examine()
+    assert finding.state == "fix" and "make lab" in finding.advice
 
 
-hanging = packages.in_process
+def test_what_gives_no_answer_in_time_is_slow_and_not_broken(monkeypatch, capsys):
+    """A busy laptop was told that its model does not write, and its owner set everything up again."""
+    hanging = functools.partial(packages.in_process, "import time; time.sleep(60)", seconds=0.1)
+    monkeypatch.setattr(packages, "in_process", lambda code: hanging())
+    monkeypatch.setattr(doctor, "QUICK", ())
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not ready after 0.1 s") == 3 and packages.SLOW in said and "Slow, not broken" in said
 
 
 def test_a_broken_piece_is_named_and_how_to_take_it_back(tmp_path, monkeypatch):
@@ -115,7 +123,7 @@ def test_a_look_that_fails_is_a_finding():
     assert finding.state == "fix" and "look_at_nothing" in finding.found
 
 
-@pytest.mark.parametrize("state, code", [("ok", 0), ("note", 0), ("fix", 1)])
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("fix", 1)])
 def test_the_exit_code_says_whether_something_must_be_fixed(state, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "QUICK", (lambda: Finding("thing", state, "found", "do this"),))
     monkeypatch.setattr(doctor, "IN_PROCESSES", (list,))
@@ -123,11 +131,9 @@ def test_the_exit_code_says_whether_something_must_be_fixed(state, code, monkeyp
     assert "do this" in capsys.readouterr().out
 
 
-def test_this_machine_is_examined_in_20_seconds():
-    started = time.monotonic()
+def test_this_machine_has_nothing_to_fix():
     findings = doctor.examine()
-    assert time.monotonic() - started < 20
     assert {"Python", "memory", "disk", "port", "packages", "model", "libraries", "widgets"} <= {
         each.what for each in findings
     }
-    assert not [each for each in findings if each.state == "fix" and each.advice != packages.SLOW]
+    assert not [each for each in findings if each.state == "fix"]

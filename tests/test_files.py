@@ -101,7 +101,7 @@ def not_tensors(path: Path) -> None:
     torch.save({"a": torch.ones(2), "step": 7}, path)
 
 
-# what is at the path: (how it gets there, words that the error must have)
+# what is at the path: (how it gets there, what the error must say)
 BAD_FILES = {
     "missing": (lambda path: None, "no such file"),
     "a folder": (lambda path: path.mkdir(), "a folder"),
@@ -116,12 +116,12 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("make, words", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_named(tmp_path, make, words):
+@pytest.mark.parametrize(("make", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_named(tmp_path, make, message):
     """Whatever is wrong with a file, the learner reads its name and what was expected, not a traceback of torch."""
     path = tmp_path / "layer_07.pt"
     make(path)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         open_tensors(path)
     assert str(path) in str(error.value) and "expected" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -180,12 +180,12 @@ WRONG_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("tensors, words", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
-def test_wrong_tensors_are_named(tensors, words):
+@pytest.mark.parametrize(("tensors", "parts"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_tensors_are_named(tensors, parts):
     """File, key, expected and found are all in the message: enough to see which copy went wrong."""
     with pytest.raises(CheckpointError) as error:
         check_tensors(Path("layer_07.pt"), tensors, SHAPES)
-    assert all(word in str(error.value) for word in ["layer_07.pt", *words])
+    assert all(part in str(error.value) for part in ["layer_07.pt", *parts])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

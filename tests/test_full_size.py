@@ -53,7 +53,7 @@ def test_a_large_matrix_repeats_the_block_and_never_a_row():
         assert BLOCK_NUMBERS % width
 
 
-def test_the_same_words_write_the_same_weights():
+def test_the_same_command_writes_the_same_weights():
     first, second = (dict(random_tensors(SMALL)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -113,7 +113,7 @@ def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert results["convert"]["bytes"] == file.stat().st_size
     assert file.stat().st_size - 512 * 128 * 2 - 10_000 < results["warm"]["read_per_token"] < file.stat().st_size
     text = "\n".join(report(results))
-    for said in ("convert: 0.00 GB", "cold: ", "x its arithmetic", "s a token", "at 10.0 GB/s", "peak memory"):
+    for said in ("convert: 0.00 GB", "cold: ", "x its arithmetic", "s per token", "at 10.0 GB/s", "peak memory"):
         assert said in text, said
 
 

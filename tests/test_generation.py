@@ -407,7 +407,7 @@ def test_a_step_is_made_of_plain_python_values(random_model, token_ids):
 
 
 def test_seconds_count_the_prefill_but_not_the_reader(random_model, token_ids, monkeypatch):
-    """Tokens a second must be the model's, however long someone looks at a step."""
+    """Tokens per second must be the model's, however long someone looks at a step."""
     clock = [0.0]
     monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 

@@ -128,6 +128,7 @@ def results(tmp_path_factory) -> dict[str, tuple[int, str]]:
             "PATH": f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),
             "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(folder.parent / "hub"),
             "OMP_NUM_THREADS": "1",
         }

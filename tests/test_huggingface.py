@@ -266,8 +266,8 @@ def test_a_tokenizer_that_transformers_saved_is_read_by_both_of_ours(tokenizer_2
     from transformers import AutoTokenizer
 
     shutil.copy(tokenizer_20b_path, tmp_path / "tokenizer.json")
-    words = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    content = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     fast, slow = create_tokenizer(tmp_path / "saved"), read_tokenizer(tmp_path / "saved" / "tokenizer.json")
     real = create_tokenizer(tokenizer_20b_path)
@@ -437,12 +437,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_used_is_one_line_that_names_it(folder, tmp_path, monkeypatch, damage, words):
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_one_line_that_names_it(folder, tmp_path, monkeypatch, damage, message):
     """File, what was expected and what was found; and whatever is in a file, nothing of it is run."""
     monkeypatch.chdir(tmp_path)
     damage(folder)
-    with pytest.raises(CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         create_model(folder, device="cpu")
     assert len(str(error.value).splitlines()) == 1
     assert str(folder) in str(error.value)

@@ -30,10 +30,10 @@ CONFIGS = family(BASE)
 IDS = 1 + torch.arange(40)[None] * 3 % 100
 
 
-def load_theirs(folder: Path, **words):
+def load_theirs(folder: Path, **options):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **words).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
 
 
 def assert_same_weights(ours: NeoXModel, folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_packed_model_is_written_as_it_was(random_model, tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 9_000, 40_000])
 def test_shards_hold_at_most_the_limit_and_load_as_one_model(random_model, tmp_path, limit):
-    """A file past 5 GB is refused by some stores and loads in one piece elsewhere."""
+    """A file past 5 GB is refused by some stores and loads whole elsewhere."""
     ours = random_model(BASE)
     write_huggingface(ours, tmp_path / "m", shard_bytes=limit)
     files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
@@ -179,7 +179,7 @@ def test_any_config_comes_back_from_its_json_and_means_the_same_to_transformers(
 
 @pytest.mark.parametrize("case", ["20b rules", "exact gelu", "sequential residual"])
 def test_ctranslate2_converts_an_export_and_writes_the_same_tokens(random_model, tmp_path, monkeypatch, case):
-    """Its converter reads the older words, rotary_pct and embed_out, which transformers 5 has dropped from its classes:
+    """Its converter reads the older names, rotary_pct and embed_out, which transformers 5 has dropped from its classes:
     they are put back here for it; with transformers 4 it needs nothing."""
     if importlib.util.find_spec("ctranslate2") is None:
         pytest.skip("ctranslate2 is not installed: pip install ctranslate2")
@@ -194,8 +194,8 @@ def test_ctranslate2_converts_an_export_and_writes_the_same_tokens(random_model,
     ctranslate2.converters.TransformersConverter(str(tmp_path / "m")).convert(str(tmp_path / "c"))
     generator, tokenizer = ctranslate2.Generator(str(tmp_path / "c"), device="cpu", intra_threads=1), create_tokenizer()
     prompt = [tokenizer.id_to_token(token) for token in IDS[0, :6].tolist()]
-    words = {"max_length": 24, "sampling_topk": 1, "include_prompt_in_result": False}
-    found = generator.generate_batch([prompt], **words)[0].sequences_ids[0]
+    options = {"max_length": 24, "sampling_topk": 1, "include_prompt_in_result": False}
+    found = generator.generate_batch([prompt], **options)[0].sequences_ids[0]
     assert len(set(found)) > 4, "a model that repeats itself would prove little"
     assert greedy_generate(ours, IDS[:, :6], 30)[0][6 : 6 + len(found)] == found
 

@@ -141,8 +141,8 @@ def test_a_damaged_header_is_named(folder, tmp_path, at):
         create_model(damaged)
 
 
-def set_metadata(**words: str):
-    return lambda header: header["__metadata__"].update(words)
+def set_metadata(**entries: str):
+    return lambda header: header["__metadata__"].update(entries)
 
 
 def lie(**fields):
@@ -213,15 +213,15 @@ def test_a_disk_that_is_full_refuses_for_real(tmp_path):
         "sys.exit(main(['convert', sys.argv[1], sys.argv[2], '--to', 'int8']))"
     )
     target = tmp_path / "full"
-    words = [sys.executable, "-c", code, str(SHIPPED_MODEL), str(target)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, str(SHIPPED_MODEL), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "could not be written (File too large)" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not list(target.iterdir())
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 1_000_000)
-    monkeypatch.setattr(int8_file, "quantize_rows", lambda *words: pytest.fail("read weights that have no room"))
+    monkeypatch.setattr(int8_file, "quantize_rows", lambda *arguments: pytest.fail("read weights that have no room"))
     with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB free"):
         write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path / "out")
 

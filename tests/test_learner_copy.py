@@ -187,7 +187,7 @@ def test_a_name_that_is_gone_is_told_with_what_does_its_work(folders):
     mine.mkdir()
     (mine / "a.ipynb").write_text(old_notebook("from neox_lib.generation import next_token_logits"), "utf-8")
     said = describe(update_copy(originals, mine), originals, mine)
-    assert "a.ipynb: neox_lib.generation.next_token_logits is gone; neox_lib.generation.prefill does its work" in said
+    assert "a.ipynb: neox_lib.generation.next_token_logits is gone; neox_lib.generation.prefill replaces it" in said
 
 
 def test_once_the_new_original_is_there_the_learner_is_sent_to_it(folders):

@@ -1,4 +1,4 @@
-"""Notebook 03: its exercises can be solved and can be failed, and its museum is caught by the checks that it names."""
+"""Notebook 03: its exercises can be solved and can be failed, and the named checks catch its bug exhibits."""
 
 import functools
 
@@ -141,7 +141,7 @@ def notices(check: str, version: str) -> bool:
 
 
 @pytest.mark.parametrize("check", [*BLIND, *OTHERS])
-def test_no_check_of_the_museum_refuses_the_right_version(check):
+def test_no_check_of_the_bug_exhibits_refuses_the_right_version(check):
     assert not notices(check, "right")
 
 
@@ -160,9 +160,9 @@ def test_the_blind_checks_are_blind(check, version):
         ("half_scores", ["large_in_fp16"]),
     ],
 )
-def test_each_piece_of_the_museum_is_caught_where_the_lesson_says(version, noticed_by):
+def test_each_bug_exhibit_is_caught_where_the_lesson_says(version, noticed_by):
     assert [check for check in OTHERS if notices(check, version)] == noticed_by
-    assert any(f"def {version}" in source for source in lesson().museum())
+    assert any(f"def {version}" in source for source in lesson().exhibits())
 
 
 def test_the_row_by_row_reference_is_what_pytorch_computes():

@@ -152,9 +152,9 @@ def wrong_caches(right: type) -> dict[str, type]:
 
 def test_wrong_caches_are_told_what_failed_and_get_no_story(lesson):
     """The heart: each fault is named, and the reward is only for a right piece."""
-    for words, wrong in wrong_caches(lesson.solution("MyKVCache")).items():
+    for message, wrong in wrong_caches(lesson.solution("MyKVCache")).items():
         result = exercises.cache(wrong)
-        assert not result.passed and words in result.message, (words, result.message)
+        assert not result.passed and message in result.message, (message, result.message)
         assert "wrote" not in result.message
 
 
@@ -170,18 +170,18 @@ def test_a_cache_that_is_right_for_numbered_rows_only_does_not_get_its_story(les
     assert not result.passed and "wrote another story" in result.message
 
 
-MUSEUM = {
+EXHIBITS = {
     "rows_from_zero": {"prompt, then singles", "random splittings"},
     "square_mask": {"random splittings"},
     "keeps_old_text": {"second prompt"},
 }
 
 
-@pytest.mark.parametrize("name", MUSEUM)
-def test_a_museum_piece_is_caught_where_the_notebook_says_so(lesson, name):
-    """The lesson of the museum is which check is blind: what the notebook's own table found has to be true."""
-    assert any(f"def {name}(" in source for source in lesson.museum())
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_a_bug_exhibit_is_caught_where_the_notebook_says_so(lesson, name):
+    """The lesson of the exhibits is which check is blind: what the notebook's own table found has to be true."""
+    assert any(f"def {name}(" in source for source in lesson.exhibits())
     versions = [version.__name__ for version in lesson.names["versions"]]
     verdicts = {check: dict(zip(versions, row, strict=True)) for check, row in lesson.names["verdicts"].items()}
-    assert {check for check, passed in verdicts.items() if not passed[name]} == MUSEUM[name]
+    assert {check for check, passed in verdicts.items() if not passed[name]} == EXHIBITS[name]
     assert all(passed["read_in_passes"] for passed in verdicts.values())

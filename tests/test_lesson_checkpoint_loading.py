@@ -1,4 +1,4 @@
-"""Notebook 05: its exercises judge rightly, and its museum's pieces are caught by the checks that it names."""
+"""Notebook 05: its exercises judge rightly, and the named checks catch its bug exhibits."""
 
 import functools
 import time
@@ -141,14 +141,14 @@ CAUGHT = {
 }
 
 
-def test_each_piece_of_the_museum_is_caught_by_the_checks_that_the_notebook_names():
+def test_each_bug_exhibit_is_caught_by_the_checks_that_the_notebook_names():
     """Shapes; ranks of an untrained model; ranks of a trained one; perplexity."""
     names = lesson().names
     table = names["table"]  # what the notebook's own checks have just found
     assert list(table) == ["shapes", "ranks, untrained", "ranks, trained", "perplexity"]
     assert [version.__name__ for version in names["versions"]] == [*CAUGHT, "merge_shards"]
-    assert len(lesson().museum()) == len(CAUGHT)
-    for (name, passes), source, *found in zip(CAUGHT.items(), lesson().museum(), *table.values(), strict=False):
+    assert len(lesson().exhibits()) == len(CAUGHT)
+    for (name, passes), source, *found in zip(CAUGHT.items(), lesson().exhibits(), *table.values(), strict=False):
         assert f"def {name}(" in source
         assert found == passes, name
     assert all(found[-1] for found in table.values()), "the right way passes every check"

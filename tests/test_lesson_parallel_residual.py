@@ -1,4 +1,4 @@
-"""Notebook 04: its exercises can be solved and failed, and its museum is caught by the checks that it names."""
+"""Notebook 04: its exercises can be solved and failed, and the named checks catch its bug exhibits."""
 
 import math
 
@@ -205,16 +205,16 @@ def test_a_function_in_place_of_a_class_is_told_so():
 
 
 @torch.inference_mode()
-def test_the_museum_is_caught_by_the_named_checks_and_passes_the_blind_ones(lesson):
-    """The lesson of the museum: shapes prove nothing, a loss little, a reference everything."""
+def test_the_bug_exhibits_are_caught_by_the_named_checks_and_pass_the_blind_ones(lesson):
+    """The lesson of the exhibits: shapes prove nothing, a loss little, a reference everything."""
     names = lesson.names
     caught = {check.__name__: [name for name in names["VERSIONS"] if not check(name)] for check in names["CHECKS"]}
     assert caught["shapes_fit"] == []
     assert caught["loss_within_1_percent"] == ["SequentialBlock", "OneNormBlock"]
     assert {"SequentialBlock", "OneNormBlock"} <= set(caught["same_story"]) and "right" not in caught["same_story"]
     assert caught["logits_to_1e_5"] == ["SequentialBlock", "OneNormBlock", "ExactGeluMLP"]
-    assert len(lesson.museum()) == 3 and all(
-        any(f"class {name}(" in source for source in lesson.museum()) for name in caught["logits_to_1e_5"]
+    assert len(lesson.exhibits()) == 3 and all(
+        any(f"class {name}(" in source for source in lesson.exhibits()) for name in caught["logits_to_1e_5"]
     )
 
 

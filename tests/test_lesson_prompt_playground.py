@@ -57,17 +57,17 @@ def test_wrong_tries_at_whole_characters_fail_differently():
     assert not replacing.passed and not ignoring.passed
 
 
-MUSEUM = {
+EXHIBITS = {
     "forgets_the_end": "the end is shown",
     "asks_before_it_takes": "stop acts within one step",
     "skips_between_updates": "every step is taken",
 }
 
 
-@pytest.mark.parametrize(("name", "caught_by"), MUSEUM.items())
-def test_the_museum_is_caught_where_the_notebook_says(lesson, name, caught_by):
+@pytest.mark.parametrize(("name", "caught_by"), EXHIBITS.items())
+def test_each_bug_exhibit_is_caught_where_the_notebook_says(lesson, name, caught_by):
     names = {"Throttle": Throttle}
-    (source,) = [source for source in lesson.museum() if f"def {name}(" in source]
+    (source,) = [source for source in lesson.exhibits() if f"def {name}(" in source]
     exec(source, names)
     with pytest.raises(PropertyFailed):
         exercises.FOLLOW_CHECKS[caught_by](names[name])

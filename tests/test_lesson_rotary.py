@@ -1,4 +1,4 @@
-"""Notebook 02: its exercises judge rightly, its museum is caught by the checks that it names, its slider turns."""
+"""Notebook 02: its exercises judge rightly, the named checks catch its bug exhibits, its slider turns."""
 
 import functools
 import math
@@ -99,7 +99,7 @@ WRONG = {
         apply_in_place: "has changed it: work on a copy",
     },
 }
-TRIES = [(name, wrong, words) for name, tries in WRONG.items() for wrong, words in tries.items()]
+TRIES = [(name, wrong, message) for name, tries in WRONG.items() for wrong, message in tries.items()]
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -117,10 +117,10 @@ def test_the_folded_solution_passes(lesson, name, monkeypatch):
     assert ("Once upon a time" in result.message) == (name == "apply_rotary")
 
 
-@pytest.mark.parametrize(("name", "wrong", "words"), TRIES, ids=[wrong.__name__ for _, wrong, _ in TRIES])
-def test_a_wrong_try_is_told_which_property_failed(name, wrong, words):
+@pytest.mark.parametrize(("name", "wrong", "message"), TRIES, ids=[wrong.__name__ for _, wrong, _ in TRIES])
+def test_a_wrong_try_is_told_which_property_failed(name, wrong, message):
     result = getattr(exercises, name)(wrong)
-    assert not result.passed and words in result.message
+    assert not result.passed and message in result.message
     assert "Once upon a time" not in result.message
 
 
@@ -130,18 +130,18 @@ def test_the_wrong_partners_get_no_story(lesson):
     assert not result.passed and "should show in dimensions [0, 12], but shows in [0, 1]" in result.message
 
 
-def test_each_museum_piece_is_caught_by_the_one_check_that_the_notebook_names(lesson):
-    """The prose says so; the checks are run here again, with the pieces as they stand in the cells tagged museum."""
-    names, museum = dict(lesson.names), {}
-    for source in lesson.museum():
-        before = set(museum)
-        exec(source, names, museum)
-        assert len(set(museum) - before) == 1
+def test_each_bug_exhibit_is_caught_by_the_one_check_that_the_notebook_names(lesson):
+    """The prose says so; the checks are run here again, with the exhibits as they stand in the cells tagged museum."""
+    names, exhibits = dict(lesson.names), {}
+    for source in lesson.exhibits():
+        before = set(exhibits)
+        exec(source, names, exhibits)
+        assert len(set(exhibits) - before) == 1
     turning_with, checks = names["turning_with"], names["checks"]
     versions = {
-        "short_text_by_formula": turning_with(apply=museum["neighbour_pairs"]),
-        "distance_only_to_the_end": turning_with(angles=museum["half_precision_angles"]),
-        "in_parts_as_in_one": turning_with(positions=museum["forgotten_start"]),
+        "short_text_by_formula": turning_with(apply=exhibits["neighbour_pairs"]),
+        "distance_only_to_the_end": turning_with(angles=exhibits["half_precision_angles"]),
+        "in_parts_as_in_one": turning_with(positions=exhibits["forgotten_start"]),
     }
     for expected, turn in versions.items():
         assert [check.__name__ for check in checks if not check(turn)] == [expected]
@@ -160,7 +160,7 @@ def test_the_sliders_turn_the_hands():
 
 
 def test_the_slider_reads_without_a_kernel():
-    """On paper and on the web there is no slider: the same output holds a picture with words."""
+    """On paper and on the web there is no slider: the same output holds a picture with its description."""
     bundle = TurningPair()._repr_mimebundle_()
     assert {"text/html", "text/plain", "application/vnd.jupyter.widget-view+json"} <= bundle.keys()
     assert "query at 3, key at 1" in bundle["text/html"] and "query at 8, key at 6" in bundle["text/plain"]

@@ -1,4 +1,4 @@
-"""Notebook 08: its exercises can be solved and failed, and its museum is caught by the checks that it names."""
+"""Notebook 08: its exercises can be solved and failed, and the named checks catch its bug exhibits."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def not_transposed(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     ],
 )
 def test_a_wrong_product_is_told_what_is_wrong(wrong, told):
-    """Each mistake has its own words."""
+    """Each mistake has its own message."""
     result = exercises.int8_product(wrong)
     assert not result.passed
     assert told in result.message, result.message
@@ -141,18 +141,18 @@ def test_a_wrong_count_is_told_which_part_is_off(change, told):
 
 
 @pytest.mark.parametrize(
-    ("piece", "caught_by"),
+    ("exhibit", "caught_by"),
     [
         ("cut_off", ["half_a_scale"]),
         ("wrapped_around", ["similar", "half_a_scale", "largest_keeps_its_sign"]),
         ("other_axis", ["half_a_scale", "a_scale_for_each_row"]),
     ],
 )
-def test_each_museum_piece_is_caught_by_the_checks_that_the_notebook_names(lesson, piece, caught_by):
+def test_each_bug_exhibit_is_caught_by_the_checks_that_the_notebook_names(lesson, exhibit, caught_by):
     """The prose says who catches what; shape and dtype are blind to all three."""
-    assert len(lesson.museum()) == 3
-    caught = [check.__name__ for check in lesson.names["checks"] if not check(lesson.names[piece])]
+    assert len(lesson.exhibits()) == 3
+    caught = [check.__name__ for check in lesson.names["checks"] if not check(lesson.names[exhibit])]
     assert [name for name in caught if name != "similar"] == [name for name in caught_by if name != "similar"]
     assert "shape_and_dtype" not in caught
-    if piece == "cut_off":
+    if exhibit == "cut_off":
         assert "similar" not in caught

@@ -66,9 +66,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_try_is_told_what_is_wrong_with_it(name):
-    wrong, words = WRONG[name]
+    wrong, message = WRONG[name]
     result = exercises.next_token(wrong)
-    assert not result.passed and words in result.message
+    assert not result.passed and message in result.message
 
 
 def test_the_story_is_chosen_by_the_learners_code():
@@ -109,9 +109,9 @@ def test_the_glossary_is_short_and_every_entry_names_the_notebook_that_teaches_i
     text = prose(NOTEBOOKS / "00_start_here.ipynb")
     glossary = text[text.index("## Glossary") : text.index("## Where next")]
     for entry in glossary.split('<a id="')[1:]:
-        words = entry.split("**: ")[1].split("\n\n")[0]
-        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)|assets/tiny/README\.md", words), entry
-        assert len(words) <= 330, entry
+        text = entry.split("**: ")[1].split("\n\n")[0]
+        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)|assets/tiny/README\.md", text), entry
+        assert len(text) <= 330, entry
 
 
 def test_glossary_stands_before_where_next(lesson):
@@ -128,7 +128,7 @@ def test_the_figure_divides_each_bar_by_the_shares():
     assert widths == [25.0, 50.0, 75.0, 50.0]
 
 
-def test_the_figure_says_its_shares_in_words():
+def test_the_figure_describes_its_shares():
     assert (
         "a: x 25%, y 75%; b: x 50%, y 50%" in share_bars({"a": {"x": 1, "y": 3}, "b": {"x": 1, "y": 1}}, "t", "x").alt
     )
@@ -139,7 +139,7 @@ def test_the_cells_count_what_the_config_counts(lesson):
         assert sum(lesson.names["parts"](config).values()) == config.parameter_count()
 
 
-def test_the_readme_shows_the_map_and_says_in_words_what_the_map_of_today_says():
+def test_the_readme_shows_the_map_and_describes_it_as_the_map_of_today_does():
     """The picture is a saved copy: when the map changes, save it again with `model_map().figure.savefig(...)`."""
     assert (NOTEBOOKS / "images" / "map.png").stat().st_size > 10_000
     alt = re.search(r"!\[([^\]]+)\]\(notebooks/images/map\.png\)", README)

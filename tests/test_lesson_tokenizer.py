@@ -1,4 +1,4 @@
-"""Notebook 01: its exercises tell wrong from right, and its museum is caught where the notebook says."""
+"""Notebook 01: its exercises tell wrong from right, and its bug exhibits are caught where the notebook says."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def lesson(real_file) -> Lesson:
 
 @pytest.fixture(scope="module")
 def folded_merges(lesson) -> tuple:
-    """What the check says of the folded merges, and the words that it had them merge; the story is written once."""
+    """What the check says of the folded merges, and the pretokens that it had them merge; the story is written once."""
     asked, solution = [], lesson.solution("my_apply_merges")
 
     def my_merges(symbols, ranks):
@@ -115,23 +115,23 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "wrong", "words"), WRONG, ids=[wrong.__name__ for _, wrong, _ in WRONG])
-def test_a_wrong_try_is_told_what_failed(name, wrong, words):
+@pytest.mark.parametrize(("name", "wrong", "message"), WRONG, ids=[wrong.__name__ for _, wrong, _ in WRONG])
+def test_a_wrong_try_is_told_what_failed(name, wrong, message):
     """Each plausible mistake has its own message, and none is given a story."""
     result = check_of(name)(wrong)
-    assert not result.passed and words in result.message
+    assert not result.passed and message in result.message
     assert exercises.PROMPT not in result.message
 
 
-PIECES = ["DecodesTokenByToken", "TakesTheLongestToken", "MergesRunsOfSpaces"]
+EXHIBITS = ["DecodesTokenByToken", "TakesTheLongestToken", "MergesRunsOfSpaces"]
 
 
-def test_the_museum_holds_the_pieces_that_are_named(lesson):
-    assert [source.split()[1].split("(")[0] for source in lesson.museum()] == PIECES
+def test_the_bug_exhibits_are_the_ones_that_are_named(lesson):
+    assert [source.split()[1].split("(")[0] for source in lesson.exhibits()] == EXHIBITS
 
 
 @pytest.mark.parametrize(
-    ("piece", "caught_by"),
+    ("exhibit", "caught_by"),
     [
         ("DecodesTokenByToken", "round trip, emoji"),
         ("TakesTheLongestToken", "ids of a page as the real ones"),
@@ -139,9 +139,9 @@ def test_the_museum_holds_the_pieces_that_are_named(lesson):
         ("right", None),
     ],
 )
-def test_each_wrong_version_is_caught_by_one_check_and_by_no_other(lesson, piece, caught_by):
-    """The notebook says so in words; the range of the ids and a plain round trip are blind to all three."""
-    version, checks = lesson.names["versions"][piece], lesson.names["checks"]
+def test_each_wrong_version_is_caught_by_one_check_and_by_no_other(lesson, exhibit, caught_by):
+    """The notebook says so; the range of the ids and a plain round trip are blind to all three."""
+    version, checks = lesson.names["versions"][exhibit], lesson.names["checks"]
     assert [name for name, check in checks.items() if not check(version)] == ([caught_by] if caught_by else [])
 
 

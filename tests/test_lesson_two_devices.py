@@ -1,4 +1,4 @@
-"""Notebook 09: its exercises judge rightly, its museum is caught by the checks that it names, its ranks report."""
+"""Notebook 09: its exercises judge rightly, the named checks catch its bug exhibits, its ranks report."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from neox_lib.course import two_devices
 from neox_lib.course.exercises import two_devices as exercises
-from neox_lib.course.figures.two_devices import meetings
+from neox_lib.course.figures.two_devices import all_reduces
 from neox_lib.distributed.ranks import RankFailed, on_ranks
 from tests.lessons import Lesson
 
@@ -55,7 +55,7 @@ def waits_for_attention(hidden, blocks, cos, sin, caches, all_reduce):
     return hidden + all_reduce([block.mlp(block.post_attention_layernorm(hidden)) for block in blocks])
 
 
-def meets_twice(hidden, blocks, cos, sin, caches, all_reduce):
+def reduces_twice(hidden, blocks, cos, sin, caches, all_reduce):
     pairs = zip(blocks, caches, strict=True)
     attended = all_reduce([block.attention(block.input_layernorm(hidden), cos, sin, cache) for block, cache in pairs])
     return hidden + attended + all_reduce([block.mlp(block.post_attention_layernorm(hidden)) for block in blocks])
@@ -98,13 +98,13 @@ def changes_the_ids(input_ids, rows, first):
 
 
 def forgets_the_embedding(config, tokens, ranks, dtype):
-    meeting = 2 * (ranks - 1) * tokens * config.hidden_size // ranks
-    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) - meeting * dtype.itemsize
+    per_reduce = 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) - per_reduce * dtype.itemsize
 
 
 def always_once(config, tokens, ranks, dtype):
-    meetings = 1 + config.num_hidden_layers
-    numbers = meetings * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    all_reduces = 1 + config.num_hidden_layers
+    numbers = all_reduces * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
     return (numbers + (ranks - 1) * config.vocab_size // ranks) * dtype.itemsize
 
 
@@ -119,8 +119,8 @@ WRONG = {
         forgets_x: "the sum without x",
         takes_the_mean: "the mean of the partial sums",
         waits_for_attention: "the sequential residual",
-        meets_twice: "meet 2 times, once is enough",
-        adds_without_the_wire: "meet 0 times",
+        reduces_twice: "called all_reduce 2 times, once is enough",
+        adds_without_the_wire: "called all_reduce 0 times",
         one_cache_for_all: "its own cache",
         one_tensor_on_the_wire: "a list with one tensor from each",
         changes_its_input: "changes its input",
@@ -132,8 +132,8 @@ WRONG = {
         changes_the_ids: "changes the ids",
     },
     "my_bytes_sent": {
-        forgets_the_embedding: "the meeting of the embeddings is missing",
-        always_once: "a sequential block meets twice",
+        forgets_the_embedding: "the all-reduce of the embeddings is missing",
+        always_once: "a sequential block needs two all-reduces",
         scores_every_token: "the last token alone is scored",
     },
 }
@@ -160,13 +160,13 @@ CAUGHT = {  # by: shapes; one device; two devices, untrained; two devices, train
 }
 
 
-def test_each_piece_of_the_museum_is_caught_by_the_checks_that_the_notebook_names(lesson):
+def test_each_bug_exhibit_is_caught_by_the_checks_that_the_notebook_names(lesson):
     names = lesson.names
     assert list(names["found"]) == ["shapes", "one device", "two, untrained", "two, trained"]
     assert list(names["versions"]) == ["right", *CAUGHT]
     columns = list(zip(*names["found"].values(), strict=True))
     assert columns[0] == (True,) * 4, "the right way passes every check"
-    for source, (name, passes), column in zip(lesson.museum(), CAUGHT.items(), columns[1:], strict=True):
+    for source, (name, passes), column in zip(lesson.exhibits(), CAUGHT.items(), columns[1:], strict=True):
         assert f"def {name}(" in source and list(column) == passes
 
 
@@ -183,6 +183,6 @@ def test_a_lost_rank_raises_so_that_the_cell_shows_something():
         on_ranks(2, two_devices.leave_early)
 
 
-def test_the_figure_has_one_meeting_above_and_two_below():
-    above, below = meetings().figure.axes
+def test_the_figure_has_one_all_reduce_above_and_two_below():
+    above, below = all_reduces().figure.axes
     assert [sum(text.get_text() == "all-reduce" for text in axes.texts) for axes in (above, below)] == [1, 2]

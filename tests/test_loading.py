@@ -51,7 +51,7 @@ def counted(monkeypatch) -> Iterator[tuple[Counter, Counter]]:
     def noting(cls, method):
         real = getattr(cls, method)
         monkeypatch.setattr(
-            cls, method, lambda self, *words, **more: made.update([type(self)]) or real(self, *words, **more)
+            cls, method, lambda self, *arguments, **more: made.update([type(self)]) or real(self, *arguments, **more)
         )
 
     noting(NeoXModel, "__init__")
@@ -157,7 +157,7 @@ def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monk
     with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
         check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
     monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16 * 2**30))
-    with pytest.raises(CheckpointError, match="no dtype of ours fits"):
+    with pytest.raises(CheckpointError, match="no dtype fits"):
         check_memory(neox_20b(), fp32, CPU)
 
 
@@ -203,7 +203,7 @@ def test_loaded_models_are_for_inference(folder):
 def test_use_cache_is_what_generation_does(folder, monkeypatch):
     made = []
     real = neox_lib.generation.KVCache
-    monkeypatch.setattr(neox_lib.generation, "KVCache", lambda *words: made.append(words) or real(*words))
+    monkeypatch.setattr(neox_lib.generation, "KVCache", lambda *arguments: made.append(arguments) or real(*arguments))
     ids = torch.tensor([[5, 6, 7]])
     uncached = greedy_generate(create_model(folder, use_cache=False, device="cpu"), ids, 12)
     assert not made

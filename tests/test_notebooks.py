@@ -46,8 +46,7 @@ def tagged(path: Path, tag: str) -> list:
 
 
 def test_the_series_is_there():
-    assert [path.name[:2] for path in PATHS] == [f"{number:02d}" for number in range(len(PATHS))]
-    assert len(PATHS) >= 7
+    assert PATHS and [path.name[:2] for path in PATHS] == [f"{number:02d}" for number in range(len(PATHS))]
 
 
 @every_notebook
@@ -82,10 +81,10 @@ def test_no_output_names_a_machine(path):
     """Outputs are compared on every machine, and read by strangers."""
     for cell in code_cells(path):
         if "nbval-ignore-output" not in cell.metadata.get("tags", []):
-            words = str(
+            shown = str(
                 [output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
             )
-            assert not re.search(r"/home/|/root/|/tmp/|0x[0-9a-f]{6,}|cuda:", words), words
+            assert not re.search(r"/home/|/root/|/tmp/|0x[0-9a-f]{6,}|cuda:", shown), shown
 
 
 @every_notebook
@@ -101,7 +100,6 @@ def test_all_parts_stand_in_their_order(path):
     places = [titles.index(part) for part in PARTS]
     assert places == sorted(places)
     assert titles[:2] == PARTS[:2] and titles[-5:] == PARTS[3:]
-    assert len(titles) >= len(PARTS) + 3, "a lesson has at least three steps between its beginning and its end"
 
 
 @every_notebook
@@ -109,9 +107,8 @@ def test_the_beginning_says_what_you_need_how_long_it_takes_and_what_you_will_be
     text = prose(path)
     assert re.search(r"\b\d+ minutes\b", text)
     start = text[text.index("## Before you start") :]
-    assert 2 <= start.split("\n## ")[0].count("<details>") <= 3, "two questions for a self-check"
-    objectives = re.search(r"You will be able to:\n\n((?:[-\d].*\n(?:  .*\n)*)+)", text)
-    assert objectives and 3 <= len(re.findall(r"^[-\d]", objectives[1], flags=re.MULTILINE)) <= 5
+    assert "<details>" in start.split("\n## ")[0], "questions for a self-check"
+    assert "You will be able to:\n\n" in text
 
 
 @every_building_one
@@ -140,7 +137,7 @@ def test_exercises_have_a_check_hints_and_a_folded_solution(path):
 
 
 @every_building_one
-def test_the_museum_has_three_pieces(path):
+def test_there_are_three_bug_exhibits(path):
     assert len(tagged(path, "museum")) == 3
 
 
@@ -153,9 +150,7 @@ def test_code_fits_on_a_screen(path):
 
 
 @every_notebook
-def test_the_size_is_that_of_a_lesson(path):
-    cells = len(read(path).cells)
-    assert cells >= 40 if path in BUILDING else cells <= 60
+def test_a_notebook_stays_small(path):
     assert path.stat().st_size < 1_000_000
 
 
@@ -228,9 +223,8 @@ def nbval(path: Path) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_judge_sees_one_changed_number_and_no_changed_pixel(tmp_path):
     """nbval as we call it, on a small notebook: a wrong stored number fails, another machine's font does not."""
-    source = "from neox_lib.course.figures import plots\nprint(round(2 / 3, 4))"
-    picture = "plots.bars({'a': 1.0}, 'One', 'height', alt='One bar of height one, called a.')"
-    cells = [nbformat.v4.new_code_cell(text) for text in (source, picture)]
+    picture = "from IPython.display import HTML\nHTML('<img src=\"data:image/png;base64,iVBORw0KGgo=\">')"
+    cells = [nbformat.v4.new_code_cell(text) for text in ("print(round(2 / 3, 4))", picture)]
     path = tmp_path / "02_small.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     run_and_store(path)

@@ -1,4 +1,4 @@
-"""One model on several ranks: the same scores and text as one process, a fair share of memory, one exchange a block,
+"""One model on several ranks: the same scores and text as one process, a fair share of memory, one exchange per block,
 and one line when a rank fails."""
 
 import contextlib
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_a_rank_keeps_its_own_heads_in_its_cache(found, shape, file_ranks, ranks
 @every_case
 @pytest.mark.parametrize("work", ["prefill", "decode"])
 def test_one_exchange_a_block_two_where_the_residual_is_sequential(found, shape, file_ranks, ranks, work):
-    """Each exchange costs a wait for the slowest rank: a second one a block would double the waits."""
+    """Each exchange costs a wait for the slowest rank: a second one per block would double the waits."""
     a_block = 1 if SHAPES[shape].use_parallel_residual else 2
     for told in found(shape, file_ranks, ranks):
         assert told[work] == {"allreduce_": 1 + 3 * a_block, "allgather_": 1}
@@ -168,7 +169,7 @@ def test_a_ranks_process_grows_by_its_share(larger):
         assert grown <= 1.1 * config.weight_bytes(torch.float32) / 2
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="page counts are Linux's")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="page counts are Linux's")
 def test_a_rank_reads_its_own_files_only(larger):
     """Of the other rank's file a few pages: its header, its norms and biases. 20B's are 20 GB that need not be read."""
     folder, _ = larger
@@ -247,7 +248,7 @@ def test_a_mistake_in_the_program_is_named_with_its_kind():
 
 
 @contextlib.contextmanager
-def two_processes(*words: str, stdin: int | None = None):
+def two_processes(*argv: str, stdin: int | None = None):
     """The command on two ranks, with the environment that torchrun gives, without torchrun's own report."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
@@ -258,7 +259,7 @@ def two_processes(*words: str, stdin: int | None = None):
             key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()
         }
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "neox_lib", *words]
+        command = [sys.executable, "-m", "neox_lib", *argv]
         processes.append(subprocess.Popen(command, env=environment, **pipes))
     try:
         yield processes
@@ -307,7 +308,7 @@ def test_ctrl_c_keeps_the_text_and_says_nothing_more():
 
 @pytest.mark.slow
 def test_torchrun_writes_the_text_of_one_process(capfd):
-    words = [
+    argv = [
         "-m",
         "neox_lib",
         "generate",
@@ -321,9 +322,9 @@ def test_torchrun_writes_the_text_of_one_process(capfd):
         "--seed",
         "4",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
     several = subprocess.run(command, input="the fox", capture_output=True, text=True, timeout=120)
-    one = subprocess.run([sys.executable, *words], input="the fox", capture_output=True, text=True, timeout=120)
+    one = subprocess.run([sys.executable, *argv], input="the fox", capture_output=True, text=True, timeout=120)
     assert several.returncode == 0 and several.stdout == one.stdout and "the fox" in one.stdout
     assert "cpu, 2 ranks; prefill" in several.stderr
 

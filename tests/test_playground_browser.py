@@ -129,7 +129,7 @@ def test_a_token_can_be_looked_at_and_left_while_the_text_grows(visit):
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 8,')")
     assert visit.page.locator(".np").first.get_attribute("data-phase") == "writing"
     visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
-    visit.wait("document.querySelector('.np').querySelectorAll('.np-roads li').length === 2")
+    visit.wait("document.querySelector('.np').querySelectorAll('.np-branches li').length === 2")
     visit.button("Stop").click()
     visit.settled()
 
@@ -154,21 +154,21 @@ def test_a_slow_model_tells_how_far_it_reads_and_can_be_stopped_meanwhile(visit)
         slow.locator(".np-status", has_text=re.compile(f"Reading the prompt: {layers} of 40 layers")).wait_for()
     started = time.monotonic()
     slow.get_by_role("button", name="Stop").click()
-    slow.locator(".np-status", has_text="Stopped while the prompt was read").wait_for()
+    slow.locator(".np-status", has_text="Stopped while reading the prompt").wait_for()
     assert time.monotonic() - started < 3
 
 
-def test_another_road_is_taken_from_a_bar(visit):
+def test_another_branch_is_taken_from_a_bar(visit):
     visit.set_tokens(12)
     visit.generate("Once upon a time, a fox")
     visit.page.locator(".np-text .np-token").nth(9).click()
     visit.wait("document.querySelectorAll('.np-bars button').length >= 10")
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 9,')")
     visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
-    visit.wait("document.querySelector('.np').querySelectorAll('.np-roads li').length === 2")
+    visit.wait("document.querySelector('.np').querySelectorAll('.np-branches li').length === 2")
     visit.phase("idle")
-    visit.page.locator(".np-roads button").first.click()
-    visit.wait("document.querySelector('.np-roads button').getAttribute('aria-pressed') === 'true'")
+    visit.page.locator(".np-branches button").first.click()
+    visit.wait("document.querySelector('.np-branches button').getAttribute('aria-pressed') === 'true'")
 
 
 def test_attention_by_keyboard_alone(visit):
@@ -318,7 +318,7 @@ def test_a_playground_that_is_closed_while_it_streams_writes_no_further(visit):
     visit.set_tokens(1500)
     visit.button("Generate").click()
     visit.phase("writing")
-    visit.execute("one.page.close()\nassert one.session.worker.join(5) and len(one.state.roads.road.ids) < 1500")
+    visit.execute("one.page.close()\nassert one.session.worker.join(5) and len(one.state.branches.branch.ids) < 1500")
     visit.wait(f"document.querySelectorAll('.np').length === {len(CELLS) - 1}")
 
 

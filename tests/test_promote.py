@@ -82,7 +82,7 @@ def test_what_agrees_shows_no_difference_and_promoting_it_changes_nothing(house)
 
 
 @pytest.mark.parametrize(
-    "old, new", [("# why not", "# because"), ("# how wide", "# width"), ("WIDTH = 3", "WIDTH = 4")]
+    ("old", "new"), [("# why not", "# because"), ("# how wide", "# width"), ("WIDTH = 3", "WIDTH = 4")]
 )
 def test_an_edit_in_the_notebook_is_seen_promoted_and_then_agrees(house, old, new):
     """Comments count: they teach, so they may not drift."""
@@ -145,10 +145,10 @@ def test_a_cell_that_is_not_whole_definitions_is_refused_with_its_place(house, t
     assert module_text(house) == MODULE
 
 
-@pytest.mark.parametrize("module, words", [(None, "names no module"), ("nowhere", "no module nowhere")])
-def test_a_cell_without_a_module_is_refused(house, module, words):
+@pytest.mark.parametrize(("module", "message"), [(None, "names no module"), ("nowhere", "no module nowhere")])
+def test_a_cell_without_a_module_is_refused(house, module, message):
     write_notebook(house / "notebooks", "02_more.ipynb", cell("A = 1", module))
-    with pytest.raises(PromotionError, match=words):
+    with pytest.raises(PromotionError, match=message):
         promote.collect(house / "notebooks")
 
 

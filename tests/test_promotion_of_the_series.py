@@ -37,14 +37,14 @@ def clone(tmp_path_factory) -> Path:
         shutil.copy(path, folder / "notebooks" / "mine")
     (folder / ".gitignore").write_text("__pycache__/\nnotebooks/mine/\n")
     git = ["git", "-c", "user.name=learner", "-c", "user.email=learner@localhost", "-c", "init.defaultBranch=main"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "as cloned"]):
-        subprocess.run([*git, *words], cwd=folder, check=True)
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "as cloned"]):
+        subprocess.run([*git, *arguments], cwd=folder, check=True)
     return folder
 
 
-def run(clone: Path, *words: str) -> subprocess.CompletedProcess:
+def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(clone), "NEOX_PROGRESS": str(clone.parent / "progress.json")}
-    return subprocess.run([sys.executable, *words], cwd=clone, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True)
 
 
 def command_line_story(clone: Path) -> str:

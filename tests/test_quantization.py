@@ -12,9 +12,7 @@ from torch import nn
 from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.checkpoints.quantized import int8_bytes, is_quantized
 from neox_lib.config import tiny
-from neox_lib.evaluation.likelihood import stories_of, story_stream
-from neox_lib.evaluation.rounding import rounding_cost, same_greedy_tokens
-from neox_lib.generation import prompt_ids
+from neox_lib.evaluation.likelihood import perplexity, stories_of, story_stream
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import needs
@@ -117,7 +115,7 @@ def test_few_rows_take_the_int8_product_and_many_do_not(monkeypatch):
     taken = []
     for name in ("multiply_packed", "multiply_cast"):
         real = getattr(int8_linear, name)
-        monkeypatch.setattr(int8_linear, name, lambda *words, n=name, f=real: taken.append(n) or f(*words))
+        monkeypatch.setattr(int8_linear, name, lambda *arguments, n=name, f=real: taken.append(n) or f(*arguments))
     layer = int8_layer(192, 64)
     layer(matrix(PACKED_ROWS, 192)), layer(matrix(PACKED_ROWS + 1, 192))
     assert taken == ["multiply_packed", "multiply_cast"]
@@ -168,33 +166,33 @@ def models():
     return create_model(device="cpu", dtype="float32"), create_model(device="cpu", dtype="int8")
 
 
+@torch.inference_mode()
+def perplexity_ratio(exact, rounded, ids):
+    return perplexity(rounded, ids) / perplexity(exact, ids)
+
+
+@torch.inference_mode()
 def test_the_shipped_model_is_as_good_in_int8(models):
-    """Perplexity on tales that it never saw, within 1 %, and nearly always the same likeliest token."""
+    """On tales that it never saw: perplexity within 1 %, logits close, and nearly always the same likeliest token."""
     stories = stories_of((SHIPPED_MODEL.parent / "wilde_tales.txt").read_text("utf-8"))
-    cost = rounding_cost(*models, story_stream(create_tokenizer(), stories)[:4000])
-    assert abs(cost.perplexity_change) < 0.01
-    assert cost.mean_error < 0.01 * cost.logit_spread and cost.worst_error < 0.15 * cost.logit_spread
-    assert cost.same_choice > 0.97
+    ids = story_stream(create_tokenizer(), stories)[None, :2048]
+    assert abs(perplexity_ratio(*models, ids) - 1) < 0.01
+    exact, rounded = (model(ids)[0] for model in models)
+    errors = (exact - rounded).abs()
+    assert errors.mean() < 0.01 * exact.std() and errors.max() < 0.15 * exact.std()
+    assert (exact.argmax(-1) == rounded.argmax(-1)).float().mean() > 0.97
 
 
-def test_the_cost_of_a_wrong_scale_shows(models, monkeypatch):
+def test_the_cost_of_a_wrong_scale_shows(models):
     """The bound of 1 % means something: scales moved on by one row cost far more."""
     exact, rounded = models
     layer = rounded.layers[0].mlp.dense_h_to_4h
     with torch.no_grad():
         good = layer.scale.clone()
         layer.scale.copy_(good.roll(1))
-        cost = rounding_cost(exact, rounded, torch.arange(2, 400))
+        ratio = perplexity_ratio(exact, rounded, torch.arange(2, 400)[None])
         layer.scale.copy_(good)
-    assert abs(cost.perplexity_change) > 0.01
-
-
-def test_no_rounding_costs_nothing(models):
-    cost = rounding_cost(models[0], models[0], torch.arange(2, 300), length=64)
-    assert (cost.mean_error, cost.worst_error, cost.perplexity_change, cost.same_choice) == (0, 0, 0, 1)
-    ids = prompt_ids(create_tokenizer(), "Once upon a time")
-    assert same_greedy_tokens(models[0], models[0], ids, 10) == 10
-    assert same_greedy_tokens(*models, ids, 10) >= 5
+    assert abs(ratio - 1) > 0.01
 
 
 def test_what_becomes_int8_and_what_stays(models):

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import (
     bits_per_byte,
-    loss_by_position,
+    negative_log_likelihood,
     perplexity,
     stories_of,
     story_stream,
-    surprise,
     token_log_probabilities,
     windows,
 )
@@ -40,7 +39,7 @@ class Letters:
 
 
 class Uniform(torch.nn.Module):
-    """A model that finds every token equally likely: its surprise is log(V), whatever the text."""
+    """A model that finds every token equally likely: its negative log-likelihood is log(V), whatever the text."""
 
     def __init__(self, config: NeoXConfig):
         super().__init__()
@@ -105,10 +104,10 @@ def test_windows_predict_every_token_once(tokens, length):
 
 
 @torch.inference_mode()
-def test_surprise_reads_window_by_window(random_model, token_ids):
+def test_negative_log_likelihood_reads_window_by_window(random_model, token_ids):
     """Each window starts without memory, so the length is part of any figure that we publish."""
     model, stream = random_model(SMALL), token_ids(SMALL, 1, 25)[0]
-    found = surprise(model, stream, 10)
+    found = negative_log_likelihood(model, stream, 10)
     expected = [-token_log_probabilities(model, stream[None, a:b])[0] for a, b in ((0, 11), (10, 21), (20, 25))]
     torch.testing.assert_close(found, torch.cat(expected))
     assert found.shape == (24,)
@@ -145,14 +144,6 @@ def test_bits_per_byte_by_hand():
 
 
 def test_bits_per_byte_do_not_pay_for_padded_rows():
-    """50 real tokens of 64: log2(50) bits a token."""
+    """50 real tokens of 64: log2(50) bits per token."""
     found = bits_per_byte(Uniform(PADDED), Letters(), ["abc"])
     assert found == pytest.approx(math.log2(50) * 4 / 3)
-
-
-@torch.inference_mode()
-def test_loss_by_position_is_the_mean_over_whole_windows(random_model, token_ids):
-    """It proves that a model holds over its context; a short last window must not count."""
-    model, stream = random_model(SMALL), token_ids(SMALL, 1, 27)[0]
-    rows = [-token_log_probabilities(model, stream[None, a : a + 9])[0] for a in (0, 8, 16)]
-    torch.testing.assert_close(loss_by_position(model, stream, 8), torch.stack(rows).mean(dim=0))

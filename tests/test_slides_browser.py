@@ -132,7 +132,7 @@ def playground_lesson(browser, lab) -> Iterator[PlaygroundVisit]:
     visit.close()
 
 
-def test_a_prediction_is_made_on_a_slide_in_letters_that_all_can_read(playground_lesson):
+def test_a_prediction_is_made_on_a_slide(playground_lesson):
     visit = playground_lesson
     run_the_cell(visit, 'prompt_playground", "inline_stop"')
     visit.page.locator(".jupyter-widgets input[type=radio]").first.click()

@@ -1,4 +1,4 @@
-"""Text that appears token by token: all of it, in order, and never a piece of a character."""
+"""Text that appears token by token: all of it, in order, and never a part of a character."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def tokenizers(tokenizer_20b_path, tmp_path_factory) -> dict[str, Tokenizer | BP
 NAMES = ["bytes only", "small", "small, fast", "20b"]
 
 
-def pieces(tokenizer, ids: list[int]) -> list[str]:
+def shown_by(tokenizer, ids: list[int]) -> list[str]:
     """What each token shows; the last one also what never became a character."""
     decoder = StreamDecoder(tokenizer)
     shown = [decoder.push(token_id) for token_id in ids]
@@ -76,7 +76,7 @@ def test_any_tokens_give_the_text_that_decoding_all_of_them_gives(tokenizers, na
     @settings(max_examples=200, deadline=None)
     @given(st.lists(st.integers(0, size_of(tokenizer) - 1), min_size=1, max_size=40))
     def check(ids):
-        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+        assert "".join(shown_by(tokenizer, ids)) == tokenizer.decode(ids)
 
     check()
 
@@ -96,7 +96,7 @@ def test_after_each_byte_all_whole_characters_are_shown_and_no_part_of_one(token
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.sampled_from(byte_ids), min_size=1, max_size=30))
     def check(ids):
-        shown = pieces(tokenizer, ids)
+        shown = shown_by(tokenizer, ids)
         assert "".join(shown) == tokenizer.decode(ids)
         for count in range(1, len(ids)):
             so_far, decoded = "".join(shown[:count]), tokenizer.decode(ids[:count])
@@ -116,7 +116,7 @@ def test_a_text_of_whole_characters_never_shows_a_broken_one(tokenizers, name):
     @given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), min_size=1))
     def check(text):
         ids = encode_text(tokenizer, text)
-        shown = pieces(tokenizer, ids)
+        shown = shown_by(tokenizer, ids)
         assert "".join(shown) == as_read(text)
         assert "\ufffd" not in "".join(shown)
 
@@ -126,20 +126,20 @@ def test_a_text_of_whole_characters_never_shows_a_broken_one(tokenizers, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_hard_texts_stream_whole(tokenizers, name, text):
-    assert "".join(pieces(tokenizers[name], encode_text(tokenizers[name], text))) == as_read(text)
+    assert "".join(shown_by(tokenizers[name], encode_text(tokenizers[name], text))) == as_read(text)
 
 
 def test_a_character_appears_with_its_last_byte():
     """Bytes of an unfinished character wait, and what waited comes with the byte that completes it."""
-    assert pieces(BYTES_ONLY, BYTES_ONLY.encode("aé€🦊")) == ["a", "", "é", "", "", "€", "", "", "", "🦊"]
+    assert shown_by(BYTES_ONLY, BYTES_ONLY.encode("aé€🦊")) == ["a", "", "é", "", "", "€", "", "", "", "🦊"]
 
 
 def test_a_byte_that_breaks_a_character_off_shows_what_can_be_shown():
     """The mark for the broken one comes as soon as it is certain, and the next character is not lost."""
     fox, letter = BYTES_ONLY.encode("🦊"), BYTES_ONLY.encode("a")
-    assert pieces(BYTES_ONLY, fox[:2] + letter) == ["", "", "\ufffda"]
-    assert pieces(BYTES_ONLY, fox[:3]) == ["", "", "\ufffd"]
-    assert pieces(BYTES_ONLY, fox[1:2] + letter) == ["\ufffd", "a"]
+    assert shown_by(BYTES_ONLY, fox[:2] + letter) == ["", "", "\ufffda"]
+    assert shown_by(BYTES_ONLY, fox[:3]) == ["", "", "\ufffd"]
+    assert shown_by(BYTES_ONLY, fox[1:2] + letter) == ["\ufffd", "a"]
 
 
 def test_bytes_of_a_surrogate_become_marks_and_swallow_nothing():
@@ -147,25 +147,25 @@ def test_bytes_of_a_surrogate_become_marks_and_swallow_nothing():
     surrogate = [BYTES_ONLY.vocab[BYTE_TO_CHARACTER[byte]] for byte in (0xED, 0xA0, 0x80)]
     letter = BYTES_ONLY.encode("a")
     assert (
-        "".join(pieces(BYTES_ONLY, surrogate + letter)) == BYTES_ONLY.decode(surrogate + letter) == "\ufffd" * 3 + "a"
+        "".join(shown_by(BYTES_ONLY, surrogate + letter)) == BYTES_ONLY.decode(surrogate + letter) == "\ufffd" * 3 + "a"
     )
-    assert "".join(pieces(BYTES_ONLY, surrogate[:2] + letter)) == "\ufffd\ufffda"
+    assert "".join(shown_by(BYTES_ONLY, surrogate[:2] + letter)) == "\ufffd\ufffda"
 
 
 def test_a_control_token_shows_nothing_and_loses_nothing():
     fox = BYTES_ONLY.encode("🦊")
-    assert pieces(BYTES_ONLY, [*fox[:2], 0, 1, *fox[2:]]) == ["", "", "", "", "", "🦊"]
+    assert shown_by(BYTES_ONLY, [*fox[:2], 0, 1, *fox[2:]]) == ["", "", "", "", "", "🦊"]
 
 
 def test_a_row_that_stands_for_no_token_shows_nothing():
     """A model may be wider than its tokenizer; that is no reason to break off in the middle of a story."""
-    assert pieces(BYTES_ONLY, [5000, *BYTES_ONLY.encode("a")]) == ["", "a"]
+    assert shown_by(BYTES_ONLY, [5000, *BYTES_ONLY.encode("a")]) == ["", "a"]
 
 
 def test_decoding_each_token_alone_is_noticed():
     """The plain way to stream, put in: it breaks every character that is more than one token."""
     ids = BYTES_ONLY.encode("né 🦊")
-    assert "".join(BYTES_ONLY.decode([token_id]) for token_id in ids) != "né 🦊" == "".join(pieces(BYTES_ONLY, ids))
+    assert "".join(BYTES_ONLY.decode([token_id]) for token_id in ids) != "né 🦊" == "".join(shown_by(BYTES_ONLY, ids))
 
 
 # The same through the loop that writes text.

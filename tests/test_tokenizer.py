@@ -364,7 +364,7 @@ def damage(data: dict, change) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda data: data["model"].update(type="Unigram"), "Unigram"),
         (lambda data: data["normalizer"].update(type="NFKC"), "NFKC"),
@@ -375,12 +375,12 @@ def damage(data: dict, change) -> str:
     ],
     ids=["another model", "another normalizer", "no normalizer", "prefix space", "no added tokens", "no merges"],
 )
-def test_another_kind_of_file_is_refused(trained, tmp_path, change, words):
+def test_another_kind_of_file_is_refused(trained, tmp_path, change, message):
     """A tokenizer of another family would give ids that look right and mean something else."""
     path = tmp_path / "tokenizer.json"
     save_tokenizer(trained, path)
     path.write_text(damage(json.loads(path.read_text("utf-8")), change), "utf-8")
-    with pytest.raises(ValueError, match=rf"tokenizer\.json: not a GPT-NeoX tokenizer file: .*{words}"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: not a GPT-NeoX tokenizer file: .*{message}"):
         read_tokenizer(path)
 
 

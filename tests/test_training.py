@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,7 @@ t.run(Path({folder!r}))
 
 def test_a_kill_while_saving_leaves_the_last_state_whole(tmp_path):
     """The machine goes down in the middle of a write: the state before it must load, and lead to the same weights."""
-    code = KILLED_WHILE_SAVING.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "killed"))
+    code = KILLED_WHILE_SAVING.format(tests=Path(__file__).parent, folder=str(tmp_path / "killed"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == 9, killed.stderr

@@ -1,4 +1,4 @@
-"""Speed and size, measured: candidates against baselines in turns, and a model of 20B's shapes on this machine.
+"""Measuring speed and size: our model against baselines, and a model of 20B's shapes on this machine.
 
 May import loading and every room above it; notebooks and the command line import it.
 """

@@ -1,4 +1,4 @@
-"""The other sides of a race: Hugging Face transformers and CTranslate2, with the weights of one of our models."""
+"""The baselines: Hugging Face transformers and CTranslate2, with the weights of one of our models."""
 
 import importlib.util
 import logging
@@ -15,8 +15,8 @@ from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.model import NeoXModel
 
-# Each of our dtypes, and what it is measured against. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
-RIVALS = {
+# For each of our dtypes, the one a baseline uses. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
+BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
     "ctranslate2": {
         "float32": "float32",
@@ -31,12 +31,14 @@ RIVALS = {
 def is_installed(library: str) -> bool:
     try:
         return importlib.util.find_spec(library) is not None
-    except ValueError:  # a module that was set to None, as tests do
+    except ValueError:  # a module set to None, as tests do
         return False
 
 
-def make_rival(library: str, model: NeoXModel, dtype: str) -> Generate:
-    """What `library` makes of the weights of an fp32 `model`. Raises ImportError where it is not installed."""
+def make_baseline(library: str, model: NeoXModel, dtype: str) -> Generate:
+    """A generate function of `library` with the weights of an fp32 `model`. Raises ImportError if it is not
+    installed.
+    """
     if library == "transformers":
         return hugging_face_generate(hugging_face_twin(model, WEIGHT_DTYPES[dtype]))
     return ctranslate2_generate(ctranslate2_twin(model, dtype))
@@ -55,7 +57,7 @@ def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:
     names, ours = names_by_key(model.config), model.state_dict()
     state = {key: ours[names.get(key, "final_linear.weight")].to(dtype) for key in twin.state_dict()}
     twin.load_state_dict(state, assign=True)
-    twin.generation_config.eos_token_id = None  # both sides write all the tokens asked for
+    twin.generation_config.eos_token_id = None  # both sides write every token asked for
     twin.generation_config.pad_token_id = 0
     return twin.requires_grad_(False).eval()
 
@@ -70,16 +72,16 @@ def hugging_face_generate(model: Any) -> Generate:
 
 
 def ctranslate2_spec(model: NeoXModel) -> Any:
-    """The model in CTranslate2's words: queries, keys and values each in one piece, token ids as their own vocabulary.
+    """The model under CTranslate2's names: queries, keys and values each in one tensor, ids as their own vocabulary.
 
-    Raises ImportError without ctranslate2, ValueError for a model that it can't hold.
+    Raises ImportError without ctranslate2, ValueError for a model it does not support.
     """
     from ctranslate2.specs.common_spec import Activation
     from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
 
     config = model.config
     if config.tie_word_embeddings or not config.use_parallel_residual:
-        raise ValueError("the race against CTranslate2 is for untied models with parallel residual")
+        raise ValueError("CTranslate2 is compared only for untied models with a parallel residual")
     activations = {"gelu": Activation.GELU, "gelu_fast": Activation.GELUTanh}
     spec: Any = TransformerDecoderModelSpec.from_config(
         config.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Our side of a race: models with random weights, in any precision."""
+"""The candidates: our models with random weights, in any precision."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ Generate = Callable[[Tensor, int], list[int]]
 
 
 def random_model(config: NeoXConfig, seed: int = 0) -> NeoXModel:
-    """An fp32 model with matrices of standard deviation 0.02, GPT-NeoX's own start."""
+    """An fp32 model with matrices of standard deviation 0.02, as GPT-NeoX is initialized."""
     torch.manual_seed(seed)
     model = NeoXModel(config).requires_grad_(False).eval()
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def random_model(config: NeoXConfig, seed: int = 0) -> NeoXModel:
 
 
 def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
-    """The same weights as `create_model` would hold them in `dtype` on a CPU, with its fast layers."""
+    """The same weights as `create_model` holds them in `dtype` on a CPU, with its fast layers."""
     precision = Precision(dtype, torch.float32)
     stored = ModelCheckpoint(model).tensors()
     held = ((name, tensor.to(precision.dtype_of(name))) for name, tensor in stored)
@@ -41,7 +41,7 @@ def in_precision(model: NeoXModel, dtype: torch.dtype) -> NeoXModel:
 
 
 def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
-    """The same weights in one of OURS: a dtype of the matrices, "packed" float16, "int8", or this packed."""
+    """The same weights in one of OURS: a dtype of the matrices, "packed" (float16), "int8" or "packed-int8"."""
     if dtype.endswith("int8"):
         quantized = use_int8_linear(in_precision(model, torch.float16))
         return pack_int8(quantized) if dtype == "packed-int8" else quantized

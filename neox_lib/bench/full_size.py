@@ -1,8 +1,8 @@
-"""A model at full size on this machine: random weights written, quantized, loaded, run, and each phase measured.
+"""A full-size model on this machine: write random weights, quantize, load and run them, and measure each phase.
 
-`python -m neox_lib full-size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB),
-loads that from the disk and from memory, and writes text, with the weights in the file and packed; each phase is a
-process of its own, so that its peak of memory is its own too. What it found is printed and kept in FOLDER/results.json.
+`python -m neox_lib full-size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB), loads
+that from disk and from memory, and writes text, with plain and with packed weights. Each phase runs in its own process,
+so its peak memory is its own too. Results are printed and kept in FOLDER/results.json.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ STARTED = time.perf_counter()
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the phases share: `folder` holds slim/, int8/ and results.json, `long_prompt` counts tokens."""
+    """What the phases share. `folder` holds slim/, int8/ and results.json; `long_prompt` is in tokens."""
 
     folder: Path
     shape: str = "neox_20b"
@@ -36,12 +36,12 @@ class Rehearsal:
 
 
 def say(text: str) -> None:
-    """A line of progress, with the seconds since this process started."""
+    """Print a line of progress, with the seconds since this process started."""
     print(f"[{time.perf_counter() - STARTED:7.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def peak_resident() -> int:
-    """Bytes of memory that this process had resident at most, pages of mapped files among them."""
+    """Peak resident memory of this process in bytes, pages of mapped files included."""
     try:
         return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
     except (OSError, IndexError):  # no Linux
@@ -52,9 +52,9 @@ def peak_resident() -> int:
 
 
 def in_page_cache(path: Path) -> float:
-    """The share of a file that the system has in memory; nan where it can't tell. Brings nothing there itself.
+    """The share of a file that is in the page cache; nan where the system can't tell. Reads nothing itself.
 
-    By `mincore`: a read that must not wait would make the system read ahead.
+    Uses `mincore`: even a non-blocking read would make the system read ahead.
     """
     if not sys.platform.startswith("linux"):
         return float("nan")
@@ -63,12 +63,14 @@ def in_page_cache(path: Path) -> float:
         begin, found = ctypes.c_char.from_buffer(mapping), ctypes.c_char.from_buffer(pages)
         length, mincore = ctypes.c_size_t(len(mapping)), ctypes.CDLL(None).mincore
         failed = mincore(ctypes.byref(begin), length, ctypes.byref(found))
-        del begin, found  # a mapping that is pointed to can't be closed
+        del begin, found  # a mapping that something points into can't be closed
     return float("nan") if failed else sum(page & 1 for page in pages) / len(pages)
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Have the system forget a file's pages, so that the next load comes from the disk. Where it can't, nothing."""
+    """Drop a file from the page cache, so that the next load comes from disk. Does nothing where that is not
+    supported.
+    """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -76,8 +78,7 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 def multiply_rate(rows: int, hidden: int) -> float:
-    """Floating-point operations a second of fp32 products of `rows` rows with matrices that no cache holds: the best of
-    several."""
+    """Operations per second of fp32 products: `rows` rows by matrices too large for any cache; the best of several."""
     input, weight = torch.randn(rows, hidden), torch.randn(max(hidden, 2**25 // hidden), hidden)
     seconds = []
     for _ in range(5):
@@ -88,7 +89,7 @@ def multiply_rate(rows: int, hidden: int) -> float:
 
 
 def measure_machine(rehearsal: Rehearsal) -> dict:
-    """What the machine can do: memory read, and fp32 products of as many rows as the prompts have."""
+    """The machine's speed: reading memory, and fp32 products with as many rows as the prompts have."""
     from neox_lib.bench.measure import memory_bandwidth
     from neox_lib.bench.random_checkpoint import shape_named
     from neox_lib.bench.table import describe_machine
@@ -134,9 +135,8 @@ def int8_of(folder: Path) -> Path:
 
 
 def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: bool = False) -> dict:
-    """Load the int8 file and write some tokens: seconds of the load, of the first token and of each later one.
-
-    Packing, where it is asked for, counts as part of the load.
+    """Load the int8 file and write some tokens; returns the seconds of the load, the first token and each later one.
+    Packing, if asked for, counts as part of the load.
     """
     from neox_lib.decoding.int8_packing import pack
     from neox_lib.generation import stream_generate
@@ -146,7 +146,7 @@ def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: b
     cached, started = in_page_cache(file), time.perf_counter()
     model = create_model(file, device="cpu")
     matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
-    output = model.final_linear.weight.numel()  # met by the last token only
+    output = model.final_linear.weight.numel()  # only the last token needs the scores
     read = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
     if packed:
         pack(model)
@@ -162,7 +162,9 @@ def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: b
     result = {"cached": cached, "load": load, "prefill": seconds[0], "load_and_first_token": load + seconds[0]}
     result |= {"prompt": prompt, "finite": all(abs(step.log_probability) < 1e9 for step in steps)}
     if new_tokens > 2:
-        result["seconds_per_token"] = statistics.median(seconds[2:])  # the second still meets pages for the first time
+        result["seconds_per_token"] = statistics.median(
+            seconds[2:]
+        )  # the second still touches pages for the first time
         result["seconds"] = seconds
     result["read_per_token"] = read
     result["flops"] = 2 * (prompt * (matrices - output) + output)
@@ -199,7 +201,7 @@ PHASES = {
 
 
 def report(results: dict) -> list[str]:
-    """What was found, a line each; ratios against the machine's own speed, 1.0 where nothing is lost."""
+    """The results, one per line; ratios compare with the machine's own speed, 1.0 being ideal."""
     lines = []
     for phase in ("write", "convert"):
         if found := results.get(phase):
@@ -215,7 +217,7 @@ def report(results: dict) -> list[str]:
                 line += f" ({found['prefill'] / ideal:.2f} x its arithmetic, {ideal:.2f} s)"
             lines.append(f"{line}, together {found['load_and_first_token']:.2f} s")
             if "seconds_per_token" in found:
-                line = f"{phase}: {found['seconds_per_token']:.3f} s a token"
+                line = f"{phase}: {found['seconds_per_token']:.3f} s per token"
                 if machine:
                     ideal = found["read_per_token"] / machine["bandwidth"]
                     line += f", {found['seconds_per_token'] / ideal:.2f} x {found['read_per_token'] / 1e9:.2f} GB at "
@@ -226,7 +228,7 @@ def report(results: dict) -> list[str]:
 
 
 def add_result(folder: Path, phase: str, found: dict) -> dict:
-    """Put a phase's result among the others in FOLDER/results.json, and return them all."""
+    """Add a phase's result to FOLDER/results.json, and return all results."""
     path = folder / "results.json"
     results = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     results[phase] = found
@@ -235,7 +237,7 @@ def add_result(folder: Path, phase: str, found: dict) -> dict:
 
 
 def run_all(rehearsal: Rehearsal) -> int:
-    """Every phase in a process of its own; ends with the first that fails, and with its exit code."""
+    """Run every phase in its own process. Stops at the first that fails, and returns its exit code."""
     more = [f"--shape={rehearsal.shape}", f"--long-prompt={rehearsal.long_prompt}"]
     more += ["--delete-shards"] if rehearsal.delete_shards else []
     for phase in PHASES:
@@ -248,7 +250,7 @@ def run_all(rehearsal: Rehearsal) -> int:
 
 
 def run_phase(phase: str, rehearsal: Rehearsal) -> list[str]:
-    """Run one phase in this process and keep what it measured; the report's lines about it."""
+    """Run one phase in this process and store its measurements; returns its lines of the report."""
     rehearsal.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     found = PHASES[phase](rehearsal)

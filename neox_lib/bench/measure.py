@@ -1,4 +1,6 @@
-"""How fast: our model against others' on the same random weights, in turns, and against the machine's memory."""
+"""Measuring speed: our model in turns with the baselines, on the same random weights, and against the memory's
+speed.
+"""
 
 import contextlib
 import io
@@ -11,13 +13,13 @@ import torch
 from torch import Tensor
 
 from neox_lib.bench.baselines import (
-    RIVALS,
+    BASELINES,
     ctranslate2_logits,
     ctranslate2_twin,
     hugging_face_generate,
     hugging_face_twin,
     is_installed,
-    make_rival,
+    make_baseline,
 )
 from neox_lib.bench.candidates import OURS, Generate, our_generate, our_model, random_model
 from neox_lib.bench.table import (
@@ -33,7 +35,7 @@ from neox_lib.model import NeoXModel
 
 
 def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
-    """Bytes a second at which this machine reads memory that no cache holds: the best of several sums of a buffer."""
+    """Bytes per second at which this machine reads uncached memory: the best of several sums over a buffer."""
     buffer = torch.ones(megabytes * 2**18)
     seconds = []
     for _ in range(repeats):
@@ -44,21 +46,22 @@ def memory_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
 
 
 def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
-    """Two generations, of 1 and of `new_tokens` tokens. Raises RuntimeError when one comes out shorter than asked."""
+    """Time two generations, of 1 and of `new_tokens` tokens. Raises RuntimeError if one is shorter than asked for."""
     seconds = []
     for asked in (1, new_tokens):
         started = time.perf_counter()
         written = generate(ids, asked)
         seconds.append(time.perf_counter() - started)
         if len(written) != asked:
-            raise RuntimeError(f"{len(written)} tokens came where {asked} were asked for: the speeds would be wrong")
+            raise RuntimeError(f"{len(written)} tokens came instead of {asked}: the speeds would be wrong")
     return Timing(seconds[0], seconds[1], new_tokens)
 
 
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
-    """Bytes that a decode step must read: every weight but the embedding's other rows, and half-way through, the cache.
+    """Bytes that a decode step must read, half-way through the answer: the weights, one row of the embedding, the
+    cache.
 
-    A packed weight counts with the bytes a number that it has in either layout.
+    A packed weight counts with the bytes per number of the layout in use.
     """
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
@@ -68,11 +71,11 @@ def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 
-def choose_rivals(names: list[str]) -> list[str]:
-    """Those of the named libraries that are installed. Raises ValueError for one that is not known."""
-    unknown = set(names) - set(RIVALS)
+def choose_baselines(names: list[str]) -> list[str]:
+    """Those of the named libraries that are installed. Raises ValueError for an unknown one."""
+    unknown = set(names) - set(BASELINES)
     if unknown:
-        raise ValueError(f"bench measures against {', '.join(RIVALS)}, not {', '.join(sorted(unknown))}")
+        raise ValueError(f"bench measures against {', '.join(BASELINES)}, not {', '.join(sorted(unknown))}")
     return [name for name in names if is_installed(name)]
 
 
@@ -82,43 +85,48 @@ def run_bench(
     prompts: list[int],
     new_tokens: int = 65,
     rounds: int = 3,
-    against: Sequence[str] = tuple(RIVALS),
+    against: Sequence[str] = tuple(BASELINES),
 ) -> Iterator[Row]:
-    """Rows, each as soon as it is measured: every shape, prompt length and dtype, ours and each rival's in turns.
+    """Yields a Row as soon as it is measured: each shape, prompt length and dtype, ours in turns with each baseline.
 
-    Raises ValueError for a shape, dtype or rival that is not known.
+    Raises ValueError for an unknown shape, dtype or baseline.
     """
     unknown = set(dtypes) - set(OURS)
     if unknown:
         raise ValueError(f"bench knows the dtypes {', '.join(OURS)}, not {', '.join(sorted(unknown))}")
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"bench needs at least 2 new tokens and 1 round, got {new_tokens} and {rounds}")
-    rivals = choose_rivals(list(against))
+    baselines = choose_baselines(list(against))
     for shape in shapes:
         model = random_model(preset(shape))
         ours = {dtype: our_model(model, dtype) for dtype in dtypes}
         sides = {("", dtype): our_generate(ours[dtype]) for dtype in dtypes}
-        wanted = [(rival, RIVALS[rival][dtype]) for rival in rivals for dtype in dtypes if dtype in RIVALS[rival]]
-        sides |= {(rival, dtype): make_rival(rival, model, dtype) for rival, dtype in dict.fromkeys(wanted)}
+        wanted = [
+            (baseline, BASELINES[baseline][dtype])
+            for baseline in baselines
+            for dtype in dtypes
+            if dtype in BASELINES[baseline]
+        ]
+        sides |= {(baseline, dtype): make_baseline(baseline, model, dtype) for baseline, dtype in dict.fromkeys(wanted)}
         for prompt in prompts:
             ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt))
             timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in sides}
             for generate in sides.values():
-                generate(ids[:, :8], 2)  # first calls set things up
+                generate(ids[:, :8], 2)  # warm-up
             for _ in range(rounds):
                 for key, generate in sides.items():
                     timings[key].append(time_answer(generate, ids, new_tokens))
             for dtype in dtypes:
                 read = bytes_per_token(ours[dtype], prompt, new_tokens)
-                for rival in [name for name in rivals if dtype in RIVALS[name]] or [""]:
-                    theirs = timings[rival, RIVALS[rival][dtype]] if rival else []
-                    yield Row(shape, prompt, dtype, rival, timings["", dtype], theirs, read)
+                for baseline in [name for name in baselines if dtype in BASELINES[name]] or [""]:
+                    theirs = timings[baseline, BASELINES[baseline][dtype]] if baseline else []
+                    yield Row(shape, prompt, dtype, baseline, timings["", dtype], theirs, read)
 
 
 def time_load(shape: str, rounds: int = 3) -> LoadRow:
-    """Load fp16 weights from a temporary folder and write one token, which reads every weight that a load put off.
+    """Load fp16 weights from a temporary folder and write one token, which reads every weight that was loaded lazily.
 
-    Ours from a slim folder of one rank, theirs from safetensors; in turns, from the file cache of the system.
+    Ours from a slim folder of one rank, theirs from safetensors; in turns, with the files in the page cache.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64)
     model = random_model(preset(shape)).half()
@@ -139,7 +147,7 @@ def time_load(shape: str, rounds: int = 3) -> LoadRow:
             for side, load in loaders.items():
                 started = time.perf_counter()
                 load()(ids, 1)
-                if number > 0:  # the first round brings the files into the cache
+                if number > 0:  # the first round fills the page cache
                     seconds[side].append(time.perf_counter() - started)
     return LoadRow(shape, seconds["ours"], seconds["theirs"])
 

@@ -1,4 +1,4 @@
-"""A slim checkpoint of random weights, of any size: for trying out what real weights of that shape would need."""
+"""A slim checkpoint of random weights of any size, to try out what real weights of that shape would need."""
 
 import math
 import zlib
@@ -17,7 +17,7 @@ from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes, preset, tiny
 SMALL = replace(tiny(), vocab_size=512, tokenizer_vocab_size=500, hidden_size=128, num_attention_heads=4)
 SMALL = replace(SMALL, num_hidden_layers=3, intermediate_size=512)
 MIDDLE = replace(neox_20b(), num_hidden_layers=2)  # 20B's own matrices, two layers of them
-BLOCK_NUMBERS = 2**24 + 37  # drawn once and used again from other places; odd, so that no two rows are alike
+BLOCK_NUMBERS = 2**24 + 37  # drawn once and reused from different offsets; odd, so that no two rows are equal
 
 
 def shape_named(name: str) -> NeoXConfig:
@@ -29,8 +29,8 @@ def shape_named(name: str) -> NeoXConfig:
 def random_tensors(config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
     """fp16 parameters in file order, one at a time: matrices of standard deviation 0.02, norms 1, biases 0.
 
-    Drawing 20 billion numbers takes minutes. So one block is drawn, and each matrix is copies of it that begin at a
-    place of its own.
+    Drawing 20 billion numbers takes minutes, so one block is drawn, and each matrix repeats it from an offset of its
+    own.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = parameter_shapes(config)
@@ -48,8 +48,8 @@ def random_tensors(config: NeoXConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_random(folder: str | Path, config: NeoXConfig) -> None:
-    """Write a random checkpoint in the slim layout, of one rank, a layer at a time. Raises CheckpointError when the
-    disk has no room for it, before anything is written, and when the folder holds a model.
+    """Write a random checkpoint in the slim layout, of one rank, a layer at a time. Raises CheckpointError before
+    writing anything, if the disk is too small or the folder already holds a model.
     """
     folder = Path(folder)
     with whole_or_gone(folder, config.weight_bytes(torch.float16)):
@@ -57,7 +57,9 @@ def write_random(folder: str | Path, config: NeoXConfig) -> None:
 
 
 class ConsumedCheckpoint(SlimCheckpoint):
-    """A slim folder that is read once, its files removed as soon as their layer was read: an interruption loses it."""
+    """A slim folder that can be read once: each file is deleted after its layer was read. An interruption loses the
+    model.
+    """
 
     def opened_layers(self) -> Iterator[tuple[dict[str, str], dict[str, list[Tensor]]]]:
         for (index, _, _), opened in zip(self.layers(), super().opened_layers(), strict=True):

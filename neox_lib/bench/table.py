@@ -1,4 +1,4 @@
-"""What the bench found, and how it is shown: rows of timings, ratios, a table."""
+"""The bench's results and how they are shown: rows of timings, ratios, a table."""
 
 import contextlib
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from neox_lib.bench.baselines import RIVALS, is_installed
+from neox_lib.bench.baselines import BASELINES, is_installed
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """All rounds of one model shape, prompt length and dtype, against one rival or, where there is none, alone."""
+    """All rounds of one model shape, prompt length and dtype, against one baseline or, where there is none, alone."""
 
     shape: str
     prompt: int
     dtype: str
-    rival: str  # "transformers", "ctranslate2" or ""
+    baseline: str  # "transformers", "ctranslate2" or ""
     ours: list[Timing]
     theirs: list[Timing]
-    bytes_per_token: float  # what one decode step of ours has to read: weights, and keys and values
+    bytes_per_token: float  # bytes that one of our decode steps reads: weights, keys and values
 
 
 @dataclass(frozen=True)
 class LoadRow:
-    """Seconds from a folder on disk to the first token, each round's."""
+    """Seconds from a folder on disk to the first token, one per round."""
 
     shape: str
     ours: list[float]
@@ -53,18 +53,18 @@ def median(timings: list[Timing], of: str) -> float:
 
 
 def ratio(slow: list[Timing], fast: list[Timing], of: str) -> float:
-    """How many times the seconds of `fast` go into those of `slow`: the median over rounds, each compared in itself."""
+    """How many times as long `slow` takes as `fast`: the median of the ratios of each round."""
     return statistics.median(getattr(a, of) / getattr(b, of) for a, b in zip(slow, fast, strict=True))
 
 
 def describe_machine(bandwidth: float) -> str:
-    """What was measured on: the processor, threads, memory speed, and the versions."""
+    """The machine and the versions: processor, threads, memory speed, Python, libraries."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = f"torch {torch.__version__}"
-    versions += "".join(f", {library} {version(library)}" for library in RIVALS if is_installed(library))
+    versions += "".join(f", {library} {version(library)}" for library in BASELINES if is_installed(library))
     return (
         f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s; "
         f"Python {platform.python_version()}, {versions}"
@@ -79,7 +79,7 @@ HEADER = (
 
 
 def format_speed(seconds: float | None, of: str) -> str:
-    """Milliseconds of a prefill or an answer, tokens a second of a decode step, "-" for a side that is not there."""
+    """Milliseconds of a prefill or an answer, tokens per second of a decode step, "-" for a missing side."""
     if seconds is None:
         return f"{'-':>8}"
     if seconds <= 0:
@@ -91,7 +91,7 @@ def format_row(row: Row, bandwidth: float) -> str:
     """One line of the table: ours, theirs and the ratio, above 1 where ours is faster; "noise" where the difference of
     the long and the short generation came out negative, as it can on a busy machine.
     """
-    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<11} {row.rival or '-':<12}"]
+    cells = [f"{row.shape:>6} {row.prompt:>6} {row.dtype:<11} {row.baseline or '-':<12}"]
     for of in ("first", "per_token", "whole"):
         seconds = [median(side, of) if side else None for side in (row.ours, row.theirs)]
         cells += [format_speed(value, of) for value in seconds]
@@ -102,15 +102,15 @@ def format_row(row: Row, bandwidth: float) -> str:
 
 
 def format_best(rows: list[Row]) -> str:
-    """A line for each shape, prompt and rival: each side in its fastest dtype, int8 apart."""
+    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 apart."""
     lines = []
-    for shape, prompt, rival in dict.fromkeys((row.shape, row.prompt, row.rival) for row in rows if row.theirs):
-        group = [row for row in rows if (row.shape, row.prompt, row.rival) == (shape, prompt, rival)]
+    for shape, prompt, baseline in dict.fromkeys((row.shape, row.prompt, row.baseline) for row in rows if row.theirs):
+        group = [row for row in rows if (row.shape, row.prompt, row.baseline) == (shape, prompt, baseline)]
         for kind in ("float", "int8"):
             found = [row for row in group if row.dtype.endswith("int8") == (kind == "int8")]
             if found:
                 best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
-                lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {rival}: {', '.join(best)}")
+                lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {baseline}: {', '.join(best)}")
     return "\n".join(lines)
 
 
@@ -127,11 +127,11 @@ def best_ratio(rows: list[Row], of: str) -> str:
 
 
 def format_positions(rows: list[Row], new_tokens: int) -> str:
-    """Of rows that differ in the prompt alone: milliseconds a token in the middle of what was written."""
+    """For rows that differ only in the prompt: milliseconds per token in the middle of the answer."""
     lines = []
-    for shape, dtype, rival in dict.fromkeys((row.shape, row.dtype, row.rival) for row in rows):
-        group = [row for row in rows if (row.shape, row.dtype, row.rival) == (shape, dtype, rival)]
-        for side in ("ours", rival) if rival else ("ours",):
+    for shape, dtype, baseline in dict.fromkeys((row.shape, row.dtype, row.baseline) for row in rows):
+        group = [row for row in rows if (row.shape, row.dtype, row.baseline) == (shape, dtype, baseline)]
+        for side in ("ours", baseline) if baseline else ("ours",):
             steps = [median(row.ours if side == "ours" else row.theirs, "per_token") * 1e3 for row in group]
             places = ", ".join(
                 f"{step:.1f} ms at {row.prompt + new_tokens // 2}" for row, step in zip(group, steps, strict=True)
@@ -147,9 +147,3 @@ def format_load(row: LoadRow) -> str:
         return line
     faster = statistics.median(a / b for a, b in zip(row.theirs, row.ours, strict=True))
     return f"{line}, theirs {statistics.median(row.theirs):.2f} s, {faster:.2f}x"
-
-
-def format_table(rows: list[Row], bandwidth: float) -> str:
-    """The table of all rows, with the comparisons across dtypes under it."""
-    lines = [HEADER, *(format_row(row, bandwidth) for row in rows), format_best(rows)]
-    return "\n".join(line for line in lines if line)

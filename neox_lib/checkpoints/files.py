@@ -88,8 +88,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
 def reading_bar(nbytes: int) -> tqdm:
     """A progress bar for reading so many bytes of weights; shown when it takes longer than two seconds."""
     quick = nbytes < 100e6  # a bar would come up on a busy machine only, and stay in a notebook's stored output
-    words = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
-    return tqdm(total=nbytes, disable=quick, **words)
+    options = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
+    return tqdm(total=nbytes, disable=quick, **options)
 
 
 def free_bytes(folder: Path) -> int:

@@ -19,12 +19,19 @@ SET_UP = (
     "set the environment up again: make clean, then make lab "
     '(without make: see "Without make" in notebooks/guides/install.md)'
 )
+NOTHING_INSTALLED = (
+    "in the folder of the repository: make lab, which installs everything and opens the notebooks "
+    '(without make: see "Without make" in notebooks/guides/install.md)'
+)
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: "ok", "note" (works, with a limit) or "fix", what was found, and what to do."""
+    """One thing that was looked at, what was found, and what to do about it.
+
+    `state` is "ok", "note" (works, with a limit), "slow" (gave no answer in time, and may well work) or "fix".
+    """
 
     what: str
     state: str

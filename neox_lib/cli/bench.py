@@ -1,4 +1,4 @@
-"""`bench`: how fast, against others."""
+"""`bench`: speed, compared with other libraries."""
 
 import argparse
 
@@ -13,7 +13,7 @@ def add(commands) -> None:
         "--dtypes",
         nargs="+",
         default=["float32", "float16", "packed", "int8", "packed-int8"],
-        help="of the weights; packed: float16, or int8, laid out anew for long sessions (default: all but bfloat16)",
+        help="of the weights; packed: float16, or int8, rearranged for long sessions (default: all but bfloat16)",
     )
     parser.add_argument(
         "--against",
@@ -32,31 +32,31 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print, line by line as results come."""
-    from neox_lib.bench.measure import choose_rivals, format_errors, memory_bandwidth, run_bench, time_load
+    from neox_lib.bench.measure import choose_baselines, format_errors, memory_bandwidth, run_bench, time_load
     from neox_lib.bench.table import HEADER, describe_machine, format_best, format_load, format_positions, format_row
 
     if arguments.quick:
         arguments.shapes, arguments.prompts, arguments.new_tokens, arguments.rounds = ["tiny"], [8, 32], 5, 2
-    rivals = choose_rivals(arguments.against)
+    baselines = choose_baselines(arguments.against)
     bandwidth = memory_bandwidth(64 if arguments.quick else 512)
     print(describe_machine(bandwidth))
-    for missing in [name for name in arguments.against if name not in rivals]:
+    for missing in [name for name in arguments.against if name not in baselines]:
         print(f"{missing} is not installed: not compared with it (pip install {missing})")
     print(f"random weights, batch 1, {arguments.new_tokens} new tokens, median of {arguments.rounds} rounds in turns")
     print(HEADER, flush=True)
     rows = []
-    plan = (arguments.shapes, arguments.dtypes, arguments.prompts, arguments.new_tokens, arguments.rounds, rivals)
+    plan = (arguments.shapes, arguments.dtypes, arguments.prompts, arguments.new_tokens, arguments.rounds, baselines)
     for row in run_bench(*plan):
         rows.append(row)
         print(format_row(row, bandwidth), flush=True)
     if any(row.theirs for row in rows):
         print(format_best(rows), flush=True)
     if "int8" in arguments.dtypes:
-        print(format_errors(arguments.shapes[0], "ctranslate2" in rivals), flush=True)
+        print(format_errors(arguments.shapes[0], "ctranslate2" in baselines), flush=True)
     if arguments.positions:
         half = arguments.new_tokens // 2
         prompts = [max(1, position - half) for position in arguments.positions]
-        plan = (arguments.shapes, arguments.dtypes, prompts, arguments.new_tokens, arguments.rounds, rivals)
+        plan = (arguments.shapes, arguments.dtypes, prompts, arguments.new_tokens, arguments.rounds, baselines)
         print(format_positions(list(run_bench(*plan)), arguments.new_tokens), flush=True)
     if not arguments.no_load:
         print(format_load(time_load(arguments.shapes[0], arguments.rounds)))

@@ -1,4 +1,4 @@
-"""`class-report`: the checks once more on what a class has handed in."""
+"""`class-report`: the checks, run on what a class has handed in."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`convert`: the same model in other files."""
+"""`convert`: a checkpoint in another layout."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 
 def add(commands) -> None:
     description = (
-        "Write a checkpoint, slim or Hugging Face's, in another layout; the model stays the same. slim: a file a layer "
-        "and rank, as GPT-NeoX-20B was released. huggingface: safetensors, as transformers and others read it. int8: "
+        "Write a checkpoint, slim or Hugging Face's, in another layout; the model stays the same. slim: a file per "
+        "layer and rank, as GPT-NeoX-20B was released. huggingface: safetensors, for transformers and others. int8: "
         "one file of half the bytes, rounded, for a small machine."
     )
     parser = commands.add_parser("convert", help="rewrite a checkpoint", description=description)
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--ranks belongs to --to slim; {arguments.to} has no ranks")
     if arguments.to == "huggingface":
         convert.convert_to_huggingface(arguments.source, arguments.target)
-        print(f"wrote {arguments.target}, for AutoModelForCausalLM.from_pretrained and what reads such folders")
+        print(f"wrote {arguments.target}, for AutoModelForCausalLM.from_pretrained and the like")
     elif arguments.to == "int8":
         file = convert.convert_to_int8(arguments.source, arguments.target)
         print(f"wrote {file}, {file.stat().st_size / 1e9:.2f} GB; generate --model {arguments.target} runs it")

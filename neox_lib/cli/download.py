@@ -6,8 +6,8 @@ import sys
 
 def add(commands) -> None:
     description = (
-        "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. Interrupted, the same words go on "
-        "where it stopped. Prints the folder that `--model` takes."
+        "Fetch a model's config, tokenizer and weights from the Hugging Face Hub. After an interruption, the same "
+        "command continues behind the last whole file. Prints the folder to give to `--model`."
     )
     parser = commands.add_parser("download", help="fetch a model from the Hub", description=description)
     parser.add_argument("model", help="its name on the Hub, such as EleutherAI/pythia-70m")
@@ -15,7 +15,7 @@ def add(commands) -> None:
         "--to",
         nargs="+",
         metavar=("FOLDER", "INT8_FOLDER"),
-        help="a folder of your own (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
+        help="a new folder (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
         "shard by shard, so that the disk never holds all of the model",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit, such as step1000 (default: main)")
@@ -23,21 +23,19 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from neox_lib.hub.download import download_to_cache, download_to_folder
+    from neox_lib import hub
 
     where, *rest = arguments.to or [None]
     if len(rest) > (where == "int8"):
         raise ValueError("--to takes one folder, or int8 and one folder")
     try:
         if where == "int8":
-            from neox_lib.hub.download_int8 import download_int8
-
-            folder = download_int8(arguments.model, *rest, revision=arguments.revision)
+            folder = hub.download_int8(arguments.model, *rest, revision=arguments.revision)
         elif where is not None:
-            folder = download_to_folder(arguments.model, where, arguments.revision)
+            folder = hub.download_to_folder(arguments.model, where, arguments.revision)
         else:
-            folder = download_to_cache(arguments.model, arguments.revision)
+            folder = hub.download(arguments.model, arguments.revision)
     except KeyboardInterrupt:
-        print("\nneox_lib: stopped; what has arrived is kept, and the same words go on from there", file=sys.stderr)
+        print("\nneox_lib: stopped; whole files are kept, and the same command continues from there", file=sys.stderr)
         raise
     print(folder)

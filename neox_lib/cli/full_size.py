@@ -1,4 +1,4 @@
-"""`full-size`: a model of 20B's shapes written, quantized, loaded and run on this machine."""
+"""`full-size`: write, quantize, load and run a model of 20B's shapes on this machine."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,10 @@ PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
 def add(commands) -> None:
     description = (
         "Write random weights in the shapes of GPT-NeoX-20B (41 GB), convert them to int8 (21 GB), load that from disk "
-        "and from memory, and write text, measuring each phase. What was found is printed and kept in "
+        "and from memory, and write text, measuring each phase. Results are printed and kept in "
         "FOLDER/results.json; remove the folder afterwards."
     )
-    parser = commands.add_parser("full-size", help="rehearse 20B on this machine", description=description)
+    parser = commands.add_parser("full-size", help="try 20B's size on this machine", description=description)
     parser.add_argument("phase", choices=("all", *PHASES), help="all runs each of the others in a process of its own")
     parser.add_argument("folder", type=Path, help="holds slim/, int8/ and results.json")
     parser.add_argument(
@@ -30,3 +30,4 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.phase == "all":
         return run_all(rehearsal)
     print("\n".join(run_phase(arguments.phase, rehearsal)), flush=True)
+    return None

@@ -11,7 +11,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="checkpoint folder, or a name on the Hub (default: the model that ships with us)",
+        help="checkpoint folder, or a name on the Hub (default: the shipped model)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
@@ -27,10 +27,10 @@ def add(commands) -> None:
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach P")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
-    parser.add_argument("--no-cache", action="store_true", help="compute every token anew, to see what the cache saves")
+    parser.add_argument("--no-cache", action="store_true", help="recompute every token, to see what the cache saves")
     parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
     parser.add_argument(
-        "--pack", action="store_true", help="on a CPU, lay fp16 or int8 weights out anew first: for long texts"
+        "--pack", action="store_true", help="on a CPU, rearrange fp16 or int8 weights first: pays off in long texts"
     )
     parser.set_defaults(run=run)
 
@@ -38,7 +38,7 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Stream the continuation to stdout and one line of speed to stderr. Ctrl-C ends it and keeps the text so far.
 
-    Where torchrun started several of us, each is one rank of a model that all of them share.
+    If torchrun started several processes, each is one rank of the model that they share.
     """
     from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
     from neox_lib.loading import create_tokenizer
@@ -73,14 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
             for step in steps:
                 seconds.append(step.seconds)
                 print(step.text, end="", flush=True)
-        finally:  # also after Ctrl-C: what was written stays, and so does its speed
+        finally:  # also after Ctrl-C: the text and its speed are kept
             print(flush=True)
             print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
 
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
-    """One line: model, prefill milliseconds, tokens a second of the steps after the first."""
-    weight = model.layers[0].attention.dense.weight  # the embedding of an int8 model is not in int8
+    """One line: model, prefill milliseconds, tokens per second of the steps after the first."""
+    weight = model.layers[0].attention.dense.weight  # an int8 model's embedding is not in int8
     dtype = str(weight.dtype).removeprefix("torch.")
     line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
     ranks = getattr(model.config, "ranks", 1)  # of a model that several devices share

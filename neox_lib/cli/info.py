@@ -5,11 +5,11 @@ import argparse
 
 def add(commands) -> None:
     description = (
-        "Config, parameters, files, and for each precision the bytes, whether they fit into this machine's free memory "
-        "and how fast to expect the model. Loads no weights."
+        "Config, parameters, files, and for each precision the bytes, whether they fit into this machine's free "
+        "memory, and how fast the model could be. Loads no weights."
     )
     parser = commands.add_parser("info", help="what a checkpoint is and what it costs", description=description)
-    parser.add_argument("model", nargs="?", help="checkpoint folder or int8 file (default: the model that ships)")
+    parser.add_argument("model", nargs="?", help="checkpoint folder or int8 file (default: the shipped model)")
     parser.add_argument("--preset", metavar="NAME", help="a shape instead of files: neox_20b, tiny, or 14m to 12b")
     parser.add_argument("--tokens", type=int, help="text that the cache holds (default: the whole context)")
     parser.set_defaults(run=run)

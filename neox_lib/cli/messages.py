@@ -1,11 +1,11 @@
-"""What the library has to say, as lines on stderr."""
+"""The library's log messages, as lines on stderr."""
 
 import logging
 import sys
 
 
 class MessageLines(logging.Handler):
-    """One line for each message, on what is stderr at that moment: ranks other than the first redirect theirs."""
+    """Writes one line per message to the current sys.stderr, which ranks other than the first redirect."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"neox_lib: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
@@ -15,7 +15,7 @@ LINES = MessageLines()
 
 
 def show_messages() -> None:
-    """Show the messages of the library's modules from now on."""
+    """Show the messages of the library's modules."""
     logger = logging.getLogger("neox_lib")
     logger.addHandler(LINES)  # once, however often it is called
     logger.setLevel(logging.INFO)

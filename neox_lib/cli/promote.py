@@ -10,23 +10,25 @@ if TYPE_CHECKING:
 
 def add(commands) -> None:
     description = (
-        "Write the pieces that the notebooks build into the library. A piece that can't be imported is taken back. "
-        "`git diff neox_lib` shows what changed, `git checkout neox_lib` takes it back."
+        "Write the pieces that the notebooks build into the library. A piece that can't be imported is rolled back. "
+        "`git diff neox_lib` shows what changed, `git checkout neox_lib` undoes it."
     )
     parser = commands.add_parser("promote", help="move the notebooks' pieces into the library", description=description)
     parser.add_argument("--from", dest="folder", type=Path, metavar="FOLDER", help="such as notebooks/mine, your copy")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--check", action="store_true", help="change nothing; show differences, exit 1 if any")
-    direction.add_argument("--pull", action="store_true", help="the other way: library to notebooks, for authors")
+    direction.add_argument(
+        "--pull", action="store_true", help="copy from the library to the notebooks instead, for authors"
+    )
     parser.set_defaults(run=run)
 
 
 def left_out(older: "list[Promoted]") -> str:
-    """One line on the pieces of a copy that are still an older original's."""
+    """One line on the pieces of a copy that are unchanged from an older original."""
     names = ", ".join(f"{each.module}.{each.definition.name}" for each in older[:3])
     more = f" and {len(older) - 3} more" if len(older) > 3 else ""
     return (
-        f"Left out, since the library's text is newer and yours is the old original's: {names}{more}. "
+        f"Left out, since your text is the old original's and the library's is newer: {names}{more}. "
         "make lab-refresh puts the new originals beside your copy."
     )
 
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if stale := promote.older_copies(folder, changed):
             print(
                 f"{', '.join(stale)}: these copies were written for an older library. If it fails now, git checkout "
-                "neox_lib takes your pieces back."
+                "neox_lib restores the library."
             )
         print("Restart the kernels of other notebooks: they still hold the old pieces.")
     return 0

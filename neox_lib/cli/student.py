@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add(commands) -> None:
     description = (
-        "Write the notebooks for students: solutions, the museum's answers and the teacher's notes out, exercises as "
+        "Write the notebooks for students: without solutions, bug exhibits' answers and teacher's notes, exercises as "
         "stubs. The folder must be new or empty."
     )
     parser = commands.add_parser("student", help="the notebooks without their answers", description=description)

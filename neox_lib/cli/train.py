@@ -13,7 +13,7 @@ def window_schedule(text: str) -> tuple[float, tuple[int, ...]]:
 def add(commands) -> None:
     description = (
         "Train a model of the shipped one's shape on story files (<|endoftext|> alone on a line between stories) and "
-        "write it as a slim checkpoint. Called again with the same words it goes on where it was stopped."
+        "write it as a slim checkpoint. The same command again continues where it stopped."
     )
     parser = commands.add_parser("train", help="train a small model on stories", description=description)
     parser.add_argument("folder", help="where the state and the finished model go")
@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
     if arguments.windows:
         arguments.windows = tuple(arguments.windows)
-    words = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
-    given = {name: value for name, value in words.items() if value is not None}
+    options = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
+    given = {name: value for name, value in options.items() if value is not None}
     plan = dataclasses.replace(training.TrainingPlan(), **given)
     give_tokenizer(folder, arguments.stories, arguments.start_from)
     tokenizer = create_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What carries the notebooks: exercises and their checks, figures, predictions, promotion, slides, the site.
+"""What the notebooks need: exercises and their checks, figures, predictions, promotion, slides, the site.
 
 May import every room above it; notebooks, the classroom and the command line import it.
 """

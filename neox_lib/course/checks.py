@@ -1,4 +1,4 @@
-"""Exercises: what is asked of the learner's piece, property by property, and the story that it then writes."""
+"""Exercises: checking a learner's piece property by property, and the story that the model then writes with it."""
 
 import contextlib
 import functools
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from neox_lib.course.progress import EXERCISES, record
-from neox_lib.course.series import progress as progress  # so that a notebook finds it here
+from neox_lib.course.series import progress as progress  # re-exported for notebooks
 
 
 class PropertyFailed(Exception):
-    """One property does not hold; the message says which, on which input, what was expected and what came."""
+    """A property does not hold; the message says which, on which input, what was expected and what was found."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. As a cell's last expression it shows as its message."""
+    """The result of a check. As a cell's last expression it displays its message."""
 
     passed: bool
     message: str
@@ -62,11 +62,12 @@ def describe(value) -> str:
 
 
 def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
-    """Makes a check of a function that raises PropertyFailed or returns a closing remark (a story, perhaps) or None.
+    """Make a check from a function that raises PropertyFailed, or returns a closing remark (a story, perhaps) or None.
 
-    The check never raises: a stub (NotImplementedError) is told what is missing, a wrong try which property failed, and
-    any other error in the learner's code is named with its line. `key` is where the outcome is kept, if the piece is
-    the learner's: its name starts with `my`. What the library or a museum's piece does is nobody's progress.
+    The check never raises: for a stub (NotImplementedError) it says what is missing, for a wrong try which property
+    failed, and any other error in the learner's code is reported with its line. The outcome is stored under `key`, but
+    only for a learner's piece, whose name starts with `my`: the library's or a bug exhibit's result is nobody's
+    progress.
     """
 
     def decorate(check: Callable[..., str | None]) -> Callable[..., Result]:
@@ -80,9 +81,9 @@ def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
                 return Result(False, f"Not written yet: {getattr(yours, '__name__', 'your piece')} is still a stub.")
             except PropertyFailed as failure:
                 outcome, message = str(failure), f"Not yet. {failure}"
-            except Exception as error:  # whatever the learner's code does, the notebook goes on
+            except Exception as error:  # whatever the learner's code raises, the notebook continues
                 outcome = f"{type(error).__name__}: {error}"
-                message = f"Not yet. Your code raised {outcome}{place_of_error(error, yours)}"
+                message = f"Not yet. Your code raised {outcome}{place_of_error(error)}"
             else:
                 keep(key, yours, "passed")
                 return Result(True, "Passed." + (f"\n\n{remark}" if remark else ""))
@@ -99,15 +100,17 @@ def keep(key: str, yours, outcome: str) -> None:
         record("exercises", key, outcome)
 
 
-def place_of_error(error: Exception, yours) -> str:
-    """Where in the learner's own code an error arose: the last line of it on the way there."""
+def place_of_error(error: Exception) -> str:
+    """Where an error arose in the learner's own code: the innermost of its lines in the traceback."""
     frames = [each for each in traceback.extract_tb(error.__traceback__) if "ipykernel" in each.filename]
     return f" (line {frames[-1].lineno} of your cell: {frames[-1].line})" if frames else ""
 
 
 @contextlib.contextmanager
 def in_place_of(original: object, yours: object) -> Iterator[None]:
-    """While this is entered, every module of the library that holds `original` uses `yours`; then all is as before."""
+    """Within this context, every module of the library that holds `original` uses `yours`; afterwards all is
+    restored.
+    """
     places = [
         (module, name)
         for module_name, module in list(sys.modules.items())
@@ -125,7 +128,7 @@ def in_place_of(original: object, yours: object) -> Iterator[None]:
 
 
 def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
-    """The shipped model's greedy continuation, on the CPU in fp32, with whatever pieces stand in the library now."""
+    """The shipped model's greedy continuation, on the CPU in fp32, with the pieces now in the library."""
     from neox_lib.generation import greedy_generate_text, prompt_ids
     from neox_lib.loading import create_model, create_tokenizer
 
@@ -135,7 +138,8 @@ def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
 
 
 def story_with(original: object, yours: object, what: str) -> str:
-    """The remark of a piece's heart: the shipped model tells a story with the learner's version in the library's place.
+    """The closing remark for a piece: the shipped model tells a story with the learner's version in place of the
+    library's.
 
     Raises PropertyFailed when the story differs from the library's.
     """

@@ -1,4 +1,4 @@
-"""Where the names that a piece of code uses come from: so that a cell and a module mean the same by them."""
+"""Where the names used in a cell come from, to check that a cell and a module mean the same by them."""
 
 import ast
 import builtins
@@ -9,7 +9,7 @@ from neox_lib.course.moved import current_origin
 
 
 def free_names(source: str) -> set[str]:
-    """Names that a text takes from around it: global ones that it neither defines at its top nor finds in builtins."""
+    """The free names of a text: global names that it neither defines at top level nor finds in builtins."""
     used: set[str] = set()
 
     def visit(table: symtable.SymbolTable) -> None:
@@ -45,7 +45,7 @@ def bound_names(source: str) -> dict[str, str]:
 
 
 def imported_names(source: str) -> Iterator[str]:
-    """What a cell imports from neox_lib, as dotted names below it. Nothing from a cell that is no Python yet."""
+    """What a cell imports from neox_lib, as dotted names below it. Empty for a cell that is not valid Python."""
     try:
         nodes = list(ast.walk(ast.parse(plain_python(source))))
     except (SyntaxError, ValueError):
@@ -71,11 +71,11 @@ def plain_python(cell: str) -> str:
 def differing_names(
     module: str, library_source: str, cells: Iterable[str], promoted: dict[str, str], used: Iterable[str]
 ) -> dict[str, tuple[str | None, str | None]]:
-    """Names that promoted texts use and that mean another thing in the notebook than in the library module.
+    """Names in promoted texts that mean something else in the notebook than in the library module.
 
     `promoted` maps the names that this notebook promotes to their modules, `used` holds the promoted texts of `module`.
-    Returns name -> (origin in the library, origin in the notebook); None where it has none. What a copy of before
-    imports by an old name counts as what stands there now.
+    Returns name -> (origin in the library, origin in the notebook); None where it has none. A name that an older copy
+    imports from its old place counts as the one that replaced it.
     """
     own = f"neox_lib.{module}."
     library = {name: own + name if origin == "here" else origin for name, origin in bound_names(library_source).items()}

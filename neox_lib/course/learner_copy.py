@@ -1,7 +1,7 @@
-"""The learner's own copy of the notebooks: made once, never overwritten, told apart from a newer original.
+"""The learner's own copy of the notebooks: made once, never overwritten, and compared with newer originals.
 
 `notebooks/mine/.originals.json` holds the SHA-256 that each original had when it was copied. So "changed" means that
-the original's content is another one; dates, which a fresh clone sets anew, say nothing.
+the content of the original differs; dates don't count, since a fresh clone resets them.
 """
 
 import contextlib
@@ -21,9 +21,8 @@ RECORD = ".originals.json"
 
 @dataclass
 class Report:
-    """What one run did, as paths relative to the notebooks folder.
-
-    `beside` maps a changed original to its new file, `stale` a copy to the names in it that have moved or are gone.
+    """What one run did, as paths relative to the notebooks folder. `beside` maps a changed original to its new file,
+    `stale` a copy to the names in it that have moved or are gone.
     """
 
     copied: list[str] = field(default_factory=list)
@@ -35,9 +34,9 @@ class Report:
 def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
     """Bring `mine` up to date with `originals` without changing any file that is in it.
 
-    A notebook or image that `mine` lacks is copied. One whose original has changed since is reported; with `refresh`
-    the original is put beside it as NAME.new.ipynb, and counts as delivered. A missing `originals` raises
-    FileNotFoundError; a damaged record only means that copies which differ are reported once more.
+    A notebook or image that `mine` lacks is copied. A notebook whose original has changed since is reported; with
+    `refresh` the new original is put beside it as NAME.new.ipynb, and is not reported again. A missing `originals`
+    raises FileNotFoundError; a damaged record only means that differing copies are reported once more.
     """
     if not originals.is_dir():
         raise FileNotFoundError(f"{originals}: no such folder; the notebooks come with a clone, not with a pip install")
@@ -63,7 +62,7 @@ def update_copy(originals: Path, mine: Path, refresh: bool = False) -> Report:
 
 
 def stale_copies(mine: Path) -> dict[str, Stale]:
-    """The notebooks of a copy that use names of before, but for originals put beside. Damaged files are passed over."""
+    """The notebooks of a copy that use old names; originals put beside them and damaged files are skipped."""
     found = {}
     for path in sorted(mine.glob("*.ipynb")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -73,7 +72,7 @@ def stale_copies(mine: Path) -> dict[str, Stale]:
 
 
 def lesson_files(originals: Path) -> list[str]:
-    """The notebooks, what makes slides of them, and everything under images/, as sorted relative paths with `/`."""
+    """The notebooks, the style of their slides, and everything under images/, as sorted relative paths with `/`."""
     images = (path for path in originals.glob("images/**/*") if path.is_file())
     found = [path.relative_to(originals) for pattern in ("*.ipynb", "rise.css") for path in originals.glob(pattern)]
     found += [path.relative_to(originals) for path in images]
@@ -81,7 +80,9 @@ def lesson_files(originals: Path) -> list[str]:
 
 
 def put_beside(copy: Path, content: bytes) -> Path:
-    """Write `content` as NAME.new.ipynb next to the copy, or NAME.new2.ipynb ... if that name holds something else."""
+    """Write `content` as NAME.new.ipynb next to the copy, or NAME.new2.ipynb ... if that name is taken by other
+    content.
+    """
     number = 1
     while True:
         path = copy.with_name(f"{copy.stem}.new{number if number > 1 else ''}{copy.suffix}")
@@ -94,7 +95,7 @@ def put_beside(copy: Path, content: bytes) -> Path:
 
 
 def read_record(path: Path) -> dict[str, str]:
-    """The digests of the originals by relative path; empty where there is no record or it is damaged."""
+    """The originals' digests by relative path; empty if there is no record or it is damaged."""
     try:
         record = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
@@ -108,7 +109,7 @@ def write_record(path: Path, record: dict[str, str]) -> None:
 
 
 def describe(report: Report, originals: Path, mine: Path) -> str:
-    """The report in words, a line for each thing that the learner may want to know."""
+    """The report as text, one line per thing that the learner should know."""
     lines = []
     if report.copied:
         lines.append(f"Copied to {mine}: {', '.join(report.copied)}. This is your copy; nothing here overwrites it.")
@@ -124,9 +125,9 @@ def describe(report: Report, originals: Path, mine: Path) -> str:
 
 
 def describe_stale(report: Report, most: int = 3) -> list[str]:
-    """Which copies use names that have moved or are gone, and the first few of those that have moved."""
+    """Lines on the copies that use moved or removed names, with the first few of the moved ones."""
     lines = [
-        f"{copy}: neox_lib.{name} is gone; neox_lib.{instead} does its work."
+        f"{copy}: neox_lib.{name} is gone; neox_lib.{instead} replaces it."
         for copy, stale in report.stale.items()
         for name, instead in stale.gone.items()
     ]

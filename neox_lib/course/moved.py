@@ -1,11 +1,11 @@
-"""Where names went that notebooks of before the rooms import: a learner's copy is older than the library.
+"""Where names went that older notebooks import: a learner's copy may be older than the library.
 
-Copies are never changed: `make lab` says what in them has moved, and promoting looks each name up where it stands now.
+Copies are never changed: `make lab` reports what has moved, and promoting looks each name up in its new place.
 """
 
 import hashlib
 
-# Modules, below neox_lib; the longest that fits a name counts.
+# Modules, below neox_lib; the longest match counts.
 MODULES = {
     "checkpoint": "checkpoints.slim.reader",
     "files": "checkpoints.files",
@@ -39,13 +39,15 @@ MODULES = {
     "streaming": "playground.streaming",
 }
 
-# Names that did not stay with the others of their module.
+# Names that did not move with their module.
 NAMES = {
     "checkpoint.BUFFERS": "checkpoints.files.BUFFERS",
     "checkpoint.LayerFile": "checkpoints.checkpoint.LayerFile",
+    "course.figures.two_devices.meetings": "course.figures.two_devices.all_reduces",
     "files.write_text_atomically": "checkpoints.atomic.write_text_atomically",
     "layout.empty_model": "checkpoints.build.empty_model",
     "layout.parameter_shapes": "config.parameter_shapes",
+    "lesson.figures_two_devices.meetings": "course.figures.two_devices.all_reduces",
     "model.model_attention_weights": "inspection.attention.model_attention_weights",
     "scale.fits.preset": "config.preset",
     "scale.named.create_tokenizer": "loading.create_tokenizer",
@@ -53,7 +55,7 @@ NAMES = {
     "tokenizer.find_tokenizer": "checkpoints.tokenizer_files.find_tokenizer",
 }
 
-# Names that are no more, and what does their work.
+# Names that are gone, and what replaces them.
 GONE = {
     "checkpoint.describe_slim": "checkpoints.slim.reader.inventory",
     "checkpoint.load_slim": "loading.create_model",
@@ -68,8 +70,8 @@ GONE = {
     "scale.weights.open_weights": "checkpoints.opening.open_checkpoint",
 }
 
-# Of every promoted definition that the originals held before: the first 8 digits of its text's SHA-256. In a copy such
-# a text is nobody's own work, and may not take the library back.
+# For every promoted definition of an older original: the first 8 digits of its text's SHA-256. In a learner's copy such
+# a text is not their own work, so promoting must not put it back into the library.
 OLDER_TEXTS = """
     4faf9d90 7689868c 1ab2624b 7cf38376 2fb28f6a ff88abca dcd70231 1c062b11 11a546ba 0c1e5d0a c84981fe a85fd331
     19881b20 e7692925 b14e7af8 3f46918a 949ef859 84d270e0 99704545 6b12fbce 36a22b2f 14b62d8f c2100411 78e1c975
@@ -82,7 +84,7 @@ OLDER_TEXTS = """
 
 
 def step(name: str) -> tuple[str, str] | None:
-    """The entry that moves a dotted name, old and new; None for one that stands where it was."""
+    """The entry that moves a dotted name, as (old, new); None for a name that has not moved."""
     if name in NAMES:
         return name, NAMES[name]
     parts = name.split(".")
@@ -94,7 +96,7 @@ def step(name: str) -> tuple[str, str] | None:
 
 
 def current(name: str) -> str:
-    """Where a dotted name below neox_lib stands now.
+    """The current place of a dotted name below neox_lib.
 
     >>> current("lesson.plots.lines"), current("attention.Attention")
     ('course.figures.plots.lines', 'attention.Attention')
@@ -104,15 +106,15 @@ def current(name: str) -> str:
 
 
 def current_origin(origin: str) -> str:
-    """The same for a name from anywhere: only those of neox_lib can have moved."""
+    """The same for a name from any package; only those of neox_lib can have moved."""
     return f"neox_lib.{current(origin[9:])}" if origin.startswith("neox_lib.") else origin
 
 
 def successor(name: str) -> str | None:
-    """What does the work of a name that is gone, called as before or as if it had moved; None for any other name."""
+    """What replaces a name that is gone, whether given by its old or its current module; None for any other name."""
     return {current(old): new for old, new in GONE.items()}.get(current(name))
 
 
 def is_older_text(text: str) -> bool:
-    """Whether a definition's text is that of an original of before."""
+    """Whether a definition's text is that of an older original."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:8] in OLDER_TEXTS.split()

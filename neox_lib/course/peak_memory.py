@@ -1,4 +1,4 @@
-"""How much memory something needs while it runs."""
+"""Peak memory of a function call."""
 
 import contextlib
 import ctypes
@@ -10,20 +10,20 @@ import psutil
 
 
 def own_bytes() -> int:
-    """Memory that belongs to this process alone on Linux, mapped files left out; elsewhere, all that it has in use."""
+    """On Linux the memory private to this process, without mapped files; elsewhere all that it uses."""
     info = psutil.Process().memory_info()
     return info.rss - getattr(info, "shared", 0)
 
 
 def hand_back_free_memory() -> None:
-    """Let the C library return what it keeps for later, where it can: else new numbers would fill it unseen."""
+    """Make the C library return free memory where it can; new allocations would otherwise reuse it unnoticed."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Bytes by which this process grows at most while `work` runs, looked at every 2 ms by another thread."""
+    """Peak growth of this process in bytes while `work` runs, sampled every 2 ms by another thread."""
     hand_back_free_memory()
     start, peak, done = own_bytes(), 0, threading.Event()
 

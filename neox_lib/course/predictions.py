@@ -1,4 +1,4 @@
-"""Questions that come before a surprising result: the learner predicts, then reads why each option holds or fails."""
+"""Questions before a surprising result: the learner predicts, then reads why each option is right or wrong."""
 
 import html
 import re
@@ -16,8 +16,8 @@ QUESTIONS = Path(__file__).parent / "questions"
 class Prediction:
     """A multiple-choice question. `options` holds (text, explanation) pairs; `answer` is the right one's number from 0.
 
-    As a cell's last expression it shows buttons where a kernel runs them; its text form, one fold for each option,
-    reads anywhere.
+    As a cell's last expression it shows buttons where a kernel runs; its text form, one fold per option, can be read
+    anywhere.
     """
 
     key: str
@@ -26,7 +26,7 @@ class Prediction:
     answer: int
 
     def choose(self, number: int) -> str:
-        """Record a choice and return what is to be said about it, as HTML."""
+        """Record a choice and return the answer to it, as HTML."""
         record("predictions", self.key, letter(number))
         right = "<b>Right.</b>" if number == self.answer else "<b>Not so.</b>"
         return f"<p>{right} {self.options[number][1]}</p>" + self.folded(without=number)
@@ -41,7 +41,7 @@ class Prediction:
                 rows.append(f"<details>{summary}<p>{verdict} {explanation}</p></details>")
         return "".join(rows)
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+    def _repr_mimebundle_(self, **_) -> dict:
         static = f"<p><b>Predict.</b> {self.question}</p>{self.folded()}"
         options = [f"{letter(number)}. {text}" for number, (text, _) in enumerate(self.options)]
         bundle = {"text/plain": "\n".join(["Predict. " + self.question, *options]), "text/html": static}
@@ -62,7 +62,7 @@ class Prediction:
 
 
 def plain(text: str) -> str:
-    """HTML as the words that it shows: the label of a button knows no tags.
+    """The text that HTML shows, since the label of a button can't hold tags.
 
     >>> plain("<code>a</code> &lt; b")
     'a < b'
@@ -76,7 +76,9 @@ def letter(number: int) -> str:
 
 @cache
 def questions(chapter: str) -> dict[str, Prediction]:
-    """The questions of a notebook, by name. Raises ValueError when one has no right answer or an option without why."""
+    """The questions of a notebook, by name. Raises ValueError if one has no right answer, or an option without a
+    `why`.
+    """
     data = tomllib.loads((QUESTIONS / f"{chapter}.toml").read_text("utf-8"))
     found = {}
     for name, entry in data.items():
@@ -93,7 +95,7 @@ def questions(chapter: str) -> dict[str, Prediction]:
 def predict(chapter: str, name: str) -> Prediction:
     """The question `name` of a notebook, such as `predict("02_rotary_embeddings", "wrong_pairing")`.
 
-    Raises KeyError naming the questions that there are.
+    Raises KeyError naming the existing questions.
     """
     found = questions(chapter)
     if name not in found:

@@ -1,4 +1,4 @@
-"""A notebook as live slides, in a browser page of its own.
+"""A notebook as live slides in the browser.
 
 JupyterLab's RISE shows them, at /rise/NAME.ipynb; `FILES` holds what it lacks for widgets.
 """
@@ -12,7 +12,9 @@ FILES = Path(__file__).parents[1] / "assets" / "slides"
 
 
 def find_notebook(beginning: str, folder: Path) -> Path:
-    """The only notebook of a folder whose name begins so; FileNotFoundError names those that there are."""
+    """The only notebook of a folder whose name begins with `beginning`. Raises FileNotFoundError naming those there
+    are.
+    """
     names = sorted(path.name for path in folder.glob("[0-9][0-9]_*.ipynb") if ".new" not in path.name)
     fitting = [name for name in names if name.startswith(beginning)]
     if beginning and len(fitting) == 1:
@@ -48,7 +50,7 @@ def show(notebook: Path, cell: int, arguments: list[str]) -> None:
     `arguments` go to JupyterLab; it listens on 127.0.0.1 unless one of them says otherwise.
     """
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(FILES), os.environ.get("JUPYTER_PATH")]))
-    from jupyterlab.labapp import LabApp  # only now: it reads its paths when it is imported
+    from jupyterlab.labapp import LabApp  # imported here, because it reads its paths on import
 
     place = [
         f"--ServerApp.root_dir={notebook.parent}",

@@ -25,7 +25,7 @@ def read_progress() -> dict[str, dict[str, str]]:
 
 
 def record(kind: str, key: str, value: str) -> None:
-    """Keep one answer; a folder that can't be written to only means that nothing is kept."""
+    """Keep one answer; if the folder is not writable, nothing is stored."""
     data = read_progress()
     data[kind][key] = value
     try:

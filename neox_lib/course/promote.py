@@ -1,8 +1,8 @@
-"""Promotion: what a notebook builds and what the library holds are the same text.
+"""Promotion: a notebook and the library hold the same text of what the notebook builds.
 
 A code cell tagged `promote`, with `"module": "rotary"` in its metadata, holds whole top-level definitions (functions,
 classes, constants). Promoting writes each one over the library's definition of that name. Texts are compared, not
-syntax trees, since comments teach too. Nothing here imports a piece, so that promotion also starts when one is broken.
+syntax trees, since comments teach too. Nothing here imports a piece, so promotion works even when one is broken.
 """
 
 import ast
@@ -24,12 +24,12 @@ LIBRARY = Path(__file__).resolve().parents[1]
 
 
 class PromotionError(ValueError):
-    """A notebook and the library can't be brought together; the message says where and why, in one line."""
+    """A notebook can't be promoted or pulled; the message says where and why, in one line."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """One top-level definition: its name, its text with the comments right above it, and the lines that hold it."""
+    """One top-level definition: its name, its text with the comments right above it, and its line numbers."""
 
     name: str
     text: str
@@ -56,7 +56,7 @@ class Promoted:
 
 
 def definition_name(node: ast.stmt) -> str | None:
-    """The one name that a statement defines, or None when it is no definition."""
+    """The name that a statement defines, or None if it is not a definition of one name."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -64,7 +64,7 @@ def definition_name(node: ast.stmt) -> str | None:
 
 
 def definitions(source: str) -> list[Definition]:
-    """All top-level definitions of a Python text, in order. Raises SyntaxError for a text that is no Python."""
+    """All top-level definitions of a Python text, in order. Raises SyntaxError for invalid Python."""
     lines = source.splitlines()
     found = []
     for node in ast.parse(source).body:
@@ -80,7 +80,7 @@ def definitions(source: str) -> list[Definition]:
 
 
 def cell_definitions(source: str, where: str) -> list[Definition]:
-    """The definitions of a promoted cell. Raises PromotionError when it holds anything else."""
+    """The definitions of a promoted cell. Raises PromotionError if it holds anything else."""
     try:
         found = definitions(source)
     except SyntaxError as error:
@@ -103,7 +103,7 @@ def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
         try:
             cells = nbformat.read(path, as_version=4).cells
         except Exception as error:  # nbformat raises several kinds for a damaged file
-            raise PromotionError(f"{path}: not a notebook that can be read: {error}") from None
+            raise PromotionError(f"{path}: not a readable notebook: {error}") from None
         for index, cell in enumerate(cells):
             if "promote" in cell.metadata.get("tags", []):
                 where = f"{path.name}, cell {index + 1}"
@@ -116,8 +116,8 @@ def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
 def collect(folder: Path) -> list[Promoted]:
     """All promoted definitions of the notebooks in a folder.
 
-    Raises PromotionError for a cell that is more than definitions, a module that does not exist, and a name that is
-    promoted twice.
+    Raises PromotionError for a cell that holds more than definitions, for a module that does not exist, and for a name
+    that is promoted twice.
     """
     found: dict[tuple[str, str], Promoted] = {}
     for path, index, cell_module, source in promoted_cells(folder):
@@ -133,12 +133,14 @@ def collect(folder: Path) -> list[Promoted]:
 
 
 def home(module: str, name: str) -> str:
-    """The module that holds a definition now, which is another one where it has moved."""
+    """The module that holds a definition now, if it has moved."""
     return current(f"{module}.{name}").rpartition(".")[0]
 
 
 def of_older_originals(promoted: Iterable[Promoted]) -> list[Promoted]:
-    """Those whose text is one of an older original: nobody's own work, and the originals of now hold another."""
+    """Those whose text comes from an older original, so not the learner's own work, and has changed in the current
+    originals.
+    """
     older = [each for each in promoted if is_older_text(each.definition.text)]
     cells = list(promoted_cells(NOTEBOOKS)) if older else []
     texts = {each.text for path, _, _, source in cells for each in cell_definitions(source, path.name)}
@@ -146,7 +148,7 @@ def of_older_originals(promoted: Iterable[Promoted]) -> list[Promoted]:
 
 
 def older_copies(folder: Path, modules: Iterable[str]) -> list[str]:
-    """The notebooks that promote into these modules and still use names of before: their pieces may not fit now."""
+    """The notebooks that promote into these modules and still use old names: their pieces may no longer fit."""
     pieces = collect(folder)
     left_out = of_older_originals(pieces)
     names = {each.notebook.name for each in pieces if each.module in modules and each not in left_out}
@@ -158,26 +160,25 @@ def file_name(module: str) -> str:
 
 
 def module_path(module: str, library: Path | None = None) -> Path:
-    """The file of a module by its name in the package: "rotary", "scale.parallel"."""
+    """The file of a module by its name below neox_lib, such as "rotary" or "quantization.int8"."""
     return (library or LIBRARY) / f"{module.replace('.', '/')}.py"
 
 
 def module_source(module: str) -> str:
-    """A module's text. Raises PromotionError when it is no Python: then nobody can say where its definitions stand."""
+    """A module's text. Raises PromotionError if it is not valid Python: its definitions could not be located."""
     source = module_path(module).read_text("utf-8")
     try:
         ast.parse(source)
     except SyntaxError as error:
         name = file_name(module)
         raise PromotionError(
-            f"{name}: not valid Python: {error.msg} (line {error.lineno}). Mend it, or take it back as it was: "
-            f"git checkout {name}"
+            f"{name}: not valid Python: {error.msg} (line {error.lineno}). Fix it, or restore it: git checkout {name}"
         ) from None
     return source
 
 
 def replaced(source: str, wanted: list[Definition]) -> str:
-    """A module's text with these definitions in place of its own; a new one follows the one before it in the list."""
+    """A module's text with its definitions replaced by these; a new one is put after its predecessor in the list."""
     for position, definition in enumerate(wanted):
         lines = source.splitlines()
         places = {each.name: each for each in definitions(source)}
@@ -193,11 +194,11 @@ def replaced(source: str, wanted: list[Definition]) -> str:
 
 
 def differences(folder: Path) -> list[str]:
-    """What tells the notebooks and the library apart, a text for each: diffs, missing and unpromoted definitions,
-    imports that bring another object. Empty when they agree.
+    """The differences between notebooks and library, as texts: diffs, missing and unpromoted definitions, imports of
+    another object. Empty if they agree.
 
-    What a copy holds as an older original had it is left out, as `promote` does; and then nothing is said of public
-    definitions that no notebook promotes, since the newer originals do.
+    Texts from older originals are left out, as in `promote`; in that case public definitions that no notebook promotes
+    are not reported, since the newer originals promote them.
     """
     promoted = collect(folder)
     older = of_older_originals(promoted)
@@ -236,7 +237,7 @@ def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -
 
 
 def gone(name: str, where: str) -> str | None:
-    """A line on a name that the library has no more; None for any other name."""
+    """A message about a name that is gone from the library; None for any other name."""
     instead = successor(name)
     if instead is None:
         return None
@@ -260,9 +261,8 @@ def unified_diff(promoted: Promoted, library_text: str) -> list[str]:
 def promote(folder: Path = NOTEBOOKS) -> list[str]:
     """Write every promoted definition into the library; returns the names of the modules that changed.
 
-    What a copy holds as an older original had it is left out: see `of_older_originals`.
-    The result is imported in a fresh process. If that fails, or a write does, every module is as it was before, and
-    PromotionError says why in one line.
+    Texts from older originals are left out: see `of_older_originals`. The result is imported in a fresh process. If
+    that or a write fails, every module is restored, and PromotionError says why in one line.
     """
     promoted = collect(folder)
     older = of_older_originals(promoted)
@@ -285,11 +285,11 @@ def promote(folder: Path = NOTEBOOKS) -> list[str]:
     except BaseException as error:
         restore(before, after)
         if isinstance(error, OSError):
-            raise PromotionError(f"could not write the library ({error}); it is as it was before") from None
+            raise PromotionError(f"could not write the library ({error}); it has been restored") from None
         raise
     if why is not None:
         restore(before, after)
-        raise PromotionError(f"the promoted code can't be imported ({why}); the library is as it was before")
+        raise PromotionError(f"the promoted code can't be imported ({why}); the library has been restored")
     return [module for module in dict.fromkeys(each.module for each in promoted) if module_path(module) in after]
 
 
@@ -300,7 +300,9 @@ def restore(before: dict[Path, bytes], changed: dict[Path, bytes]) -> None:
 
 
 def import_failure(modules: Iterable[str] = ()) -> str | None:
-    """Import these and every module at the library's top in a fresh process; None, or what went wrong in one line."""
+    """Import these and every top-level module of the library in a fresh process; returns None, or the error in one
+    line.
+    """
     names = sorted({*modules, *(path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__"))})
     code = "import importlib\n" + "\n".join(f"importlib.import_module('neox_lib.{name}')" for name in names)
     done = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True)
@@ -308,9 +310,8 @@ def import_failure(modules: Iterable[str] = ()) -> str | None:
 
 
 def pull(folder: Path = NOTEBOOKS) -> list[str]:
-    """Write the library's text into the promoted cells; returns the notebooks that changed. Outputs stay as they are.
-
-    A definition that the library has lost raises PromotionError.
+    """Write the library's text into the promoted cells; returns the notebooks that changed. Outputs are not changed.
+    Raises PromotionError for a definition that the library no longer has.
     """
     collect(folder)
     changed = []

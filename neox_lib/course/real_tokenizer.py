@@ -1,4 +1,4 @@
-"""Where the released model's tokenizer file lies: too large to ship, small enough to fetch."""
+"""The released model's tokenizer file, which is too large to ship but small enough to fetch."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,8 @@ INSTALLED = Path(__file__).resolve().parents[2] / ".venv" / "share" / "neox" / "
 
 
 def real_tokenizer_path() -> Path:
-    """The path of GPT-NeoX-20B's `20B_tokenizer.json`: what NEOX_20B_TOKENIZER names, else what the set-up fetched.
+    """The path of GPT-NeoX-20B's `20B_tokenizer.json`: the one named by NEOX_20B_TOKENIZER, else the one that the
+    set-up fetched.
 
     Raises FileNotFoundError saying how to get it.
     """

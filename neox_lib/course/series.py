@@ -1,4 +1,4 @@
-"""How far a learner is: exercises solved, predictions right, and pieces of their own that the library holds."""
+"""A learner's progress: exercises solved, right predictions, and promoted pieces."""
 
 import html
 import importlib
@@ -18,8 +18,9 @@ HEADINGS = ("notebook", "exercises solved", "predictions right", "the library ho
 
 @dataclass(frozen=True)
 class Row:
-    """One notebook's state. Each pair counts what is done and what there is; `whole` is False where a part of it could
-    not be read, so that the counts are too low."""
+    """One notebook's state. Each pair is (done, total); `whole` is False if a part could not be read, so that the
+    counts are too low.
+    """
 
     notebook: str
     exercises: tuple[int, int]
@@ -34,7 +35,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Progress:
-    """The table over the series. As a cell's last expression it shows as HTML, and as text where there is none."""
+    """The table of the series. As a cell's last expression it displays as HTML, or as text where HTML is not
+    supported.
+    """
 
     rows: tuple[Row, ...]
 
@@ -64,9 +67,9 @@ def total_of(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def progress() -> Progress:
-    """How far you are, read from the progress file, the notebooks in the kernel's folder, and the library.
+    """Your progress, read from the progress file, the notebooks in the kernel's folder, and the library.
 
-    Never raises: what can't be read counts as not done, and its row says so by a question mark.
+    Never raises: what can't be read counts as not done, and its row has a question mark.
     """
     names = {path.stem for path in [*NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), *QUESTIONS.glob("*.toml")]}
     return Progress(tuple(row_of(name) for name in sorted(names)))
@@ -77,14 +80,14 @@ def row_of(notebook: str) -> Row:
     for count in (solved, right, held):
         try:
             counts.append(count(notebook))
-        except Exception:  # a damaged notebook, a broken piece: the table is shown all the same
+        except Exception:  # a damaged notebook or a broken piece must not hide the table
             counts.append((0, 0))
             whole = False
     return Row(notebook, *counts, whole=whole)
 
 
 def text_of(notebook: str) -> str:
-    """The notebook's file in the kernel's folder, else the original; empty where there is neither."""
+    """The notebook in the kernel's folder, else the original; empty if there is neither."""
     for path in (Path(f"{notebook}.ipynb"), NOTEBOOKS / f"{notebook}.ipynb"):
         if path.is_file():
             return path.read_text("utf-8")
@@ -92,7 +95,7 @@ def text_of(notebook: str) -> str:
 
 
 def solved(notebook: str) -> tuple[int, int]:
-    """Exercises passed and exercises there are: those of the modules that the notebook imports its checks from."""
+    """(passed, total) exercises of the modules that the notebook imports its checks from."""
     text, outcomes = text_of(notebook), read_progress()["exercises"]
     names = set(re.findall(r"from neox_lib\.(?:course|lesson)\.exercises import (\w+)", text))
     modules = {f"neox_lib.course.exercises.{name}" for name in names}
@@ -103,7 +106,7 @@ def solved(notebook: str) -> tuple[int, int]:
 
 
 def right(notebook: str) -> tuple[int, int]:
-    """Predictions that were right and predictions there are."""
+    """(right, total) predictions."""
     if not (QUESTIONS / f"{notebook}.toml").is_file():
         return 0, 0
     asked, chosen = questions(notebook).values(), read_progress()["predictions"]
@@ -111,7 +114,7 @@ def right(notebook: str) -> tuple[int, int]:
 
 
 def held(notebook: str) -> tuple[int, int]:
-    """Promoted definitions whose text the library holds, and how many the notebook promotes."""
+    """(in the library, total) promoted definitions of the notebook."""
     text, same, there_are = text_of(notebook), 0, 0
     for cell in json.loads(text)["cells"] if text else ():
         if "promote" in cell["metadata"].get("tags", []):

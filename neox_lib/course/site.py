@@ -1,4 +1,4 @@
-"""A Sphinx extension for `make site`: what MyST does not know about these notebooks."""
+"""A Sphinx extension for `make site`: what MyST lacks for these notebooks."""
 
 import re
 from typing import Any
@@ -11,13 +11,13 @@ ANCHOR = re.compile(r'<a id="([\w-]+)">')
 
 
 class NotebookAnchors(Transform):
-    """Lets links find two kinds of anchors that MyST does not count: `<a id="token"></a>`, and JupyterLab's own for a
-    heading, which keeps its capital letters and signs, as in `#What-is-a-token?`.
+    """Lets links find two kinds of anchors that MyST ignores: `<a id="token"></a>`, and JupyterLab's own for a heading,
+    which keeps its capital letters and signs, as in `#What-is-a-token?`.
     """
 
-    default_priority = 840  # before MyST looks up the links of the page itself, at 879
+    default_priority = 840  # before MyST resolves the page's own links, at priority 879
 
-    def apply(self, **kwargs: Any) -> None:
+    def apply(self, **_: Any) -> None:
         slugs = getattr(self.document, "myst_slugs", {})
         for line, anchor, title in list(slugs.values()):
             slugs[title.replace(" ", "-")] = line, anchor, title
@@ -26,7 +26,7 @@ class NotebookAnchors(Transform):
 
 
 def visit_math(translator, node: nodes.math) -> None:
-    """MathML, which browsers show by themselves: no script, and nothing to fetch."""
+    """MathML, which browsers render without a script or a download."""
     translator.body.append(convert(node.astext(), display="inline"))
     raise nodes.SkipNode
 
@@ -36,8 +36,8 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def reach_by_keyboard(app, page: str, template: str, context: dict[str, Any], document) -> None:
-    """Lets the keyboard scroll what is wider than the page: code, outputs, formulas and tables."""
+def reach_by_keyboard(_app, _page: str, _template: str, context: dict[str, Any], _document) -> None:
+    """Makes everything wider than the page scrollable by keyboard: code, outputs, formulas and tables."""
     if "body" in context:
         body = context["body"].replace("<pre>", '<pre tabindex="0">')
         context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')

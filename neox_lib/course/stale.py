@@ -1,4 +1,4 @@
-"""What a learner's copy of a notebook still calls by an old name."""
+"""Old names that a learner's copy of a notebook still uses."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from neox_lib.course.moved import step, successor
 
 @dataclass
 class Stale:
-    """Old names: where each stands now, and what to use in place of those that are gone."""
+    """Old names: the new place of each, or its replacement if it is gone."""
 
     moved: dict[str, str] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
@@ -19,7 +19,7 @@ class Stale:
 
 
 def stale_names(cells: Iterable[dict]) -> Stale:
-    """The names of before that a notebook's cells import, or name in their metadata."""
+    """The old names that a notebook's cells import, or name in their metadata."""
     stale = Stale()
     for cell in cells:
         module = cell.get("metadata", {}).get("module")

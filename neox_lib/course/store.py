@@ -1,6 +1,6 @@
 """Run notebooks and keep their outputs, in a form that does not change when nothing has: for authors.
 
-No timings, and no live widgets: those need the kernel that made them. What a widget shows without one stays.
+No timings, and no live widgets: those need the kernel that made them. What a widget displays without one is kept.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def without_live_widgets(notebook: nbformat.NotebookNode) -> None:
-    """Take widget views out of outputs that have another form, and the widgets' state out of the metadata."""
+    """Remove widget views from outputs that have another form, and the widgets' state from the metadata."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -34,7 +34,7 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
         kernel_name="python3",
         record_timing=False,
         store_widget_state=False,
-        coalesce_streams=True,  # a streamed story is one output, not one for each token
+        coalesce_streams=True,  # a streamed story is one output, not one per token
     )
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     without_live_widgets(notebook)

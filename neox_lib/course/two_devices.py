@@ -23,20 +23,20 @@ BlockOnDevices = Callable[..., Tensor]
 
 
 class Wire:
-    """What connects pretended devices: it counts how often they meet, and the numbers that each of them brings."""
+    """What connects pretended devices: it counts the all-reduces, and the numbers that each device brings."""
 
     def __init__(self):
-        self.meetings, self.numbers = 0, 0
+        self.all_reduces, self.numbers = 0, 0
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """The sum of the devices' tensors, one from each, which every device then has."""
-        self.meetings += 1
+        """The sum of the devices' tensors, one from each."""
+        self.all_reduces += 1
         self.numbers += partials[0].numel()
         return torch.stack(list(partials)).sum(dim=0)
 
 
 class OwnHeads:
-    """One device's share of a cache that lies in one process: its own heads of every layer."""
+    """One device's share of a cache in the same process: its own heads of every layer."""
 
     def __init__(self, cache: KVCache, rank: int):
         self.cache, self.rank = cache, rank
@@ -52,7 +52,7 @@ class OwnHeads:
 
 
 class _BlockOnDevices(nn.Module):
-    """Stands in a model in place of a block, and lets the devices compute it."""
+    """Replaces a block of a model; the devices compute it."""
 
     def __init__(self, blocks: Sequence[nn.Module], compute: BlockOnDevices, wire: Wire):
         super().__init__()
@@ -64,7 +64,7 @@ class _BlockOnDevices(nn.Module):
 
 
 def shipped_parts(ranks: int) -> list[NeoXModel]:
-    """The shipped model's parts for so many devices, all in this process, in fp32 on the CPU."""
+    """The shipped model cut for `ranks` devices, all in this process, in fp32 on the CPU."""
     checkpoint = open_checkpoint(SHIPPED_MODEL)
     return [
         build_rank(checkpoint.config, checkpoint.parts(), rank, ranks, CPU, lambda name: torch.float32)
@@ -81,7 +81,7 @@ def model_on_devices(parts: Sequence[NeoXModel], compute: BlockOnDevices, wire: 
 
 
 def right_block(hidden: Tensor, blocks: list, cos: Tensor, sin: Tensor, caches: list, all_reduce: Callable) -> Tensor:
-    """The parallel block on several devices, which meet once: hidden `[B, T, C]` -> `[B, T, C]`."""
+    """The parallel block on several devices, with one all-reduce: hidden `[B, T, C]` -> `[B, T, C]`."""
     partials = []
     for block, cache in zip(blocks, caches, strict=True):
         attended = block.attention(block.input_layernorm(hidden), cos, sin, cache)
@@ -90,7 +90,7 @@ def right_block(hidden: Tensor, blocks: list, cos: Tensor, sin: Tensor, caches: 
 
 
 def exchanges(model: NeoXModel, ids: Tensor) -> dict[str, int]:
-    """How often the real ranks meet in one pass over `ids`: kind -> times."""
+    """How often the real ranks communicate in one pass over `ids`: kind of exchange -> times."""
     from torch.distributed.tensor.debug import CommDebugMode  # slow to import
 
     with CommDebugMode() as seen:
@@ -120,7 +120,7 @@ def tell_a_story(prompt: str, new_tokens: int) -> dict:
 
 
 def count_exchanges(ids: Tensor) -> dict[str, dict[str, int]]:
-    """The work of one rank: meetings in one pass of three models, ours, ours made sequential, and PyTorch's plan."""
+    """The work of one rank: exchanges in one pass of three models, ours, ours made sequential, and PyTorch's plan."""
     ours = create_rank_model(device="cpu", dtype="float32")
     checkpoint, rank, ranks = open_checkpoint(SHIPPED_MODEL), dist.get_rank(), dist.get_world_size()
     config = dataclasses.replace(checkpoint.config, use_parallel_residual=False)
@@ -166,7 +166,7 @@ def differ_a_little(prompt: str, new_tokens: int) -> dict:
 
 
 def leave_early() -> None:
-    """The work of two ranks, of which rank 1 ends without a word."""
+    """The work of two ranks, of which rank 1 exits silently."""
     if dist.get_rank() == 1:
         os._exit(1)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""One model on several devices: what each rank holds, and how the processes start, meet and end together.
+"""One model on several devices: what each rank holds, and how the processes start, communicate and end together.
 
 May import loading and every room above it; every room below may import it.
 """

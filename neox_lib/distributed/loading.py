@@ -17,7 +17,7 @@ from neox_lib.config import NeoXConfig
 from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.distributed.ranks import rank_device
 from neox_lib.distributed.tensor_parallel import SplitBlock, SplitEmbedding, SplitOutput, own_part, share_of
-from neox_lib.hub.names import local_path
+from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def empty_rank_model(config: NeoXConfig, rank: int, ranks: int) -> NeoXModel:
-    """One rank's model without numbers: its blocks, its rows of both embeddings, and the sizes of its matrices.
+    """One rank's model without weights: its blocks, its rows of both embeddings, and the shapes of its matrices.
 
     Raises CheckpointError as `share_of` does.
     """
@@ -37,7 +37,7 @@ def empty_rank_model(config: NeoXConfig, rank: int, ranks: int) -> NeoXModel:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = shard_shape(f"{name}.weight", tuple(module.weight.shape), ranks)
             if rank > 0 and module.bias is not None and merge_rule(f"{name}.bias") == "sum":
-                module.bias = None  # type: ignore[assignment]  # it belongs to the sum of all ranks: rank 0 adds it
+                module.bias = None  # type: ignore[assignment]  # added once to the sum of all ranks, by rank 0
     first = rank * share.vocab_size // ranks
     model.word_embeddings = SplitEmbedding(model.word_embeddings, first)  # type: ignore[assignment]
     model.final_linear = SplitOutput(model.final_linear)
@@ -52,7 +52,7 @@ def build_rank(
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
 ) -> NeoXModel:
-    """One rank's model, its parameters on `device` in `dtype_of(name)`; of the parts that are `stored`, the others'
+    """One rank's model, its parameters on `device` in `dtype_of(name)`. Of the `stored` parts, the other ranks'
     matrices are not read. Raises CheckpointError as `share_of` does, and what `stored` raises.
     """
     model = empty_rank_model(config, rank, ranks)
@@ -66,9 +66,9 @@ def create_rank_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> NeoXModel:
-    """`create_model` for ranks that have met: every rank calls it, and gets its own part of the model.
+    """`create_model` for the ranks of a process group: every rank calls it, and gets its own part of the model.
 
-    On GPUs each rank takes the one of its number. What has to be downloaded, one rank of each machine downloads. Raises
+    On GPUs each rank uses the GPU with its number. If files must be downloaded, one rank per machine does it. Raises
     what `create_model` raises, and CheckpointError for int8, which runs in one process.
     """
     if path is not None and os.environ["LOCAL_RANK"] == "0":
@@ -79,7 +79,7 @@ def create_rank_model(
     precision = choose_precision(checkpoint, chosen_device, dtype)
     if precision.matrices == torch.int8:
         raise CheckpointError(f"{checkpoint}: int8 weights run in one process; give weights in another dtype")
-    together = 1 if chosen_device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])  # ranks that share a memory
+    together = 1 if chosen_device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])  # ranks on the same machine
     check_memory(share_of(checkpoint.config, ranks // together), precision, chosen_device)
     if precision.notice:
         logger.info(precision.notice)

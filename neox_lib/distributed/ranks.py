@@ -1,4 +1,4 @@
-"""Processes that work as one: how they find each other, which of them speaks, and how all end when one fails."""
+"""Processes that work as one: how they find each other, whose output is shown, and how all stop when one fails."""
 
 import contextlib
 import multiprocessing
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,42 +19,43 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from neox_lib.loading import choose_device
 
-FIRST_FAILURE = "neox_lib/first failure"  # key in the store that all ranks share; its value: rank, exit code, message
+FIRST_FAILURE = "neox_lib/first failure"  # key in the store shared by all ranks; its value: rank, exit code, message
 LOST = re.compile(r"Connection \w+ by peer|Connection refused|Broken pipe|Timed out|NCCL error", re.IGNORECASE)
 
 
 class RankFailed(RuntimeError):
-    """A rank failed or was lost, and so all of them ended; the message says which and why, in one line."""
+    """A rank failed or was lost, and so all were stopped; the message says which and why, in one line."""
 
 
 class Terminated(Exception):
-    """SIGTERM came: the launcher ends this rank."""
+    """Raised on SIGTERM: the launcher stops this rank."""
 
 
 def rank_device(device: str | torch.device) -> torch.device:
-    """This rank's own device: the GPU of its number on this machine, or the CPU.
+    """This rank's device: the GPU with its number on this machine, or the CPU.
 
-    Raises ValueError when there are fewer GPUs than ranks, or when one GPU is named for all.
+    Raises ValueError if there are fewer GPUs than ranks, or if a single GPU is named for all.
     """
     chosen = choose_device(device)
     if chosen.type != "cuda":
         return chosen
     local, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if chosen.index is not None:
-        raise ValueError(f"{chosen} was asked for, and each rank needs a GPU of its own; give device cuda or auto")
+        raise ValueError(f"{chosen} was asked for, but each rank needs its own GPU; use device cuda or auto")
     if local >= there_are:
         raise ValueError(
-            f"rank {local} of this machine finds {there_are} GPU(s); start as many ranks as there are GPUs, or give "
+            f"rank {local} of this machine finds {there_are} GPU(s); start as many ranks as there are GPUs, or use "
             "device cpu"
         )
     return torch.device("cuda", local)
 
 
 def join_ranks(device: torch.device) -> None:
-    """Meet the other ranks, as torchrun's environment says: through nccl on GPUs, gloo on CPUs.
+    """Join the other ranks in a process group, as torchrun's environment variables say: through nccl on GPUs, gloo on
+    CPUs.
 
-    torchrun gives each process one thread unless OMP_NUM_THREADS says otherwise; here the ranks of a machine share its
-    cores.
+    torchrun gives each process one thread unless OMP_NUM_THREADS says otherwise; here the ranks of a machine divide its
+    cores among them.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -65,15 +67,15 @@ def join_ranks(device: torch.device) -> None:
 
 
 def shared_store(timeout_seconds: float = 10) -> Store:
-    """The launcher's table of keys and values, which outlives every rank."""
+    """The launcher's key-value store, which outlives every rank."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
 
 
 def first_failure(store: Store, rank: int, code: int, message: str) -> tuple[int, int, str]:
-    """Note a failure unless an earlier one is noted; the first one's rank, exit code and message.
+    """Record a failure unless one is recorded already; returns the first one's rank, exit code and message.
 
-    What a rank says before it ends comes before what the others notice of its end, so the first one is the cause.
+    A rank reports its error before the others notice that it is gone, so the first one is the cause.
     """
     mine = f"{rank}\n{code}\n{message}"
     noted = store.compare_set(FIRST_FAILURE, "", mine)
@@ -83,7 +85,7 @@ def first_failure(store: Store, rank: int, code: int, message: str) -> tuple[int
 
 
 def describe_failure(error: BaseException, rank: int, ranks: int) -> tuple[int, str]:
-    """Exit code and one line for what ended a rank; no line for Ctrl-C and for a reader that closed the pipe."""
+    """Exit code and a one-line message for what stopped a rank; no message for Ctrl-C and a closed pipe."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
@@ -92,31 +94,31 @@ def describe_failure(error: BaseException, rank: int, ranks: int) -> tuple[int, 
     if isinstance(error, ValueError | OSError):
         return 2, text
     if isinstance(error, Terminated):
-        return 1, f"rank {rank} of {ranks} was told to end: another rank was lost, or the launcher was stopped"
+        return 1, f"rank {rank} of {ranks} was told to stop: another rank was lost, or the launcher was stopped"
     if isinstance(error, RuntimeError) and (how := LOST.search(text)):
         return 1, (
             f"rank {rank} of {ranks} lost another rank ({how[0]}), which was killed or crashed, perhaps for lack of "
-            "memory; all ranks end"
+            "memory; all ranks stop"
         )
     return 1, f"rank {rank} of {ranks} failed: {type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
 def as_rank(device: str | torch.device) -> Iterator[None]:
-    """Join the other ranks, on this rank's device of that kind, and be one of them while the block runs.
+    """Act as one of the ranks while the block runs, on this rank's device of the given kind.
 
-    All of them run the same block; only rank 0's output is shown. When a rank fails, the first to fail says so in one
-    line on stderr, and each of them ends its process at once, without waiting for the others.
+    All of them run the same block; only rank 0's output is shown. When a rank fails, the first to fail reports it in
+    one line on stderr, and each process exits at once, without waiting for the others.
     """
     rank, ranks, stderr = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.stderr
 
-    def terminate(number, frame):
+    def terminate(*_):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     with contextlib.ExitStack() as stack:
         if rank > 0:
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
         try:
@@ -126,24 +128,24 @@ def as_rank(device: str | torch.device) -> Iterator[None]:
         except (Exception, KeyboardInterrupt) as error:
             code, message = describe_failure(error, rank, ranks)
             first_rank = rank
-            with contextlib.suppress(RuntimeError):  # the launcher is gone, and its store with it
+            with contextlib.suppress(RuntimeError):  # the launcher is gone, and so is its store
                 first_rank, code, message = first_failure(shared_store(), rank, code, message)
             if first_rank == rank and message:
                 print(f"neox_lib: {message}", file=stderr, flush=True)
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            os._exit(code)  # torch's own end would wait for ranks that are gone
+            os._exit(code)  # torch's own shutdown would wait for ranks that are gone
 
 
 def read_once(stream: TextIO) -> str:
-    """All text of a stream that the ranks share, such as standard input: rank 0 reads it and tells the others."""
+    """All text of a stream that the ranks share, such as standard input: rank 0 reads it and broadcasts it."""
     text = [stream.read() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(text, src=0)
     return text[0]
 
 
 def _serve_rank(pipe: Connection, environment: dict[str, str], device: str, work: Callable, arguments: tuple) -> None:
-    """The life of one process of `on_ranks`: join, work, hand the result back as bytes."""
+    """What one process of `on_ranks` runs: join, work, send the result back as bytes."""
     os.environ.update(environment)
     rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
@@ -160,23 +162,24 @@ def _serve_rank(pipe: Connection, environment: dict[str, str], device: str, work
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments, device: str = "cpu") -> list[Any]:
-    """Run `work(*arguments)` in `ranks` new processes of this machine that have joined; every rank's result, in order.
+    """Run `work(*arguments)` in `ranks` new processes on this machine, one process group; returns the results in rank
+    order.
 
-    `work` is a function of a module, not of a notebook's cell: a new process must be able to import it. Raises
-    RankFailed, after ending the others, when one of them fails or is killed.
+    `work` must be defined in a module, not in a notebook cell, because a new process has to import it. Raises
+    RankFailed, after stopping the others, if one fails or is killed.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:  # it imports what the first work needs once, for all ranks of all calls
+    if "forkserver" in methods:  # what the first call needs is imported once, for all ranks of all calls
         context.set_forkserver_preload(["neox_lib.distributed.ranks", work.__module__])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     processes, pipes = [], []
     try:
         for rank in range(ranks):
-            words = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+            variables = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
             pipe, their_end = context.Pipe(duplex=False)
-            environment = {name: str(value) for name, value in words.items()}
+            environment = {name: str(value) for name, value in variables.items()}
             given = (their_end, environment, device, work, arguments)
             process = context.Process(target=_serve_rank, args=given, daemon=True)
             process.start()
@@ -191,7 +194,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments, device: str = "cp
 
 
 def _collect(pipes: list[Connection], store: Store) -> list[Any]:
-    """Each rank's result, in order of ranks. Raises RankFailed at the first that has none."""
+    """The results in rank order. Raises RankFailed at the first rank without one."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in results]):

@@ -3,12 +3,12 @@
 Built in notebook 09.
 
 Every rank runs the same program on the same tokens, with its own part of each matrix, cut as the release's files are
-(`slim.partition.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). The ranks meet once for the
-embeddings, once in each block (twice where the residual is sequential) and once for the scores. Each has the same
-hidden states, and the very same scores, so all of them choose the same next token.
+(`slim.partition.MERGE_RULES`, after Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). There is one all-reduce for
+the embeddings and one per block (two where the residual is sequential), and an all-gather for the scores. All ranks
+have the same hidden states and exactly the same scores, so all choose the same next token.
 
-PyTorch's `parallelize_module` cuts a model from a plan. It meets twice a block, and what it does around every layer
-takes longer than a small pass itself; here ranks work on plain tensors, so that the layers of `decoding` serve too.
+PyTorch's `parallelize_module` cuts a model from a plan. It needs two all-reduces per block, and its overhead per layer
+exceeds the time of a small pass; here ranks work on plain tensors, so that the layers of `decoding` serve too.
 """
 
 import dataclasses
@@ -127,10 +127,10 @@ def own_part(key: str, parts: list[Tensor], rank: int, ranks: int) -> Tensor | N
         return merge_shards(key, parts)
     dim = 0 if rule == "rows" else 1
     size = sum(part.shape[dim] for part in parts) // ranks
-    pieces, start = [], -rank * size  # where a part starts, counted from the first number that is kept
+    kept, start = [], -rank * size  # where a part starts, counted from the first number that is kept
     for part in parts:
         first, last = max(0, -start), min(part.shape[dim], size - start)
         if first < last:
-            pieces.append(part.narrow(dim, first, last - first))
+            kept.append(part.narrow(dim, first, last - first))
         start += part.shape[dim]
-    return torch.cat(pieces, dim)
+    return torch.cat(kept, dim)

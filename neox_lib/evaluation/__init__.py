@@ -1,4 +1,4 @@
-"""How likely a model finds a given text, and what rounding its weights costs.
+"""How likely a model finds a given text.
 
 May import loading and every room above it; training and every room below may import it.
 """

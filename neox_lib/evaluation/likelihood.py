@@ -1,4 +1,4 @@
-"""How surprised the model is by a given text: log-probabilities, perplexity, bits per byte."""
+"""How likely the model finds a given text: log-probabilities, perplexity, bits per byte."""
 
 import math
 import re
@@ -14,8 +14,8 @@ from neox_lib.tokenizer import ENDOFTEXT, encode_text
 def token_log_probabilities(model: NeoXModel, input_ids: Tensor) -> Tensor:
     """Log-probability of each token given those before it: ids `[B, T]` -> `[B, T - 1]`, fp32, in nats.
 
-    Padded vocabulary rows stand for no token, so they get no share. The last token is only predicted, never read, so T
-    may be one more than the context. Raises ValueError as the model does.
+    Padded vocabulary rows stand for no token, so they get no probability. The last token is only predicted, never read,
+    so T may be one more than the context. Raises ValueError as the model does.
     """
     logits = model(input_ids[:, :-1])[..., : model.config.tokenizer_vocab_size].float()
     return logits.log_softmax(dim=-1).gather(-1, input_ids[:, 1:, None].long()).squeeze(-1)
@@ -23,7 +23,7 @@ def token_log_probabilities(model: NeoXModel, input_ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(model: NeoXModel, input_ids: Tensor) -> float:
-    """exp of the mean surprise a token, over the T - 1 tokens that have one before them: ids `[B, T]`."""
+    """exp of the mean negative log-likelihood of the T - 1 tokens that have one before them: ids `[B, T]`."""
     return math.exp(-token_log_probabilities(model, input_ids).mean().item())
 
 
@@ -48,23 +48,19 @@ def windows(stream: Tensor, length: int) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def surprise(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
-    """Nats for each token of a stream but the first, read in windows of `length`: `[N]` -> `[N - 1]`, on the CPU."""
+def negative_log_likelihood(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
+    """Negative log-likelihood in nats of each token of a stream but the first, read in windows of `length`: `[N]` ->
+    `[N - 1]`, on the CPU.
+    """
     device = next(model.parameters()).device
     parts = [-token_log_probabilities(model, window.to(device))[0].cpu() for window in windows(stream, length)]
     return torch.cat(parts)
 
 
 def bits_per_byte(model: NeoXModel, tokenizer, stories: list[str], length: int = 2048) -> float:
-    """Surprise of the stories in bits for each byte of their UTF-8 text; the ends of stories count as surprise too.
+    """Negative log-likelihood of the stories in bits per byte of their UTF-8 text; the ends of stories count too.
 
-    Unlike a loss per token it compares models with different tokenizers.
+    Unlike a loss per token, it can compare models with different tokenizers.
     """
-    nats = surprise(model, story_stream(tokenizer, stories), length).sum().item()
+    nats = negative_log_likelihood(model, story_stream(tokenizer, stories), length).sum().item()
     return nats / math.log(2) / sum(len(story.encode("utf-8")) for story in stories)
-
-
-def loss_by_position(model: NeoXModel, stream: Tensor, length: int) -> Tensor:
-    """Mean nats a token at each position of the window, `[length]`, over all whole windows of the stream `[N]`."""
-    whole = (len(stream) - 1) // length * length
-    return surprise(model, stream[: whole + 1], length).view(-1, length).mean(dim=0)

@@ -1,4 +1,4 @@
-"""At what each token looks: the attention weights of a whole text, or of its last token only.
+"""The attention weights of a whole text, or of its last token only.
 
 Built in notebook 04.
 """

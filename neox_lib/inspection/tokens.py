@@ -1,4 +1,4 @@
-"""Tokens as labels, and which of them could stand at a position."""
+"""Tokens as labels, and the likeliest ones at a position."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,8 @@ from neox_lib.tokenizer import token_to_bytes
 
 
 def token_label(tokenizer, token_id: int) -> str:
-    """A token on its own: its text, or its bytes such as <E2 82> where they are no whole characters.
-
-    A row that stands for no token is shown by its id.
+    """The text of a single token, or its bytes, such as <E2 82>, where they are not whole characters. A row that stands
+    for no token is shown by its id.
 
     >>> from neox_lib.tokenizer import train_tokenizer
     >>> tokenizer = train_tokenizer([""], 281)

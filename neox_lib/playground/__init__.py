@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["Playground"]
 
 
-def __getattr__(name: str):  # the page needs anywidget; the thread, which notebook 07 builds, does not
+def __getattr__(name: str):  # the page needs anywidget; the thread that notebook 07 builds does not
     if name != "Playground":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from neox_lib.playground.widget import Playground

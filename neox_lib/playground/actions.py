@@ -8,8 +8,8 @@ from neox_lib.playground.session import Session
 def perform(session: Session, message: dict) -> None:
     """Do what a message such as {"do": "look", "position": 7} asks for.
 
-    Text and settings travel with the messages that need them, so that what runs is what was on the screen. Raises
-    ValueError for a message that makes no sense, naming what it has and what it should have.
+    Text and settings travel with the message that needs them, so what runs is what the screen showed. Raises ValueError
+    for an invalid message, naming what it holds and what was expected.
     """
     action = message.get("do")
     if action in ("generate", "continue", "prompt", "settings", "take"):
@@ -32,18 +32,18 @@ def perform(session: Session, message: dict) -> None:
             session.look(expect(message, "position", int))
         case "take":
             session.take(expect(message, "token", int))
-        case "road":
-            session.choose_road(expect(message, "road", int))
+        case "branch":
+            session.choose_branch(expect(message, "branch", int))
         case "watch":
             session.watch(expect(message, "on", bool))
         case "head":
             session.choose_head(expect(message, "layer", int), expect(message, "head", int))
         case _:
-            raise ValueError(f"the page asked for {action!r}, which the playground can't do")
+            raise ValueError(f"the page asked for {action!r}, which the playground does not know")
 
 
 def expect(message: dict, key: str, kind: type) -> Any:
-    """A message's value, of the right type. Raises ValueError."""
+    """A field of a message. Raises ValueError if its type is wrong."""
     value = message.get(key)
     if type(value) is not kind:
         raise ValueError(f"{message.get('do')}: {key} should be {kind.__name__}, got {value!r}")

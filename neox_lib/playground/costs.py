@@ -1,4 +1,4 @@
-"""What writing costs: milliseconds a token by position, speed and memory, and what 20B would need for the same text."""
+"""What writing costs: milliseconds per token by position, speed, memory, and what 20B would need for the text."""
 
 from statistics import median
 
@@ -6,11 +6,11 @@ import torch
 
 from neox_lib.config import NeoXConfig, format_bytes, neox_20b
 
-POINTS = 120  # of a curve, at most: more than that no screen shows
+POINTS = 120  # at most this many points per curve: a screen shows no more
 
 
 class Costs:
-    """Seconds of each token by its position, with the cache and without; a later run replaces an earlier one."""
+    """Seconds per token by position, with and without the cache; a later run replaces an earlier one."""
 
     def __init__(self):
         self.seconds: dict[bool, dict[int, float]] = {True: {}, False: {}}
@@ -29,18 +29,18 @@ class Costs:
         ]
 
 
-def model_in_words(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
+def describe_model(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
     parameters = config.parameter_count()
     size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.3g} million"
     return f"{name}: {size} parameters, {str(dtype).removeprefix('torch.')}"
 
 
 def needs_of_20b(tokens: int) -> str:
-    """What GPT-NeoX-20B would need for a text of so many tokens, in fp16 as released: arithmetic, nothing measured.
+    """What GPT-NeoX-20B would need for a text of `tokens` tokens, in fp16 as released: computed, not measured.
 
-    To read it takes two operations for each weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361;
-    attention adds 3 % at 2048 tokens). A new token reads every weight once, of the input embedding one row, and the
-    cache.
+    Reading it takes two operations per weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361;
+    attention adds 3 % at 2048 tokens). A new token reads every weight once (only one row of the input embedding), and
+    the cache.
     """
     config, half = neox_20b(), torch.float16
     weights, cache = config.weight_bytes(half), config.kv_cache_bytes(tokens, half)

@@ -1,4 +1,4 @@
-"""The jobs that need the model: to write on, and to look. Each runs in the worker and ends soon after `stopping`."""
+"""The jobs that need the model: writing and looking. Each runs in the worker and ends soon after `stopping` is set."""
 
 import threading
 import time
@@ -14,13 +14,13 @@ from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Throttle, follow
 
-Say = Callable[[str, str], None]  # (phase, status): something has changed
+Say = Callable[[str, str], None]  # called with (phase, status) when something has changed
 
 
 def progress(stopping: threading.Event, say: Say, what: str) -> Callable[[int, int], bool]:
-    """What is called between layers: it tells how far a pass is, and carries Stop."""
+    """A callback between layers: it reports progress, and returns False once Stop was pressed."""
     throttle = Throttle()
-    throttle.ready()  # a pass that is over in a moment is not worth a word
+    throttle.ready()  # a short pass needs no progress report
 
     def report(done: int, total: int) -> bool:
         if done < total and throttle.ready():
@@ -31,30 +31,31 @@ def progress(stopping: threading.Event, say: Say, what: str) -> Callable[[int, i
 
 
 def write(state: State, prompt: list[int] | None, stopping: threading.Event, say: Say) -> None:
-    """Write on the road in hand, or on a new one from `prompt`, as the settings say now.
+    """Continue the current branch, or start a new one from `prompt`, with the current settings.
 
-    A change of settings while it streams is for the next run. What was written stays, whatever ends it.
+    Settings changed while it streams apply to the next run. What was written is kept, however the run ends.
     """
     settings, state.error = state.settings, ""
-    begins = state.roads.road.ids if prompt is None else prompt
+    begins = state.branches.branch.ids if prompt is None else prompt
     room = state.context - len(begins)
     if room < 1:
-        return say(
+        say(
             "idle",
             f"No room to write: the text has {len(begins):,} tokens and this model's context holds {state.context:,}. "
             "Nothing is lost; shorten the prompt or go back.",
         )
-    road = state.roads.start(prompt) if prompt is not None else state.roads.road
-    wanted, start = min(settings.tokens, room), len(road.ids)
+        return
+    branch = state.branches.start(prompt) if prompt is not None else state.branches.branch
+    wanted, start = min(settings.tokens, room), len(branch.ids)
     state.chosen = start
     state.forget_looks()
     say("reading", "Reading the prompt.")
-    cache = state.recall.room_for(road.ids, start + wanted) if settings.use_cache else None
+    cache = state.recall.room_for(branch.ids, start + wanted) if settings.use_cache else None
     steps = stream_generate(
         state.model,
-        torch.tensor([road.ids]),
+        torch.tensor([branch.ids]),
         wanted,
-        sampling=settings.sampling(start - road.given),
+        sampling=settings.sampling(start - branch.given),
         use_cache=settings.use_cache,
         cache=cache,
         on_progress=progress(stopping, say, "Reading the prompt"),
@@ -62,28 +63,28 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     moments = [time.perf_counter()]
 
     def take(step: Step) -> None:
-        at_end = state.chosen == len(road.ids)
+        at_end = state.chosen == len(branch.ids)
         if len(moments) > 1:  # the first one reads the prompt as well
-            state.costs.add(settings.use_cache, len(road.ids), step.seconds)
+            state.costs.add(settings.use_cache, len(branch.ids), step.seconds)
         moments.append(time.perf_counter())
-        road.add(step.token_id, step.log_probability)
-        state.chosen = len(road.ids) if at_end else state.chosen
+        branch.add(step.token_id, step.log_probability)
+        state.chosen = len(branch.ids) if at_end else state.chosen
         if settings.use_cache:
             glance(state, stopping)
 
     try:
         follow(steps, stopping, take, lambda: say("writing", f"Writing: {len(moments) - 1} of {wanted} tokens."))
     finally:
-        state.recall.keep(road.ids)
+        state.recall.keep(branch.ids)
     finish(state, settings, moments, wanted, stopping, say)
 
 
 def finish(
     state: State, settings: Settings, moments: list[float], wanted: int, stopping: threading.Event, say: Say
 ) -> None:
-    """Say how a run ended, and look at what could come next where that costs one token's pass.
+    """Report how a run ended, and score what could come next where that costs only one token's pass.
 
-    `moments` are the start and then the time of each token: speed is what a person saw, the page's share included.
+    `moments` are the start and then the time of each token: the speed is the one a person saw, drawing included.
     """
     written = len(moments) - 1
     if written:
@@ -91,56 +92,57 @@ def finish(
     if written > 1:
         state.tokens_per_second = (written - 1) / (moments[-1] - moments[1])
     if not written:
-        return say("idle", "Stopped while the prompt was read; no token was written.")
-    words = f"{written} token{'s' if written > 1 else ''}"
-    if state.roads.road.ids[-1] == ENDOFTEXT_ID:
-        status = f"The model ended the text after {words}."
+        say("idle", "Stopped while reading the prompt; no token was written.")
+        return
+    amount = f"{written} token{'s' if written > 1 else ''}"
+    if state.branches.branch.ids[-1] == ENDOFTEXT_ID:
+        status = f"The model ended the text after {amount}."
     elif written < wanted:
-        status = f"Stopped after {words}."
+        status = f"Stopped after {amount}."
     elif wanted < settings.tokens:
-        status = f"Wrote {words}; the context of {state.context:,} is full."
+        status = f"Wrote {amount}; the context of {state.context:,} is full."
     else:
-        status = f"Wrote {words}."
+        status = f"Wrote {amount}."
     if settings.use_cache and not stopping.is_set():
         look(state, stopping, say, status)
     say("idle", status)
 
 
 def glance(state: State, stopping: threading.Event) -> None:
-    """Between two tokens: score what could stand at the chosen position, if nobody has; one token's pass.
+    """Between two tokens, score the candidates at the chosen position, unless that is done; costs one token's pass.
 
-    Needs a cache that holds the text, and leaves it as it was: the run goes on as if nobody had looked.
+    Needs a cache that holds the text, and leaves it unchanged, so the run is not affected.
     """
-    road, position = state.roads.road, state.chosen
-    if state.scored == position or not 0 < position < len(road.ids):
+    branch, position = state.branches.branch, state.chosen
+    if state.scored == position or not 0 < position < len(branch.ids):
         return
-    state.recall.keep(road.ids)
+    state.recall.keep(branch.ids)
     try:
-        logits = state.recall.logits_after(road.ids[:position], lambda *_: not stopping.is_set())
+        logits = state.recall.logits_after(branch.ids[:position], lambda *_: not stopping.is_set())
     except Stopped:
         return
     keep_scores(state, position, logits)
 
 
 def keep_scores(state: State, position: int, logits: torch.Tensor) -> None:
-    """Keep the likeliest tokens at a position, and what stands there."""
-    ids = state.roads.road.ids
+    """Store the likeliest tokens at a position, and the one that stands there."""
+    ids = state.branches.branch.ids
     state.candidates = likeliest(logits, state.tokenizer)
     state.taken = candidate(logits, state.tokenizer, ids[position]) if position < len(ids) else None
-    state.scored = position  # last: another position may be chosen at any moment, and then these are not shown
+    state.scored = position  # set last: if another position is chosen meanwhile, these are not shown
 
 
 def look(state: State, stopping: threading.Event, say: Say, status: str = "") -> None:
-    """Score what could stand at the chosen position, if nobody has, and, when watched, what its token looks at."""
-    road, position = state.roads.road, state.chosen
+    """Score the candidates at the chosen position, unless that is done, and compute its attention if it is shown."""
+    branch, position = state.branches.branch, state.chosen
     state.attention = None
     say("looking", status or "Looking.")
     report = progress(stopping, say, "Looking")
     try:
         if position > 0 and state.scored != position:
-            keep_scores(state, position, state.recall.logits_after(road.ids[:position], report))
+            keep_scores(state, position, state.recall.logits_after(branch.ids[:position], report))
         if state.watching:
-            state.attention = attention_of_last(state.model, road.ids[: position + 1], report)
+            state.attention = attention_of_last(state.model, branch.ids[: position + 1], report)
     except Stopped:
-        return say("idle", "Stopped looking.")
+        status = "Stopped looking."
     say("idle", status or "Ready.")

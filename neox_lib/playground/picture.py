@@ -3,19 +3,19 @@
 import html
 import math
 
-from neox_lib.playground.pieces import spell, text_of
 from neox_lib.playground.state import State
-from neox_lib.playground.views import SHOWN_OF_PROMPT, candidate_row, roads_view
+from neox_lib.playground.token_text import spell, text_of
+from neox_lib.playground.views import SHOWN_OF_PROMPT, branches_view, candidate_row
 from neox_lib.tokenizer import encode_text
 
-# From "expected" to "a surprise": least probability, background, underline, words. Black on each is read easily.
+# From likely to unlikely: least probability, background, underline, label. Black text is readable on each.
 LEVELS = (
     (0.5, "#fdf3dc", "none", "50 % or more"),
     (0.1, "#fbdc9a", "1px dotted #111", "10 to 50 %"),
     (0.01, "#f5bd45", "2px solid #111", "1 to 10 %"),
     (0.0, "#ef9a3d", "4px double #111", "below 1 %"),
 )
-# A page that is reopened without its kernel can't show the widget that follows; the picture stands in for its error.
+# A page reopened without its kernel can't show the widget below; the picture replaces its error message.
 INSTEAD = (
     "<style>.jp-OutputArea-child:has(.np-still) + .jp-OutputArea-child:has(.jupyter-widgets):not(:has(.np))"
     "{display:none}</style>"
@@ -43,7 +43,7 @@ def percent(probability: float) -> str:
 
 
 def span(text: str, token_id: int, score: float | None) -> str:
-    """A token with its tint; a prompt's token is grey."""
+    """A token tinted by probability; the prompt's tokens are grey."""
     title, background, underline = f"id {token_id}", "#e9ecef", "none"
     if score is not None:
         probability = math.exp(score)
@@ -57,24 +57,24 @@ def span(text: str, token_id: int, score: float | None) -> str:
 
 def legend() -> str:
     samples = (
-        f'<span style="background:{background};border-bottom:{underline};padding:1px 6px;color:#111">{words}</span>'
-        for _, background, underline, words in LEVELS
+        f'<span style="background:{background};border-bottom:{underline};padding:1px 6px;color:#111">{label}</span>'
+        for _, background, underline, label in LEVELS
     )
     return f"<p>The model gave each token: {' '.join(samples)}</p>"
 
 
-def road_html(state: State) -> str:
-    """The road in hand as tinted tokens, or the prompt's tokens where nothing has been written."""
-    if len(state.roads):
-        road = state.roads.road
-        pieces = zip(spell(state.tokenizer, road.ids), road.scores, strict=True)
-        return "".join(span(piece.text, piece.token_id, score) for piece, score in pieces)
+def branch_html(state: State) -> str:
+    """The current branch as tinted tokens, or the prompt's tokens where nothing has been written."""
+    if len(state.branches):
+        branch = state.branches.branch
+        tokens = zip(spell(state.tokenizer, branch.ids), branch.scores, strict=True)
+        return "".join(span(token.text, token.token_id, score) for token, score in tokens)
     ids = encode_text(state.tokenizer, state.prompt)  # type: ignore[arg-type]
-    return "".join(span(piece.text, piece.token_id, None) for piece in spell(state.tokenizer, ids[:SHOWN_OF_PROMPT]))
+    return "".join(span(token.text, token.token_id, None) for token in spell(state.tokenizer, ids[:SHOWN_OF_PROMPT]))
 
 
 def visible(text: str) -> str:
-    """A token on its own, as HTML: spaces and line ends can be seen."""
+    """A token as HTML, with spaces and line ends made visible."""
     return html.escape(text).replace(" ", "&middot;").replace("\n", "&#8629;")
 
 
@@ -91,21 +91,21 @@ def candidates_html(state: State) -> str:
 
 
 def picture_html(state: State) -> str:
-    """A still picture of a playground: text with tints, legend, likeliest tokens, other roads."""
-    roads = "".join(
-        f"<li>&hellip;{html.escape(road['before'])}<b>{html.escape(road['at'])}</b>{html.escape(road['after'])}</li>"
-        for road in roads_view(state)
+    """A still picture of a playground: text with tints, legend, likeliest tokens, other branches."""
+    branches = "".join(
+        f"<li>&hellip;{html.escape(branch['before'])}<b>{html.escape(branch['at'])}</b>{html.escape(branch['after'])}</li>"
+        for branch in branches_view(state)
     )
-    roads = f"<p>Roads:</p><ol>{roads}</ol>" if len(state.roads) > 1 else ""
-    text = f'<div style="white-space:pre-wrap;line-height:1.9;font-size:16px">{road_html(state)}</div>'
+    branches = f"<p>Branches:</p><ol>{branches}</ol>" if len(state.branches) > 1 else ""
+    text = f'<div style="white-space:pre-wrap;line-height:1.9;font-size:16px">{branch_html(state)}</div>'
     note = "<p><i>A still picture: run this cell to play.</i></p>"
-    parts = f"<p><b>Prompt playground</b></p>{text}{legend()}{candidates_html(state)}{roads}{note}"
+    parts = f"<p><b>Prompt playground</b></p>{text}{legend()}{candidates_html(state)}{branches}{note}"
     return f'{INSTEAD}<div class="np-still" style="{BOX}">{parts}</div>'
 
 
 def text_in_hand(state: State) -> str:
-    """The text of the road in hand, or the prompt where nothing has been written."""
-    return text_of(spell(state.tokenizer, state.roads.road.ids)) if len(state.roads) else state.prompt
+    """The text of the current branch, or the prompt where nothing has been written."""
+    return text_of(spell(state.tokenizer, state.branches.branch.ids)) if len(state.branches) else state.prompt
 
 
 def picture_text(state: State) -> str:

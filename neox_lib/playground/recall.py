@@ -1,4 +1,4 @@
-"""A KV cache that is kept between the playground's runs: what was read once is not read again."""
+"""A KV cache kept between the playground's runs, so that no text is read twice."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from neox_lib.cache import KVCache
 from neox_lib.generation import prefill
 from neox_lib.model import NeoXModel
 
-GROWTH = 256  # tokens by which the room grows
+GROWTH = 256  # the capacity grows in steps of this many tokens
 
 
 def shared_beginning(one: list[int], other: list[int]) -> int:
-    """How many tokens two texts have in common from their start.
+    """The length of the longest common prefix of two texts, in tokens.
 
     >>> shared_beginning([5, 6, 7], [5, 6, 8, 9])
     2
@@ -24,7 +24,7 @@ def shared_beginning(one: list[int], other: list[int]) -> int:
 
 
 class Recall:
-    """One cache and the ids that it holds. It grows when need be, up to the model's context."""
+    """One cache and the ids it holds. It grows on demand, up to the model's context."""
 
     def __init__(self, model: NeoXModel):
         self.model = model
@@ -32,9 +32,9 @@ class Recall:
         self.ids: list[int] = []
 
     def room_for(self, ids: list[int], capacity: int) -> KVCache:
-        """A cache with room for `capacity` tokens that holds what is known of the beginning of `ids`.
+        """A cache with room for `capacity` tokens, holding the part of `ids` it already has.
 
-        Call `keep` with all ids afterwards: what has gone through is in the cache, and only then known by its ids.
+        Call `keep` with all ids afterwards: only then does it know which ids the new entries belong to.
         """
         shared = shared_beginning(self.ids, ids)
         if self.cache is None or self.cache.capacity < capacity:
@@ -51,18 +51,18 @@ class Recall:
         return self.cache
 
     def keep(self, ids: list[int]) -> None:
-        """Note which ids the cache holds now: the first of `ids`, as many as have gone through the model."""
+        """Record which ids the cache holds: the first of `ids`, as many as the model has read."""
         self.ids = ids[: self.cache.length] if self.cache is not None else []
 
     def forget(self) -> None:
-        """Drop everything, after an error in the middle of a pass, say."""
+        """Drop everything, for example after an error in the middle of a pass."""
         self.cache, self.ids = None, []
 
     @torch.inference_mode()
     def logits_after(
         self, ids: list[int], on_progress: Callable[[int, int], bool | None] | None = None
     ) -> torch.Tensor:
-        """Scores for the token after `ids`: `[1, V]`, fp32. Costs one token's pass where the text is known.
+        """Scores for the token after `ids`: `[1, V]`, fp32. Costs a one-token pass if the text is cached.
 
         Raises Stopped when `on_progress` returns False.
         """
@@ -73,7 +73,7 @@ class Recall:
         try:
             return prefill(self.model, new, cache, on_progress=on_progress)
         finally:
-            if known:  # the rows behind are still there: the pass wrote its own again and no other
+            if known:  # the later rows are intact: the pass rewrote only its own
                 cache.length = len(known)
             else:
                 self.keep(ids)

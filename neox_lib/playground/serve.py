@@ -1,5 +1,4 @@
-"""The playground as a page of its own, served by Voila on this machine. Every visitor gets a kernel, and so a text, of
-their own."""
+"""The playground as a page of its own, served by Voila on this machine. Each visitor has their own kernel."""
 
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ FILES = Path(__file__).parents[1] / "assets" / "playground"
 def serve(arguments: list[str]) -> None:
     """Serve until it is interrupted, on 127.0.0.1 unless an argument says otherwise; `arguments` go to Voila."""
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(FILES), os.environ.get("JUPYTER_PATH")]))
-    from voila.app import main  # only now: it reads its paths when it is imported
+    from voila.app import main  # imported here, because it reads its paths on import
 
     options = ["--Voila.ip=127.0.0.1", "--template=playground", "--VoilaConfiguration.show_tracebacks=True"]
     main([str(FILES / "app.ipynb"), *options, *arguments])

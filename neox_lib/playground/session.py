@@ -1,4 +1,4 @@
-"""What a person can do with a playground. Nothing here blocks: all that needs the model is left to one worker."""
+"""What a person can do with a playground. Nothing here blocks: everything that needs the model runs in one worker."""
 
 import threading
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from neox_lib.generation import prompt_ids
 from neox_lib.model import NeoXModel
 from neox_lib.playground import jobs
 from neox_lib.playground.costs import Costs
-from neox_lib.playground.pieces import without_surrogates
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Worker
+from neox_lib.playground.token_text import without_surrogates
 
 Job = Callable[[threading.Event], None]
 
@@ -18,7 +18,7 @@ class Session:
     """One person's actions on one State.
 
     `show()` is called whenever the state has changed, often from the worker's thread. `worker.join()` waits until all
-    is done. An exception in the worker is kept in `state.error`; the session works on.
+    jobs are done. An exception in the worker is kept in `state.error`, and the session stays usable.
     """
 
     def __init__(self, model: NeoXModel, tokenizer, name: str = "model", show: Callable[[], None] = lambda: None):
@@ -26,16 +26,16 @@ class Session:
         self.show = show
         self.worker = Worker(self._failed, self._next)
         self.lock = threading.RLock()
-        self.running = ""  # the kind of the job that runs
+        self.running = ""  # the kind of the running job
         self.waiting: tuple[str, Job] | None = None
 
     def say(self, phase: str, status: str) -> None:
-        """Note what is going on. Nothing is idle while a job still runs: `_next` says so at its end."""
+        """Set phase and status. The phase is not idle while a job runs; `_next` sets it when the job ends."""
         self.state.phase, self.state.status = ("working" if phase == "idle" else phase), status
         self.show()
 
     def _ask(self, kind: str, job: Job) -> None:
-        """Run a job now, or next: to write is not asked for twice; a look ends for any other job; "change" ends all."""
+        """Run a job now or next. A second "write" is ignored; any job interrupts a look, and "change" any job."""
         with self.lock:
             if self.worker.busy and self.running == kind == "write":
                 return
@@ -59,14 +59,14 @@ class Session:
     def _failed(self, error: Exception) -> None:
         self.state.recall.forget()
         self.state.error = f"{type(error).__name__}: {error}"
-        self.say("idle", "Something went wrong. What was written is kept, and you can go on.")
+        self.say("idle", "Something went wrong. The text so far is kept, and you can continue.")
 
     def set_prompt(self, text: str) -> None:
         self.state.prompt = without_surrogates(text)
         self.show()
 
     def set(self, **changes) -> None:
-        """Change settings, such as set(tokens=20, use_cache=False). Raises ValueError for one that makes no sense."""
+        """Change settings, such as set(tokens=20, use_cache=False). Raises ValueError for an invalid one."""
         self.state.settings = self.state.settings.changed(changes)
         self.show()
 
@@ -74,29 +74,29 @@ class Session:
         return prompt_ids(self.state.tokenizer, self.state.prompt)[0].tolist()
 
     def generate(self) -> None:
-        """Begin anew with the prompt."""
+        """Start over from the prompt."""
         prompt = self.prompt_tokens()
         self._ask("write", lambda stopping: jobs.write(self.state, prompt, stopping, self.say))
 
     def go_on(self) -> None:
-        """Write more on the road in hand; without one, as `generate`."""
-        if len(self.state.roads):
+        """Continue the current branch; without one, do as `generate`."""
+        if len(self.state.branches):
             self._ask("write", lambda stopping: jobs.write(self.state, None, stopping, self.say))
         else:
             self.generate()
 
     def stop(self) -> None:
-        """End what runs, within one token, or one layer of the prompt; what waits is forgotten."""
+        """Stop the running job, within one token or one layer of the prompt, and drop the waiting one."""
         with self.lock:
             self.waiting = None
             self.worker.stop()
 
     def clear(self) -> None:
-        """Forget text, roads and costs; the prompt and the settings stay."""
+        """Forget text, branches and costs; keep the prompt and the settings."""
 
-        def job(stopping: threading.Event) -> None:
+        def job(_: threading.Event) -> None:
             state = self.state
-            state.roads.clear()
+            state.branches.clear()
             state.recall.forget()
             state.forget_looks()
             state.costs, state.chosen, state.error = Costs(), 0, ""
@@ -106,23 +106,23 @@ class Session:
         self._ask("change", job)
 
     def look(self, position: int | None = None) -> None:
-        """Choose a position of the road in hand, and see what could stand there. None: where one looks already."""
-        if not len(self.state.roads):
+        """Choose a position of the current branch and score its candidates. None: the position already chosen."""
+        if not len(self.state.branches):
             return
-        last = len(self.state.roads.road.ids)
+        last = len(self.state.branches.branch.ids)
         self.state.chosen = self.state.chosen if position is None else max(0, min(position, last))
         self.state.forget_looks()
         self.show()
         self._ask("look", lambda stopping: jobs.look(self.state, stopping, self.say))
 
     def watch(self, watching: bool = True) -> None:
-        """Whether the attention of the chosen token is worked out too."""
+        """Whether to compute the attention of the chosen token too."""
         self.state.watching = watching
         if watching and self.state.attention is None:
             self.look()
 
     def choose_head(self, layer: int, head: int) -> None:
-        """Which head's attention is shown. Raises ValueError for one that the model does not have."""
+        """Choose the head whose attention is shown. Raises ValueError for one that the model does not have."""
         config = self.state.model.config
         if not (0 <= layer < config.num_hidden_layers and 0 <= head < config.num_attention_heads):
             raise ValueError(
@@ -133,22 +133,23 @@ class Session:
         self.show()
 
     def take(self, token_id: int) -> None:
-        """Put another token at the chosen position: a road forks off there and is written on."""
+        """Take another token at the chosen position: a branch forks off there and is continued."""
         position, found = self.state.chosen, {each.token_id: each.score for each in self.state.candidates}
         if token_id not in found or self.state.scored != position:
-            return self.say("idle", "That token is not among the ones shown; choose a position first.")
+            self.say("idle", "That token is not among the ones shown; choose a position first.")
+            return
 
         def job(stopping: threading.Event) -> None:
-            self.state.roads.take(position, token_id, found[token_id])
+            self.state.branches.take(position, token_id, found[token_id])
             jobs.write(self.state, None, stopping, self.say)
 
         self._ask("change", job)
 
-    def choose_road(self, number: int) -> None:
-        """Take another road in hand, at its end."""
+    def choose_branch(self, number: int) -> None:
+        """Switch to another branch, at its end."""
 
         def job(stopping: threading.Event) -> None:
-            self.state.chosen = len(self.state.roads.choose(number).ids)
+            self.state.chosen = len(self.state.branches.choose(number).ids)
             self.state.forget_looks()
             jobs.look(self.state, stopping, self.say)
 

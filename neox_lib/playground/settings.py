@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from neox_lib.sampling import GREEDY, Sampling
 
-# By name: an annotation may be a string, and a check that asks for types would pass all.
+# By name: annotations may be strings, and a check of types would then let everything pass.
 KINDS = {
     "tokens": "a whole number",
     "use_cache": "true or false",
@@ -42,17 +42,17 @@ class Settings:
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (no cut) or more, got {self.top_k}")
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; for the likeliest take greedy")
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; use greedy for the likeliest token")
         Sampling(self.temperature, self.top_k or None, self.top_p, self.seed)
 
     def sampling(self, written: int = 0) -> Sampling:
-        """What `stream_generate` is told; each continuation, after `written` tokens, draws its own numbers."""
+        """The Sampling for `stream_generate`; each continuation, after `written` tokens, gets its own seed."""
         if not self.sampled:
             return GREEDY
         return Sampling(self.temperature, self.top_k or None, self.top_p, (self.seed + written) % 2**63)
 
     def changed(self, changes: dict) -> "Settings":
-        """These settings with some changed. Raises ValueError for a name or a value that makes no sense."""
+        """These settings with some changed. Raises ValueError for an unknown name or an invalid value."""
         unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
         if unknown:
             raise ValueError(f"no setting is called {', '.join(sorted(map(str, unknown)))}")

@@ -1,4 +1,4 @@
-"""What one person's playground knows, as plain data: anything that shows it reads it here."""
+"""The state of one person's playground, as plain data that every view reads."""
 
 from dataclasses import dataclass, field
 
@@ -6,20 +6,20 @@ from torch import Tensor
 
 from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
+from neox_lib.playground.branches import Branches
 from neox_lib.playground.costs import Costs
 from neox_lib.playground.recall import Recall
-from neox_lib.playground.roads import Roads
 from neox_lib.playground.settings import Settings
 
 
 @dataclass
 class State:
-    """A model, a prompt, what has been written, and what is looked at.
+    """A model, a prompt, what has been written, and what is inspected.
 
     `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
-    the road in hand; its length stands for the token that is still to come. `candidates` could stand at position
-    `scored`, which need not be the chosen one yet, and `taken` stands there. `attention` is what the chosen token looks
-    at, `[L, H, T]`, if `watching`.
+    the current branch; a value equal to its length means the token still to come. `candidates` are the likeliest tokens
+    at position `scored`, which need not be the chosen one yet, and `taken` is the token there. `attention` holds the
+    weights of the chosen token, `[L, H, T]`, if `watching`.
     """
 
     model: NeoXModel
@@ -27,7 +27,7 @@ class State:
     name: str = "model"
     prompt: str = ""
     settings: Settings = field(default_factory=Settings)
-    roads: Roads = field(default_factory=Roads)
+    branches: Branches = field(default_factory=Branches)
     phase: str = "idle"
     status: str = "Ready."
     error: str = ""
@@ -49,7 +49,7 @@ class State:
 
     @property
     def context(self) -> int:
-        """Tokens that the model can hold."""
+        """The model's context, in tokens."""
         return self.model.config.max_position_embeddings
 
     def forget_looks(self) -> None:

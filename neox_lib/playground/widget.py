@@ -1,4 +1,4 @@
-"""The prompt playground, in which a class plays with a model."""
+"""The prompt playground as a widget."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ class Playground:
     """A prompt, the text that streams from it, and views of how it came about. Needs JupyterLab, Notebook or Voila.
 
     `Playground()` plays with the shipped model, `Playground(path)` with any checkpoint (its tokenizer beside it, or
-    given as the second argument), `Playground(model, tokenizer)` with your own. Further arguments are settings, such
-    as `tokens=100`; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise,
-    ValueError for a model without a tokenizer or a setting that makes no sense.
+    given as the second argument), `Playground(model, tokenizer)` with your own. Further arguments are settings, such as
+    `tokens=100`; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise, and
+    ValueError for a model without a tokenizer or an invalid setting.
     """
 
     def __init__(self, model=None, tokenizer=None, *, prompt: str = "Once upon a time, a fox", **settings):
@@ -54,11 +54,11 @@ class Playground:
 
     @property
     def written(self) -> str:
-        """The text of the road in hand, its prompt included; the prompt before there is one."""
+        """The text of the current branch with its prompt; the prompt alone before there is one."""
         return text_in_hand(self.state)
 
     def write(self, prompt: str | None = None) -> str:
-        """Generate and wait until it is done, for a cell that wants the text; the buttons never wait."""
+        """Generate and wait for the end, for a cell that needs the text; the buttons never wait."""
         if prompt is not None:
             self.session.set_prompt(prompt)
         self.session.generate()
@@ -66,32 +66,32 @@ class Playground:
         return self.written
 
     def save(self, file: str | Path) -> None:
-        """Write prompt, settings and all roads to a JSON file, which `Playground.open` restores."""
+        """Write prompt, settings and all branches to a JSON file, which `Playground.open` restores."""
         saved.save(self.state, file)
 
     def act(self, message: dict) -> None:
-        """Do what the page asks for. Whatever goes wrong is shown there, and the playground works on."""
+        """Do what the page asks for. Errors are shown there, and the playground stays usable."""
         try:
             if message.get("do") == "save":
                 self.page.send({"file": saved.to_json(self.state)})
             else:
                 perform(self.session, message)
-        except Exception as error:  # in a callback it would be seen nowhere
+        except Exception as error:  # raised in a callback, it would be shown nowhere
             self.state.error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self.page.publish()
         self.page.has_heard(message.get("number"))
 
     def close(self) -> None:
-        """Take the playground off the page; what streams ends."""
+        """Remove the playground from the page and stop what streams."""
         self.page.close()
 
     def __repr__(self) -> str:
         return f"Playground({self.state.name})"
 
     def _ipython_display_(self) -> None:
-        """A still picture for everywhere, and after it the live page, which hides the picture where a kernel runs.
+        """A still picture, followed by the live page, which hides the picture where a kernel runs.
 
-        As one output, the picture would be lost in a saved notebook: Jupyter prefers a widget, even a dead one.
+        They are two outputs because, of one output with both, Jupyter shows the widget even where no kernel runs it.
         """
         display({"text/html": picture_html(self.state), "text/plain": picture_text(self.state)}, raw=True)
         found = self.page._repr_mimebundle_()

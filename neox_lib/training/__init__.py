@@ -1,4 +1,4 @@
-"""The loop that made the shipped model, and the state from which it goes on.
+"""The loop that trained the shipped model, with resuming.
 
 May import evaluation and every room above it; the command line imports it.
 """

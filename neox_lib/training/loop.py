@@ -1,4 +1,6 @@
-"""The loop that made the shipped model: windows of stories, AdamW, a cosine, and a state to go on from."""
+"""The loop that trained the shipped model: windows of stories, AdamW, a cosine schedule, and a saved state to
+resume.
+"""
 
 import dataclasses
 import json
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from neox_lib.block import Block
 from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
-from neox_lib.evaluation.likelihood import stories_of, story_stream, surprise
+from neox_lib.evaluation.likelihood import negative_log_likelihood, stories_of, story_stream
 from neox_lib.model import NeoXModel
 
 
@@ -25,8 +27,8 @@ class TrainingPlan:
     """What to train on and how fast to learn. The defaults made the shipped model.
 
     `windows` holds (share of the steps done, window lengths): from that share on, the steps take these lengths in turn.
-    Short windows are cheap; without long ones among them the model would not hold over its whole context. A corpus that
-    is read many times over is learnt by heart; `dropout` and a larger `weight_decay` work against that.
+    Short windows are cheap; without some long ones the model would fail at the end of its context. A corpus that is
+    read many times is memorized; `dropout` and a larger `weight_decay` counter that.
     """
 
     total_tokens: int = 20_000_000
@@ -48,7 +50,7 @@ class TrainingPlan:
         return lengths[step % len(lengths)]
 
     def learning_rate_at(self, step: int) -> float:
-        """A straight line up over the warm-up, then half a cosine down to zero."""
+        """A linear warm-up, then half a cosine down to zero."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -57,7 +59,8 @@ class TrainingPlan:
 
 @torch.no_grad()
 def initialize(model: NeoXModel, seed: int) -> None:
-    """20B's own start (`configs/20B.yml`): small_init everywhere, wang_init for matrices that write to the residual.
+    """20B's initialization (`configs/20B.yml`): small_init everywhere, wang_init for matrices that write to the
+    residual.
 
     Standard deviations sqrt(2 / 5C) (Nguyen & Salazar 2019) and 2 / (L sqrt(C)); biases 0, norms 1.
     """
@@ -73,9 +76,10 @@ def initialize(model: NeoXModel, seed: int) -> None:
 
 
 def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:
-    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`, the same ones for the same step.
+    """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`; the same step always gets the same
+    ones.
 
-    Raises ValueError when the stories are shorter than a window.
+    Raises ValueError if the stories are shorter than a window.
     """
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     length = plan.window_length(step)
@@ -91,7 +95,7 @@ def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) ->
 
 
 def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
-    """AdamW; biases and norms are not pulled towards zero."""
+    """AdamW, without weight decay on biases and norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -101,7 +105,7 @@ def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
 def add_dropout(model: NeoXModel, probability: float) -> None:
     """While the model is in training mode, drop a share of what each layer's two branches add to the residual stream.
 
-    Hooks leave the pieces as they are: 20B was trained without dropout (`configs/20B.yml`), on text read once.
+    Hooks leave the model as it is: 20B was trained without dropout (`configs/20B.yml`), on text read once.
     (Srivastava et al. 2014.)
     """
 
@@ -115,9 +119,9 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
 
 
 def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
-    """One update on windows `[B, length + 1]`, about 2,048 tokens at a time: they fit the processor's caches better.
+    """One update on windows `[B, length + 1]`, in parts of about 2,048 tokens, which fit the processor's caches better.
 
-    Returns the loss before the update, in nats a token.
+    Returns the loss before the update, in nats per token.
     """
     rows = max(1, 2048 // batch.shape[1])
     total = 0.0
@@ -135,10 +139,10 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
 
 
 def spread_sample(stream: Tensor, windows: int, length: int) -> Tensor:
-    """Up to `windows` pieces of `length` tokens, evenly spread over a stream `[N]`, joined; a short one as it is."""
-    pieces = min(windows, len(stream) // length)
-    starts = [(len(stream) - length) * index // max(1, pieces - 1) for index in range(pieces)]
-    return torch.cat([stream[start : start + length] for start in starts]) if pieces else stream
+    """Up to `windows` windows of `length` tokens, spread evenly over a stream `[N]`, joined; a short stream whole."""
+    count = min(windows, len(stream) // length)
+    starts = [(len(stream) - length) * index // max(1, count - 1) for index in range(count)]
+    return torch.cat([stream[start : start + length] for start in starts]) if count else stream
 
 
 def train(
@@ -152,10 +156,10 @@ def train(
 ) -> tuple[NeoXModel, list[dict]]:
     """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
 
-    `folder/state.pt` is written every five minutes, and a second call goes on from there; `folder/history.json` holds
-    step, tokens, loss, validation loss (nats a token, in windows of the whole context) and seconds of training.
-    `start_from` is the folder of another run whose weights, not its optimizer, this one begins with. Raises ValueError
-    when the state in the folder was made with another config or plan.
+    `folder/state.pt` is written every five minutes, and a second call resumes from it; `folder/history.json` holds
+    step, tokens, loss, validation loss (nats per token, in windows of the whole context) and seconds of training.
+    `start_from` is the folder of another run, whose weights (not its optimizer state) this one starts with. Raises
+    ValueError if the state in the folder belongs to another config or plan.
     """
     model = NeoXModel(config)
     initialize(model, plan.seed)
@@ -179,7 +183,9 @@ def train(
             bar.update()
             if step % 100 == 0 or step == plan.steps:
                 model.eval()
-                validation_loss = surprise(model, validation, config.max_position_embeddings).mean().item()
+                validation_loss = (
+                    negative_log_likelihood(model, validation, config.max_position_embeddings).mean().item()
+                )
                 loss = sum(losses) / len(losses)
                 losses.clear()
                 history.append(
@@ -194,7 +200,7 @@ def train(
 
 
 def save(folder: Path, identity: str, model, optimizer, history: list[dict], step: int, seconds: float) -> None:
-    """Write all that a later call needs to go on, in one move."""
+    """Write everything that a later call needs to resume, atomically."""
     state = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"history": history, "step": step, "seconds": seconds}
     write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
@@ -207,12 +213,12 @@ def restore(path: Path, identity: str, model, optimizer) -> tuple[list[dict], in
         return [], 0, 0.0
     state = torch.load(path, weights_only=True)
     if state["identity"] != identity:
-        raise ValueError(f"{path} was made with another config or plan; give another folder to start anew")
+        raise ValueError(f"{path} belongs to another config or plan; use another folder to start a new run")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["history"], state["step"], state["seconds"]
 
 
 def read_streams(tokenizer, paths: Iterable[Path]) -> Tensor:
-    """The token stream of some corpus files, `[N]`; empty without any."""
+    """The token stream of some corpus files, `[N]`; empty if there are none."""
     return story_stream(tokenizer, [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))])

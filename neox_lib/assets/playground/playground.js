@@ -99,21 +99,21 @@ function promptPart(model, id, post, generate) {
     ready.append(button);
   }
   const update = () => {
-    const { pieces = [], count: tokens = 0, over, note: remark = "", ms = 0, key } = model.get("prompt_view");
+    const { tokens = [], count: total = 0, over, note: remark = "", ms = 0, key } = model.get("prompt_view");
     const typed = document.activeElement === field && post.mayDiffer;
     if (!typed || !key) field.value = typed ? field.value : model.get("prompt");
-    count.textContent = `${tokens.toLocaleString("en")} tokens of ${model.get("facts").context.toLocaleString("en")} · ${ms} ms`;
+    count.textContent = `${total.toLocaleString("en")} tokens of ${model.get("facts").context.toLocaleString("en")} · ${ms} ms`;
     note.textContent = remark;
     note.classList.toggle("np-over", Boolean(over));
     spans.replaceChildren(
-      ...pieces.map(([token, text, control], index) => {
-        const span = make("span", { title: `id ${token}`, "data-id": token, class: `np-piece np-tone${index % 2}${control ? " np-control" : ""}` });
+      ...tokens.map(([token, text, control], index) => {
+        const span = make("span", { title: `id ${token}`, "data-id": token, class: `np-prompt-token np-tone${index % 2}${control ? " np-control" : ""}` });
         span.textContent = text === "" ? "◌" : visible(text);
         return span;
       }),
     );
-    if (tokens > pieces.length) spans.append(` … and ${tokens - pieces.length} more`);
-    spans.setAttribute("aria-label", `The prompt's tokens with their ids: ${pieces.slice(0, 60).map(([token, text]) => `${text || "part of a character"} ${token}`).join(", ")}`);
+    if (total > tokens.length) spans.append(` … and ${total - tokens.length} more`);
+    spans.setAttribute("aria-label", `The prompt's tokens with their ids: ${tokens.slice(0, 60).map(([token, text]) => `${text || "part of a character"} ${token}`).join(", ")}`);
   };
   model.on("change:prompt_view", update);
   field.addEventListener("focus", () => (post.mayDiffer = true));
@@ -127,9 +127,9 @@ function promptPart(model, id, post, generate) {
 // Every control of the settings; their values travel with each message that needs them.
 function settingsPart(model, id, post) {
   const fields = {};
-  const number = (name, words, attributes) => {
+  const number = (name, label, attributes) => {
     fields[name] = make("input", { type: "number", id: `${id}-${name}`, ...attributes });
-    return make("label", { for: `${id}-${name}`, class: "np-field" }, words, fields[name]);
+    return make("label", { for: `${id}-${name}`, class: "np-field" }, label, fields[name]);
   };
   const choice = make("select", { id: `${id}-sampled` }, make("option", { value: "" }, "greedy"), make("option", { value: "1" }, "sampled"));
   fields.sampled = choice;
@@ -186,7 +186,7 @@ function textPart(model, id, post, ask) {
   let nodes = [];
   let cursor = 0;
   let timer = null;
-  const words = (index) => {
+  const describe = (index) => {
     if (index >= rows.length) return "the token still to come";
     const [token, text, control, score] = rows[index];
     const share = score === null ? "of the prompt" : percent(Math.exp(score));
@@ -198,7 +198,7 @@ function textPart(model, id, post, ask) {
     const node = nodes[cursor] ?? end;
     node.setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", node.id);
-    told.textContent = rows.length ? words(cursor) : "";
+    told.textContent = rows.length ? describe(cursor) : "";
     if (scroll) {
       const place = node.offsetTop - list.offsetTop;
       if (place < list.scrollTop || place > list.scrollTop + list.clientHeight - 30) list.scrollTop = place - list.clientHeight / 2;
@@ -222,8 +222,8 @@ function textPart(model, id, post, ask) {
     }
     rows = next;
     for (let index = same; index < rows.length; index += 1) {
-      nodes[index].title = words(index);
-      nodes[index].setAttribute("aria-label", words(index));
+      nodes[index].title = describe(index);
+      nodes[index].setAttribute("aria-label", describe(index));
     }
     list.classList.toggle("np-empty", rows.length === 0);
     if (given > rows.length) return;
@@ -276,7 +276,7 @@ function textPart(model, id, post, ask) {
   return { choose, cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
 }
 
-// The ten likeliest tokens; each is a button that takes that road.
+// The ten likeliest tokens; each is a button that takes that token.
 function nextPart(model, ask) {
   const title = make("p", { class: "np-note" });
   const list = make("ol", { class: "np-bars" });
@@ -292,7 +292,7 @@ function nextPart(model, ask) {
       if (model.get("settings").use_cache) return "Choose a token of the text, even while it grows: the model looks between two tokens.";
       return "Without the cache a look would read the whole text again: the bars come when the writing stops.";
     };
-    title.textContent = looked ? `Position ${position}, after “…${visible(before)}”. Take another token, and a road forks off:` : hint();
+    title.textContent = looked ? `Position ${position}, after “…${visible(before)}”. Take another token, and a branch forks off:` : hint();
     if (drawn === model.get("bars")) return;
     drawn = model.get("bars");
     const most = Math.max(...rows.map(([, , score]) => Math.exp(score)), 0.01);
@@ -359,14 +359,14 @@ function attentionPart(model, id, post, text) {
   };
   model.on("change:attention change:text change:marks", update);
   update();
-  const field = (words, node) => make("label", { for: node.id, class: "np-field" }, words, node);
+  const field = (label, node) => make("label", { for: node.id, class: "np-field" }, label, node);
   return [make("div", { class: "np-row" }, field("layer", layer), field("head", head), step(-1), step(1)), title, heat, list];
 }
 
-// Milliseconds a token against position, with the cache and without: two lines that differ in dashes too.
+// Milliseconds per token against position, with the cache and without: two lines that differ in dashes too.
 function costPart(model) {
   const chart = makeSvg("svg", { viewBox: "0 0 440 230", class: "np-chart", role: "img" });
-  const words = make("p", { class: "np-note" });
+  const summary = make("p", { class: "np-note" });
   const update = () => {
     const costs = model.get("costs");
     const curves = [["with", "with cache", "np-with"], ["without", "without: all is read again", "np-without"]];
@@ -379,7 +379,7 @@ function costPart(model) {
     const label = (attributes, text) => makeSvg("text", attributes, text);
     const nodes = [
       makeSvg("path", { d: "M46 20V190H430", class: "np-axis" }),
-      label({ x: 6, y: 14 }, "ms a token"),
+      label({ x: 6, y: 14 }, "ms per token"),
       label({ x: 40, y: 194, "text-anchor": "end" }, "0"),
       label({ x: 40, y: y(top / 1.15) + 4, "text-anchor": "end" }, (top / 1.15).toFixed(top > 11 ? 0 : 1)),
       label({ x: 430, y: 206, "text-anchor": "end" }, String(right)),
@@ -396,13 +396,13 @@ function costPart(model) {
       const [first, last] = [costs[name][0], costs[name].at(-1)];
       return `${title.split(":")[0]} cache`.replace("cache cache", "cache") + `: ${first[1].toFixed(1)} ms at position ${Math.round(first[0])}, ${last[1].toFixed(1)} ms at ${Math.round(last[0])}`;
     });
-    words.textContent = told.length ? `${told.join("; ")}.` : "Generate with the KV cache, then without it: both lines stay to compare.";
-    chart.setAttribute("aria-label", `Milliseconds a token by position. ${words.textContent}`);
+    summary.textContent = told.length ? `${told.join("; ")}.` : "Generate with the KV cache, then without it: both lines stay to compare.";
+    chart.setAttribute("aria-label", `Milliseconds per token by position. ${summary.textContent}`);
     chart.replaceChildren(...nodes);
   };
   model.on("change:costs", update);
   update();
-  return [chart, words];
+  return [chart, summary];
 }
 
 function tabs(id, pages, onChange) {
@@ -432,22 +432,22 @@ function tabs(id, pages, onChange) {
   return { node: [list, ...panels], select };
 }
 
-function roadsPart(model, id, ask) {
-  const title = heading(`${id}-roads`, "Roads, side by side");
-  const list = make("ol", { class: "np-roads", "aria-labelledby": `${id}-roads` });
+function branchesPart(model, id, ask) {
+  const title = heading(`${id}-branches`, "Branches, side by side");
+  const list = make("ol", { class: "np-branches", "aria-labelledby": `${id}-branches` });
   const update = () => {
-    const roads = model.get("roads");
-    title.hidden = list.hidden = roads.length < 2;
-    list.replaceChildren(...roads.map((road, number) => {
-      const at = make("b", {}, visible(road.at).replace(/^·/, ""));
-      const button = make("button", { type: "button", "aria-pressed": String(road.current), class: `np-road np-road${number % 4}` });
-      const sure = road.mean === null ? "" : `, ${percent(road.mean)} a token`;
-      button.append(make("span", { class: "np-told" }, `…${road.before} `), at, make("span", {}, road.after), make("span", { class: "np-note" }, ` (${road.tokens} tokens${sure})`));
-      button.addEventListener("click", () => ask("road", { road: number }));
+    const branches = model.get("branches");
+    title.hidden = list.hidden = branches.length < 2;
+    list.replaceChildren(...branches.map((branch, number) => {
+      const at = make("b", {}, visible(branch.at).replace(/^·/, ""));
+      const button = make("button", { type: "button", "aria-pressed": String(branch.current), class: `np-branch np-branch${number % 4}` });
+      const sure = branch.mean === null ? "" : `, ${percent(branch.mean)} per token`;
+      button.append(make("span", { class: "np-told" }, `…${branch.before} `), at, make("span", {}, branch.after), make("span", { class: "np-note" }, ` (${branch.tokens} tokens${sure})`));
+      button.addEventListener("click", () => ask("branch", { branch: number }));
       return make("li", {}, button);
     }));
   };
-  model.on("change:roads", update);
+  model.on("change:branches", update);
   update();
   return [title, list];
 }
@@ -483,7 +483,7 @@ function render({ model, el }) {
   const write = (action) => ask(action, { prompt: prompt.field.value, settings: settings.values() });
   prompt = promptPart(model, id, post, () => write("generate"));
   settings = settingsPart(model, id, post);
-  const button = (words, action, kind = "") => make("button", { type: "button", class: kind, onclick: action }, words);
+  const button = (label, action, kind = "") => make("button", { type: "button", class: kind, onclick: action }, label);
   const stop = button("Stop", () => ask("stop"), "np-stop");
   const generate = button("Generate", () => write("generate"), "np-main");
   const go = button("Continue", () => ask("continue", { settings: settings.values() }));
@@ -503,8 +503,8 @@ function render({ model, el }) {
   const speed = make("p", { class: "np-speed np-note" });
   let before = "idle";
   const marks = () => {
-    const { phase = "idle", status: words = "", error: wrong = "" } = model.get("marks");
-    status.textContent = words;
+    const { phase = "idle", status: message = "", error: wrong = "" } = model.get("marks");
+    status.textContent = message;
     root.dataset.phase = phase;
     error.textContent = wrong;
     error.hidden = wrong === "";
@@ -514,7 +514,7 @@ function render({ model, el }) {
     go.setAttribute("aria-disabled", String(busy));
     if (phase !== before) {
       if (phase === "writing") spoken.textContent = "Writing.";
-      if (phase === "idle") spoken.textContent = `${words} ${all().slice(-400)}`;
+      if (phase === "idle") spoken.textContent = `${message} ${all().slice(-400)}`;
       before = phase;
     }
   };
@@ -531,7 +531,7 @@ function render({ model, el }) {
   views3.select(0);
   started = true;
   const textTop = make("div", { class: "np-row np-spread" }, heading(`${id}-text`, "Text"), make("span", { class: "np-row" }, said, copied, saved));
-  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...roadsPart(model, id, ask));
+  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...branchesPart(model, id, ask));
   const right = make("div", { class: "np-right" }, ...views3.node);
   root.append(make("div", { class: "np-columns" }, left, right), speed, spoken);
   root.addEventListener("keydown", (event) => event.key === "Escape" && ask("stop"));

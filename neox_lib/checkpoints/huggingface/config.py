@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json`, read and written: the same model in the words of `transformers`, old and new."""
+"""Hugging Face's `config.json`, read and written: the same model under the names of `transformers`, old and new."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.slim.config import real_tokens
 from neox_lib.checkpoints.tokenizer_files import open_tokenizer
 from neox_lib.config import NeoXConfig
@@ -56,6 +56,12 @@ def read_huggingface_config(folder: Path) -> NeoXConfig:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a GPT-NeoX config: {error}") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the weights as `config.json` says it, in either dialect; fp16 where it says nothing."""
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    return WEIGHT_DTYPES.get(fields.get("torch_dtype") or fields.get("dtype"), torch.float16)
 
 
 def check_computable(path: Path, fields: Mapping[str, Any]) -> None:

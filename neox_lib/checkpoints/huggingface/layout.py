@@ -44,16 +44,10 @@ def names_by_key(config: NeoXConfig) -> dict[str, str]:
     return keys
 
 
-def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
-
-    Raises CheckpointError, naming the file, for an index that can't be read or that names a file which is not there.
+def read_index(path: Path) -> dict[str, str]:
+    """Which file beside it holds which key, as an index of shards says. Raises CheckpointError for one that can't be
+    read or that names anything but a file of weights beside it.
     """
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
-    if path.suffix != ".json":
-        return [path], {}
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         places = {str(key): str(file) for key, file in weight_map.items()}
@@ -62,10 +56,25 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{path}: not an index of shards ({reason}); fetch it again") from error
-    files = sorted(set(places.values()))
-    for file in files:
+    for file in places.values():
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{path}: names {file!r}; expected .safetensors or .bin files beside it")
+    return places
+
+
+def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
+
+    Raises CheckpointError, naming the file, for a shard that is not there, and as `read_index` does.
+    """
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        return [path], {}
+    places = read_index(path)
+    files = sorted(set(places.values()))
+    for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: missing; {path.name} names it. Fetch it again")
     return [folder / file for file in files], places

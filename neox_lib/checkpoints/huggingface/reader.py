@@ -81,10 +81,10 @@ class HuggingFaceCheckpoint:
         for path, found in sorted(indices.items()):
             blocks = sorted({index - 2 for index in found if 2 <= index < layers + 2})
             ends = {part_of_file(index, layers): None for index in found if not 2 <= index < layers + 2}
-            words = (
+            contents = (
                 [f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"] if blocks else []
             )
-            rows.append(LayerFile(path.name, 0, ", ".join([*words, *ends]), path.stat().st_size))
+            rows.append(LayerFile(path.name, 0, ", ".join([*contents, *ends]), path.stat().st_size))
         return rows
 
 

@@ -35,7 +35,7 @@ MERGE_RULES = {
 
 
 def merge_rule(key: str) -> str:
-    """The rule of a tensor, found by the last two words of its key. Raises CheckpointError for a tensor without one."""
+    """The rule of a tensor, found by the last two parts of its key. Raises CheckpointError for a tensor without one."""
     ending = ".".join(key.split(".")[-2:])
     if ending not in MERGE_RULES:
         raise CheckpointError(f"{key}: not a tensor of GPT-NeoX; expected one of {', '.join(MERGE_RULES)}")

@@ -88,10 +88,10 @@ def follow(yours: Callable) -> str:
     for check in FOLLOW_CHECKS.values():
         check(yours)
     model, tokenizer = create_model(device="cpu", dtype="float32"), create_tokenizer()
-    words: list[str] = [PROMPT]
+    texts: list[str] = [PROMPT]
     steps = stream_generate(model, prompt_ids(tokenizer, PROMPT), 40, tokenizer=tokenizer)
-    yours(steps, threading.Event(), lambda step: words.append(step.text), lambda: None)
-    written = "".join(words)
+    yours(steps, threading.Event(), lambda step: texts.append(step.text), lambda: None)
+    written = "".join(texts)
     require_equal(written, story(PROMPT, 40), "the story that streams through your follow")
     return f"The shipped model's story, streamed through your follow:\n{written}"
 

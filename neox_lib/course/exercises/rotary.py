@@ -40,8 +40,8 @@ def rotate_half(yours: Callable[[Tensor], Tensor]) -> None:
     four = torch.tensor([1.0, 2.0, 3.0, 4.0])
     found, what = yours(four.clone()), "my_rotate_half([1, 2, 3, 4])"
     neighbours = isinstance(found, Tensor) and found.shape == (4,) and found.tolist() == [-2.0, 1.0, -4.0, 3.0]
-    words = "those are neighbours turned, (1, 2) and (3, 4); the partners here are (1, 3) and (2, 4): [-3, -4, 1, 2]"
-    require(not neighbours, f"{what} is [-2, 1, -4, 3]: {words}")
+    reason = "those are neighbours turned, (1, 2) and (3, 4); the partners here are (1, 3) and (2, 4): [-3, -4, 1, 2]"
+    require(not neighbours, f"{what} is [-2, 1, -4, 3]: {reason}")
     require_equal(found, torch.tensor([-3.0, -4.0, 1.0, 2.0]), what)
     x = seeded(2, 3, 10)
     what = "my_rotate_half of my_rotate_half of a [2, 3, 10] tensor, half a turn and so its negative,"

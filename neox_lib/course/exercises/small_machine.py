@@ -122,9 +122,9 @@ def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
 @exercise("small_machine.int8_bytes")
 def int8_bytes(yours: Callable[[NeoXConfig], int]) -> str:
     """`yours(config)` is the number of bytes of a model in int8, with its scales and all that stays as it is."""
-    for words, config in (("tiny()", tiny()), ('pythia("1.4b")', pythia("1.4b")), ("neox_20b()", neox_20b())):
+    for argument, config in (("tiny()", tiny()), ('pythia("1.4b")', pythia("1.4b")), ("neox_20b()", neox_20b())):
         found, expected = yours(config), bytes_in_int8(config)
-        require(isinstance(found, int | float), f"my_int8_bytes({words}) should be a number, but is {found!r}")
+        require(isinstance(found, int | float), f"my_int8_bytes({argument}) should be a number, but is {found!r}")
         hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         embedding = config.vocab_size * hidden
         rows = layers * (5 * hidden + inner) + config.vocab_size
@@ -132,16 +132,16 @@ def int8_bytes(yours: Callable[[NeoXConfig], int]) -> str:
         reasons = {
             -4 * rows: "the scales are missing, 4 bytes for each row of each matrix",
             -2 * rows: "a scale takes 4 bytes, not 2",
-            -embedding: "the embedding stays in fp16, 2 bytes a number",
-            2 * embedding: "the embedding takes 2 bytes a number, not 4",
+            -embedding: "the embedding stays in fp16, 2 bytes per number",
+            2 * embedding: "the embedding takes 2 bytes per number, not 4",
             -2 * embedding: "the embedding is missing",
             -4 * vectors: "biases and norms are missing",
-            -3 * vectors: "biases and norms take 4 bytes a number",
-            -2 * vectors: "biases and norms take 4 bytes a number",
+            -3 * vectors: "biases and norms take 4 bytes per number",
+            -2 * vectors: "biases and norms take 4 bytes per number",
             4 * config.vocab_size: "the embedding has no scales: it is not quantized",
             -4 * config.vocab_size: "the output matrix has scales too",
         }
-        told = f"my_int8_bytes({words}) is {found:,}, expected {expected:,}"
+        told = f"my_int8_bytes({argument}) is {found:,}, expected {expected:,}"
         reason = reasons.get(int(found - expected))
         require(found == expected, f"{told}: {reason}" if reason else told)
     return f"20B in int8: {bytes_in_int8(neox_20b()):,} bytes."

@@ -59,7 +59,7 @@ def story_by_merges(yours: Callable) -> str:
     path, model = SHIPPED_MODEL / "tokenizer.json", create_model(device="cpu", dtype="float32")
     expected = read_tokenizer(path).encode(PROMPT)
     with in_place_of(library.apply_merges, yours):
-        readable = read_tokenizer(path)  # a fresh one: it remembers words
+        readable = read_tokenizer(path)  # a fresh one: it remembers pretokens
         found = readable.encode(PROMPT)
         require(found == expected, f"{PROMPT!r} should be the ids {expected}, but with your merges it is {found}")
         written = greedy_generate_text(model, readable, PROMPT, len(found) + 40)

@@ -1,13 +1,13 @@
 """The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes on the wire."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_lib.config import NeoXConfig, neox_20b, pythia
-from neox_lib.course.checks import exercise, require, require_equal, story
+from neox_lib.course.checks import PropertyFailed, exercise, require, require_equal, story
 from neox_lib.course.figures.plots import seeded
 from neox_lib.course.two_devices import CPU, BlockOnDevices, Wire, model_on_devices, shipped_parts, write
 from neox_lib.distributed.loading import build_rank
@@ -42,9 +42,10 @@ class StrictWire(Wire):
         super().__init__()
         self.ranks = ranks
 
-    def all_reduce(self, partials: list[Tensor]) -> Tensor:
-        given = f"{len(partials)} tensors" if isinstance(partials, list | tuple) else f"a {type(partials).__name__}"
-        right = isinstance(partials, list | tuple) and len(partials) == self.ranks
+    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+        a_list = isinstance(partials, list | tuple)
+        given = f"{len(partials)} tensors" if a_list else f"a {type(partials).__name__}"
+        right = a_list and len(partials) == self.ranks
         require(right, f"all_reduce takes a list with one tensor from each of {self.ranks} devices, but got {given}")
         return super().all_reduce(partials)
 
@@ -60,8 +61,8 @@ def random_blocks(ranks: int) -> tuple[nn.Module, list[nn.Module]]:
     return model.layers[1], [part.layers[1] for part in parts]
 
 
-def possible_sums(whole: nn.Module, blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
-    """What comes out of a block when the devices' parts are joined in ways that people have tried: words -> output."""
+def possible_sums(blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
+    """What comes out of a block when the devices' parts are joined in ways that people have tried, by mistake."""
     attended = [block.attention(block.input_layernorm(x), *table) for block in blocks]  # type: ignore[operator]
     bent = [block.mlp(block.post_attention_layernorm(x)) for block in blocks]  # type: ignore[operator]
     partials = [first + second for first, second in zip(attended, bent, strict=True)]
@@ -97,19 +98,21 @@ def block(yours: BlockOnDevices) -> str:
         found, expected = yours(x, blocks, *table, caches, wire.all_reduce), whole(x, *table)
         require(torch.equal(x, before), f"{what} changes its input: use hidden + ..., not hidden += ...")
         if isinstance(found, Tensor) and found.shape == expected.shape:
-            for words, output in possible_sums(whole, blocks, x, table).items():
-                require((found - output).abs().max().item() > 1e-4, f"{what} is {words}")
+            for mistake, output in possible_sums(blocks, x, table).items():
+                require((found - output).abs().max().item() > 1e-4, f"{what} is {mistake}")
         require_equal(found, expected, what, tolerance=1e-4)
         asked, right = [cache.asked for cache in caches], [[(1, 4 // ranks)]] * ranks
         told = f"{what}: the devices' caches were asked (layer, heads) {asked}, expected {right}"
         require(asked == right, f"{told}: give each device's attention its own cache, once")
         more = "The numbers are right. Add the two parts on each device before you send them"
-        require(wire.meetings == 1, f"{what} let the devices meet {wire.meetings} times, once is enough. {more}")
+        require(wire.all_reduces == 1, f"{what} called all_reduce {wire.all_reduces} times, once is enough. {more}")
     expected, wire = story(), Wire()
     prompt = expected[: len("Once upon a time, a fox")]
     written = write(model_on_devices(shipped_parts(2), yours, wire), prompt, 40)
     require(written == expected, f"The shipped model wrote another story with your block:\n{written}")
-    return f"The shipped model wrote this on two devices, with your block, meeting {wire.meetings} times:\n{written}"
+    return (
+        f"The shipped model wrote this on two devices, with your block and {wire.all_reduces} all-reduces:\n{written}"
+    )
 
 
 @exercise("two_devices.embed")
@@ -126,7 +129,7 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
             found = yours(given, rows, first)
         except IndexError as error:
             message = "a token whose row is elsewhere must not be looked up here: look up any row, then put zeros"
-            require(False, f"{what} raised IndexError ({error}): {message}")
+            raise PropertyFailed(f"{what} raised IndexError ({error}): {message}") from None
         if first == 2 and isinstance(found, Tensor) and found.shape == expected.shape:
             wrapped = torch.equal(found[0, 1], rows[0])
             require(not wrapped, f"{what} gives token 0 the vector of row -2, counted from the end: zeros are expected")
@@ -141,10 +144,10 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
 
 def bytes_on_the_wire(config: NeoXConfig, tokens: int, ranks: int, dtype: torch.dtype) -> int:
     """Bytes that each rank sends in one pass over `tokens` tokens of which the last is scored."""
-    meetings = 1 + config.num_hidden_layers * (1 if config.use_parallel_residual else 2)
-    all_reduces = meetings * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
+    all_reduces = 1 + config.num_hidden_layers * (1 if config.use_parallel_residual else 2)
+    summed = all_reduces * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
     scores = (ranks - 1) * config.vocab_size // ranks
-    return (all_reduces + scores) * dtype.itemsize
+    return (summed + scores) * dtype.itemsize
 
 
 @exercise("two_devices.bytes_sent")
@@ -159,19 +162,19 @@ def bytes_sent(yours: Callable[[NeoXConfig, int, int, torch.dtype], int]) -> str
         ("20B with a sequential residual, 1 token, 2 ranks, float16", sequential, 1, 2, torch.float16),
         ("neox_20b(), 1 token, 1 rank, float16", neox_20b(), 1, 1, torch.float16),
     ]
-    for words, config, tokens, ranks, dtype in cases:
+    for arguments, config, tokens, ranks, dtype in cases:
         found, expected = yours(config, tokens, ranks, dtype), bytes_on_the_wire(config, tokens, ranks, dtype)
-        require(isinstance(found, int | float), f"my_bytes_sent({words}) should be a number, but is {found!r}")
+        require(isinstance(found, int | float), f"my_bytes_sent({arguments}) should be a number, but is {found!r}")
         hidden, scores = tokens * config.hidden_size * dtype.itemsize, config.vocab_size // ranks * dtype.itemsize
-        a_meeting, off = 2 * (ranks - 1) * hidden // ranks, found - expected
+        per_reduce, off = 2 * (ranks - 1) * hidden // ranks, found - expected
         reasons = {
-            -a_meeting: ": the meeting of the embeddings is missing",
-            a_meeting: ": that is one meeting too many",
+            -per_reduce: ": the all-reduce of the embeddings is missing",
+            per_reduce: ": that is one all-reduce too many",
             -(ranks - 1) * scores: ": the scores are missing",
             (tokens - 1) * (ranks - 1) * scores: ": the last token alone is scored",
         }
         if not config.use_parallel_residual:
-            reasons[-config.num_hidden_layers * a_meeting] = ": a sequential block meets twice"
-        told = f"my_bytes_sent({words}) is {found:,}, expected {expected:,}"
+            reasons[-config.num_hidden_layers * per_reduce] = ": a sequential block needs two all-reduces"
+        told = f"my_bytes_sent({arguments}) is {found:,}, expected {expected:,}"
         require(off == 0, told + reasons.get(off, "") if off else "")
     return f"20B on two devices: {bytes_on_the_wire(neox_20b(), 1, 2, torch.float16):,} bytes for a new token."

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, SKY, Picture, lines, new_figure
 
-# Colour, hatching and colour of the words of query, key and value; the hatching tells them apart in grey print too.
+# Colour, hatching and colour of the text of query, key and value; the hatching tells them apart in grey print too.
 ROLES = {"query": (BLUE, "", "white"), "key": (ORANGE, "//", "black"), "value": (SKY, "..", "black")}
 
 
@@ -66,17 +66,17 @@ def attention_maps(maps: Mapping[str, Tensor], tokens: Sequence[str], alt: str) 
     few = len(tokens) <= 5
     figure = new_figure(4.2 * len(maps), 3.3) if few else new_figure(5.4 * len(maps), 5.2)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    words = [token.replace("Ġ", "") for token in tokens]  # the tokenizer's sign for a leading space
+    labels = [token.replace("Ġ", "") for token in tokens]  # the tokenizer's sign for a leading space
     for panel, (title, weights) in zip(panels, maps.items(), strict=True):
-        image = panel.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         panel.set_title(title, fontsize=FONT_SIZE + 1)
-        panel.set_xticks(range(len(words)), words, rotation=0 if few else 90, fontsize=FONT_SIZE)
-        panel.set_yticks(range(len(words)), words, fontsize=FONT_SIZE)
+        panel.set_xticks(range(len(labels)), labels, rotation=0 if few else 90, fontsize=FONT_SIZE)
+        panel.set_yticks(range(len(labels)), labels, fontsize=FONT_SIZE)
         panel.set_xlabel("token looked at", fontsize=FONT_SIZE)
         if few:
             write_numbers(panel, weights)
     panels[0].set_ylabel("token that looks", fontsize=FONT_SIZE)
-    scale = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    scale = figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.8)
     scale.set_label("weight", fontsize=FONT_SIZE)
     scale.ax.tick_params(labelsize=FONT_SIZE - 1)
     return Picture(figure, alt)

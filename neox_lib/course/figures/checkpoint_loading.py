@@ -132,7 +132,7 @@ class MemoryCalculator:
         fits = ", ".join(f"{memory} GB {'yes' if total <= memory * GIB else 'no'}" for memory in self.memories)
         return f"{model}, {precision}, {tokens} tokens: {total / GIB:.2f} GiB ({parts})\nfits into: {fits}"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+    def _repr_mimebundle_(self, **_) -> dict:
         model = next(iter(self.models))
         text = self.answer(model, self.precisions[0], self.models[model].max_position_embeddings)
         bundle = {"text/plain": text, "text/html": as_html(text)}
@@ -148,7 +148,7 @@ class MemoryCalculator:
         tokens = ipywidgets.IntSlider(value=longest, min=0, max=longest, step=128, description="context")
         shown = ipywidgets.HTML()
 
-        def update(change=None) -> None:
+        def update(_=None) -> None:
             shown.value = as_html(self.answer(str(model.value), str(precision.value), int(tokens.value or 0)))
 
         for control in (model, precision, tokens):

@@ -6,7 +6,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, Picture, new_figure
 
-# Name: (words, x, y, width, height), in units of the drawing, in the order in which a text meets them.
+# Name: (label, x, y, width, height), in units of the drawing, in the order in which a text meets them.
 PLACES = {
     "tokenizer": ("01 tokenizer\ntext to ids", 0.15, 1.75, 1.75, 0.9),
     "embedding": ("embedding\nids to vectors", 2.3, 1.75, 1.75, 0.9),
@@ -57,8 +57,8 @@ def model_map(*lit: str) -> Picture:
             )
             axes.add_patch(patch)
     axes.text(8.62, 2.2, "+", ha="center", va="center", fontsize=FONT_SIZE + 5, fontweight="bold")
-    for name, (words, x, y, width, height) in PLACES.items():
-        draw_place(axes, words, (x, y, width, height), chosen=name in lit)
+    for name, (label, x, y, width, height) in PLACES.items():
+        draw_place(axes, label, (x, y, width, height), chosen=name in lit)
     here = f"You are here: {'; '.join(names)}." if names else "No part is lit up."
     alt = (
         "Map of GPT-NeoX. Text goes through the tokenizer, the embedding, and a stack of blocks; in each, attention, "
@@ -69,8 +69,8 @@ def model_map(*lit: str) -> Picture:
     return Picture(figure, alt)
 
 
-def draw_place(axes, words: str, place: tuple[float, float, float, float], chosen: bool) -> None:
-    """A box with words in it, `place` being x, y, width and height; bold and coloured when chosen."""
+def draw_place(axes, label: str, place: tuple[float, float, float, float], chosen: bool) -> None:
+    """A box with a label in it, `place` being x, y, width and height; bold and coloured when chosen."""
     x, y, width, height = place
     box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", zorder=3)
     box.set(facecolor=ORANGE if chosen else "white", edgecolor="black" if chosen else BLUE)
@@ -78,4 +78,4 @@ def draw_place(axes, words: str, place: tuple[float, float, float, float], chose
     axes.add_patch(box)
     weight = "bold" if chosen else "normal"
     centre = (x + width / 2, y + height / 2)
-    axes.text(*centre, words, ha="center", va="center", fontsize=FONT_SIZE - 1, fontweight=weight, zorder=4)
+    axes.text(*centre, label, ha="center", va="center", fontsize=FONT_SIZE - 1, fontweight=weight, zorder=4)

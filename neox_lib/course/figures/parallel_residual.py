@@ -8,13 +8,13 @@ from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, VERMILION, Pi
 BOX_HEIGHT = 0.62
 
 
-def box(axes: Axes, x: float, y: float, width: float, words: str, colour: str = "white") -> None:
+def box(axes: Axes, x: float, y: float, width: float, label: str, colour: str = "white") -> None:
     """A named part, centred on (x, y)."""
     corner = (x - width / 2, y - BOX_HEIGHT / 2)
     patch = FancyBboxPatch(corner, width, BOX_HEIGHT, boxstyle="round,pad=0.02", facecolor=colour, edgecolor="black")
     patch.set_zorder(3)
     axes.add_patch(patch)
-    axes.text(x, y, words, ha="center", va="center", fontsize=FONT_SIZE, zorder=4)
+    axes.text(x, y, label, ha="center", va="center", fontsize=FONT_SIZE, zorder=4)
 
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = "black", width: float = 1.6) -> None:

@@ -27,7 +27,7 @@ class Picture:
     figure: Figure
     alt: str
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_) -> dict[str, str]:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", metadata={"Software": None})
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -132,7 +132,7 @@ def loss_curves(history: list[dict]) -> Figure:
         losses = [row[key] for row in history]
         axes.plot(tokens, losses, style, color=colour, linewidth=2.2, label=f"{name}, {losses[-1]:.2f} at the end")
     axes.legend(fontsize=FONT_SIZE, frameon=False)
-    finish_axes(axes, "What the model has learned", "million tokens seen", "loss, nats a token")
+    finish_axes(axes, "What the model has learned", "million tokens seen", "loss, nats per token")
     return figure
 
 
@@ -140,20 +140,20 @@ def loss_curves(history: list[dict]) -> Figure:
 class TokenSpans:
     """Tokens as coloured spans, each with its id where the pointer rests; neighbours differ in colour and by a border.
 
-    `pieces` holds (text, token id) pairs. Text is escaped, spaces and line ends are made visible.
+    `tokens` holds (text, token id) pairs. Text is escaped, spaces and line ends are made visible.
     """
 
-    pieces: tuple[tuple[str, int], ...]
+    tokens: tuple[tuple[str, int], ...]
     colours = ("#cfe8f7", "#fde9c4", "#cdeee2", "#f6d9c9", "#efdcea")
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_) -> dict[str, str]:
         spans = []
-        for index, (text, token_id) in enumerate(self.pieces):
+        for index, (text, token_id) in enumerate(self.tokens):
             shown = html.escape(text).replace(" ", "&middot;").replace("\n", "&#8629;<br>")
             style = f"background:{self.colours[index % len(self.colours)]};color:#111;border-right:1px solid #555"
             spans.append(f'<span title="id {token_id}" style="{style};padding:1px 2px">{shown}</span>')
         page = f'<div style="font-family:monospace;font-size:16px;line-height:2">{"".join(spans)}</div>'
-        return {"text/html": page, "text/plain": "|".join(text for text, _ in self.pieces)}
+        return {"text/html": page, "text/plain": "|".join(text for text, _ in self.tokens)}
 
 
 def token_spans(tokenizer, ids: Sequence[int]) -> TokenSpans:

@@ -16,7 +16,7 @@ def hands(places: Sequence[tuple[int, int]], speed: float) -> Picture:
     """A dial for each (query position, key position): both hands started at the right, and turned `speed` radians a
     position. Both have length 1, so their score is the cosine of the angle between them."""
     figure = new_figure(4.4 * len(places), 4.4)
-    words = []
+    parts = []
     for axes, (query, key) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
         axes.set_xlim(-1.25, 1.25)
         axes.set_ylim(-1.25, 1.25)
@@ -33,9 +33,9 @@ def hands(places: Sequence[tuple[int, int]], speed: float) -> Picture:
         distance, score = query - key, math.cos((query - key) * speed)
         title = f"query at {query}, key at {key}"
         axes.set_title(f"{title}\ndistance {distance}, score {score:.2f}", fontsize=FONT_SIZE + 1)
-        words.append(f"{title}: {abs(distance) * speed:.1f} radians between the hands, score {score:.2f}")
+        parts.append(f"{title}: {abs(distance) * speed:.1f} radians between the hands, score {score:.2f}")
     figure.supxlabel(LEGEND, fontsize=FONT_SIZE)
-    return Picture(figure, f"Dials with two hands, one for the query and one for the key. {'; '.join(words)}.")
+    return Picture(figure, f"Dials with two hands, one for the query and one for the key. {'; '.join(parts)}.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TurningPair:
 
     speed: float = 0.5
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+    def _repr_mimebundle_(self, **_) -> dict:
         static = hands(((3, 1), (8, 6)), self.speed)._repr_mimebundle_()
         return (self.widget()._repr_mimebundle_() or {}) | static
 
@@ -56,7 +56,7 @@ class TurningPair:
         key = ipywidgets.IntSlider(1, 0, 20, description="key at")
         dial = ipywidgets.HTML()
 
-        def draw(change=None) -> None:
+        def draw(_=None) -> None:
             dial.value = hands(((query.value, key.value),), self.speed)._repr_mimebundle_()["text/html"]
 
         query.observe(draw, "value")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, GREEN, ORANGE, SKY, Picture, finish_axes, new_figure
 
-# Colour, hatching and colour of the words of each part in turn; the hatching tells them apart in grey print too.
+# Colour, hatching and colour of the text of each part in turn; the hatching tells them apart in grey print too.
 LOOKS = [(ORANGE, "//", "black"), (BLUE, "", "white"), (SKY, "..", "black"), (GREEN, "xx", "black")]
 
 
@@ -19,12 +19,12 @@ def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str
         names, widths, lefts = list(shares), list(shares.values()), [start[model] for model in shares]
         axes.barh(names, widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=part)
         for row, (width, left) in enumerate(zip(widths, lefts, strict=True)):
-            words, middle = f"{width:.0f} %", left + width / 2
+            share, middle = f"{width:.0f} %", left + width / 2
             if width >= 6:
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
-                axes.text(middle, row, words, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
+                axes.text(middle, row, share, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
             elif width >= 1:  # no room inside
-                axes.text(left + 0.6, row - 0.33, words, ha="left", va="bottom", fontsize=FONT_SIZE)
+                axes.text(left + 0.6, row - 0.33, share, ha="left", va="bottom", fontsize=FONT_SIZE)
         start = {model: start[model] + shares[model] for model in models}
     axes.set_xlim(0, 100)
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""The figure of notebook 09: a block on two devices, and where they have to meet."""
+"""The figure of notebook 09: a block on two devices, and where they need an all-reduce."""
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -9,12 +9,12 @@ ROWS = (1.1, -1.1)  # the heights of device 0 and device 1
 BAND = 0.95  # half the height of a device's band
 
 
-def box(axes: Axes, x: float, y: float, words: str, colour: str) -> None:
+def box(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
     """A part of the block, centred on (x, y)."""
     patch = FancyBboxPatch((x - 0.95, y - 0.3), 1.9, 0.6, boxstyle="round,pad=0.02", edgecolor="black", zorder=3)
     patch.set_facecolor(colour)
     axes.add_patch(patch)
-    axes.text(x, y, words, ha="center", va="center", fontsize=FONT_SIZE, zorder=4)
+    axes.text(x, y, label, ha="center", va="center", fontsize=FONT_SIZE, zorder=4)
 
 
 def arrow(axes: Axes, *points: tuple[float, float]) -> None:
@@ -25,7 +25,7 @@ def arrow(axes: Axes, *points: tuple[float, float]) -> None:
     axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=style)
 
 
-def meeting(axes: Axes, x: float) -> None:
+def draw_all_reduce(axes: Axes, x: float) -> None:
     """An all-reduce at x, across both devices."""
     axes.add_patch(Rectangle((x - 0.16, -2.05), 0.32, 4.1, facecolor=VERMILION, edgecolor="black", zorder=5))
     axes.text(x, 2.15, "all-reduce", ha="center", va="bottom", fontsize=FONT_SIZE, fontweight="bold")
@@ -45,7 +45,7 @@ def panel(axes: Axes, title: str) -> None:
         axes.text(10.5, y, "new x", ha="center", va="center", fontsize=FONT_SIZE + 1, fontweight="bold")
 
 
-def meetings() -> Picture:
+def all_reduces() -> Picture:
     """The parallel and the sequential block on two devices, one above the other."""
     figure = new_figure(10, 7.4)
     above, below = figure.subplots(2, 1)
@@ -60,7 +60,7 @@ def meetings() -> Picture:
         above.text(6.3, y - 0.01, "+", ha="center", va="center", fontsize=FONT_SIZE + 6)
         arrow(above, (6.5, y), (8.2, y))
         arrow(above, (8.56, y), (9.9, y))
-    meeting(above, 8.4)
+    draw_all_reduce(above, 8.4)
     panel(below, "Sequential residual: the MLP waits for the finished sum of attention")
     for y in ROWS:
         box(below, 2.8, y, "own heads", SKY)
@@ -70,8 +70,8 @@ def meetings() -> Picture:
         arrow(below, (4.86, y), (5.6, y))
         arrow(below, (7.6, y), (8.2, y))
         arrow(below, (8.56, y), (9.9, y))
-    meeting(below, 4.7)
-    meeting(below, 8.4)
+    draw_all_reduce(below, 4.7)
+    draw_all_reduce(below, 8.4)
     alt = (
         "Two blocks, each on two devices that both hold the whole x. Parallel: on each device its own heads and its "
         "own half of the MLP read x, their results are added on the device, and one all-reduce across both devices "
