@@ -325,7 +325,7 @@ def test_the_table_is_one_line_a_student(report):
 
 def test_the_csv_has_a_row_for_each_exercise_and_no_formula(report, tmp_path):
     report.write_csv(tmp_path / "class.csv")
-    with open(tmp_path / "class.csv", newline="", encoding="utf-8-sig") as file:
+    with (tmp_path / "class.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(report.lines) * sum(map(len, report.series.values()))
     assert not [row for row in rows if any(cell.startswith(("=", "+", "-", "@")) for cell in row.values())]
@@ -341,7 +341,7 @@ def test_nothing_is_unpacked_outside_and_no_link_is_followed(tmp_path):
         for name in ("../out.ipynb", "/out.ipynb", "C:\\out.ipynb", "in.ipynb"):
             archive.writestr(name, "{}")
     if hasattr(os, "symlink"):
-        os.symlink(secret, tmp_path / "class" / "ada" / "link.ipynb")
+        (tmp_path / "class" / "ada" / "link.ipynb").symlink_to(secret)
     files = {student.name: list(student.files) for student in read_class(tmp_path / "class", STEMS)}
     assert files == {"ada": [], "ben": ["in.ipynb"]}
 

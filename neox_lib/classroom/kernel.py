@@ -165,7 +165,7 @@ def started(folder: Path, limits: Limits, **environment: str) -> Iterator[Kernel
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HOME": str(folder.parent), **environment}
     with (
-        open(folder.parent / "output", "wb") as output,
+        (folder.parent / "output").open("wb") as output,
         kernel.setup_kernel(cwd=str(folder), env=os.environ | own, stdout=output, stderr=subprocess.STDOUT),
     ):
         threading.Thread(target=kernel.watch_memory, daemon=True).start()

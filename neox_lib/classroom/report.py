@@ -87,7 +87,7 @@ class Report:
 
     def write_csv(self, path: Path) -> None:
         """A row for each student and exercise, in UTF-8 with the mark that a spreadsheet looks for."""
-        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             for line in self.lines:
