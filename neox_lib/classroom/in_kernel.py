@@ -16,7 +16,7 @@ SHOWN = 300  # characters of a message
 BASE = ("torch", "torch.nn.functional", "builtins", "IPython.display")
 
 
-def prepare(folder: str, memory: int, modules: list[str]) -> dict:
+def prepare(folder: str, memory: int, modules: list[str], names: dict) -> dict:
     """Import all that checks, before anybody's code runs; bound memory and files where the system can."""
     import psutil
     import torch
@@ -31,7 +31,14 @@ def prepare(folder: str, memory: int, modules: list[str]) -> dict:
         bounds = {"CORE": 0, "FSIZE": WRITTEN, "AS": psutil.Process().memory_info().vms + memory}
         for kind, most in bounds.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
-    return {"judges": judges()}
+    return {"judges": judges(), "names": list(names)}
+
+
+def forget(names: dict, kept: list[str]) -> dict:
+    """Take away what earlier answers have defined."""
+    for name in set(names) - set(kept):
+        del names[name]
+    return {}
 
 
 def check(names: dict, name: str, module: str, function: str) -> dict:

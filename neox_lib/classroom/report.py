@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from neox_lib.classroom.asked import exercises_of, sources, without_comments
 from neox_lib.classroom.handed_in import Student, read_class
 from neox_lib.classroom.kernel import Limits
-from neox_lib.classroom.run_checks import Work, judge
+from neox_lib.classroom.run_checks import Work, judge, plan
 from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.predictions import QUESTIONS, letter, questions
 
@@ -137,17 +138,30 @@ def alike(answers: dict[str, dict[str, str]], references: dict[str, str]) -> dic
     `answers` maps student -> exercise -> text. Short answers are left out: they are alike by chance.
     """
     found: dict[str, list[str]] = {}
-    for student, texts in answers.items():
+    plain = {
+        who: {name: without_comments(text, name) for name, text in texts.items()}
+        for who, texts in {"the reference": references, **answers}.items()
+    }
+    for student in answers:
         same: dict[str, list[str]] = {}
-        for name, text in texts.items():
-            own = without_comments(text, name)
-            others = {"the reference": references[name]} if name in references else {}
-            others |= {other: theirs[name] for other, theirs in answers.items() if other != student and name in theirs}
-            whose = [other for other, theirs in others.items() if own and own == without_comments(theirs, name)]
-            for other in whose[:1] if whose[:1] == ["the reference"] else whose:
+        for name, text in plain[student].items():
+            others = [other for other in plain if other != student and text and plain[other].get(name) == text]
+            for other in others[:1] if "the reference" in others else others:
                 same.setdefault(other, []).append(name)
         found[student] = [f"same as {other}: {', '.join(names)}" for other, names in same.items()]
     return found
+
+
+def planned(student: Student, files: dict[str, str], notebooks: dict, exercises: dict) -> Iterator[Work]:
+    """What there is to check of a student's: `files` maps the stem of a notebook to the student's own."""
+    for stem, file in files.items():
+        try:
+            texts = sources(json.loads(student.files[file]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            words = f"{file} is no notebook that can be read ({type(error).__name__})"
+            yield from (Work(stem, each, outcome=("unreadable", words)) for each in exercises[stem])
+        else:
+            yield from (plan(stem, each, texts, sources(notebooks[stem])) for each in exercises[stem])
 
 
 def class_report(
@@ -162,32 +176,26 @@ def class_report(
     series = {stem: tuple(each.name for each in asked) for stem, asked in exercises.items()}
     students = list(read_class(folder, list(series)))
 
-    def check(student: Student) -> tuple[dict[str, Sheet], dict[str, str]]:
-        files = student.notebooks({stem: set(names) for stem, names in series.items()})
-        outcomes, work = {}, []
-        for stem, file in sorted(files.items()):
-            try:
-                texts = sources(json.loads(student.files[file]))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                words = f"{file} is no notebook that can be read ({type(error).__name__})"
-                outcomes |= {(stem, name): ("unreadable", words) for name in series[stem]}
-            else:
-                given = sources(notebooks[stem])
-                work += [Work(stem, each, texts, given) for each in exercises[stem]]
-        outcomes |= judge(student, work, limits)
-        sheets = {
-            stem: Sheet(stem, {name: outcomes[stem, name] for name in series[stem]}, predictions_of(student, stem))
-            for stem in sorted(files)
-        }
-        solved = [each for each in work if outcomes[each.stem, each.exercise.name][0] == "solved"]
-        if not files:
-            student.remark("no notebook of the series was handed in")
-        return sheets, {each.exercise.name: each.answer for each in solved}
-
+    files = {each.name: each.notebooks({stem: set(names) for stem, names in series.items()}) for each in students}
+    work = {each.name: list(planned(each, files[each.name], notebooks, exercises)) for each in students}
     with ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1)) as pool:
-        checked = tqdm(pool.map(check, students), total=len(students), desc="Checking", unit="student", disable=None)
-        found = {student.name: each for student, each in zip(students, checked, strict=True)}
+        judged = pool.map(lambda student: judge(student, work[student.name], limits), students)
+        checked = tqdm(judged, total=len(students), desc="Checking", unit="student", disable=None)
+        outcomes = {student.name: each for student, each in zip(students, checked, strict=True)}
     references = {each.name: each.reference for asked in exercises.values() for each in asked}
-    remarks = alike({name: answers for name, (_, answers) in found.items()}, references)
-    lines = [Line(each.name, found[each.name][0], (*each.remarks, *remarks[each.name])) for each in students]
+    solved = {
+        who: {
+            each.exercise.name: each.answer for each in work[who] if found[each.stem, each.exercise.name][0] == "solved"
+        }
+        for who, found in outcomes.items()
+    }
+    remarks, lines = alike(solved, references), []
+    for student in students:
+        found = outcomes[student.name]
+        sheets = {
+            stem: Sheet(stem, {name: found[stem, name] for name in series[stem]}, predictions_of(student, stem))
+            for stem in sorted(files[student.name])
+        }
+        nothing = [] if sheets else ["no notebook of the series was handed in"]
+        lines.append(Line(student.name, sheets, (*student.remarks, *remarks[student.name], *nothing)))
     return Report(tuple(lines), series)

@@ -20,20 +20,32 @@ Outcome = tuple[str, str]  # a state, such as "solved", and words
 
 @dataclass(frozen=True)
 class Work:
-    """One exercise, the code cells of the student's notebook, and those of the original."""
+    """One exercise, and the texts to run: what the answer needs of the original notebook and of the student's, then it.
+
+    `outcome` stands where there is nothing to run. Made before threads start: `ast` in Python 3.11 can't be shared.
+    """
 
     stem: str
     exercise: Exercise
-    texts: list[str]
-    originals: list[str]
+    needs: tuple[str, ...] = ()
+    answer: str = ""
+    outcome: Outcome | None = None
 
     @property
-    def cell(self) -> int | None:
-        return place_of(self.exercise.name, self.texts, self.exercise.stub)
+    def key(self) -> tuple[str, str]:
+        return self.stem, self.exercise.name
 
-    @property
-    def answer(self) -> str:
-        return "" if self.cell is None else self.texts[self.cell]
+
+def plan(stem: str, exercise: Exercise, texts: list[str], originals: list[str]) -> Work:
+    """What to run of a student's notebook, given as its code cells beside the original's."""
+    cell = place_of(exercise.name, texts, exercise.stub)
+    if cell is not None:
+        needs = ("\n".join(ast.unparse(each.node) for each in part) for part in needed(texts, cell, originals))
+        return Work(stem, exercise, tuple(needs), texts[cell])
+    broken = [text for text in texts if f" {exercise.name}(" in text]
+    words = syntax_error(broken[-1]) if broken else ""
+    missing = "missing", f"nothing in the notebook defines {exercise.name}"
+    return Work(stem, exercise, outcome=("error", words) if words else missing)
 
 
 def judge(student: Student, work: list[Work], limits: Limits) -> dict[tuple[str, str], Outcome]:
@@ -41,8 +53,8 @@ def judge(student: Student, work: list[Work], limits: Limits) -> dict[tuple[str,
 
     Raises RuntimeError when the library itself can't be started, with its last line: no student is to blame for that.
     """
-    outcomes: dict[tuple[str, str], Outcome] = {}
-    while left := [each for each in work if (each.stem, each.exercise.name) not in outcomes]:
+    outcomes = {each.key: each.outcome for each in work if each.outcome}
+    while left := [each for each in work if each.key not in outcomes]:
         with tempfile.TemporaryDirectory(prefix="handed-in-", ignore_cleanup_errors=True) as scratch:
             folder = Path(scratch, "work")
             folder.mkdir()
@@ -60,43 +72,42 @@ def check_in_one_kernel(student: Student, work: list[Work], outcomes: dict, fold
     """Check one exercise after the other, until the kernel is gone."""
     modules = sorted({each.exercise.module for each in work})
     with started(folder, limits, NEOX_PROGRESS=str(folder.parent / "progress.json")) as kernel:
-        ready = kernel.ours(f"prepare({str(folder)!r}, {limits.memory}, {modules})")
+        try:
+            ready = kernel.ours(f"prepare({str(folder)!r}, {limits.memory}, {modules}, names)")
+        except Gone as gone:
+            ready = {"error": gone.outcome[1]}
         if "error" in ready:
             raise RuntimeError(f"the checks can't be started: {ready['error']}")
         for each in work:
             try:
-                outcomes[each.stem, each.exercise.name] = outcome(student, kernel, each, ready["judges"])
+                outcomes[each.key] = outcome(student, kernel, each, ready)
             except Gone as gone:
-                outcomes[each.stem, each.exercise.name] = gone.outcome
+                outcomes[each.key] = gone.outcome
                 break
         if kernel.printed > REMARKED:
             student.remark("prints more than 1 MiB")
 
 
-def outcome(student: Student, kernel: Kernel, work: Work, judges: dict[str, int]) -> Outcome:
+def outcome(student: Student, kernel: Kernel, work: Work, ready: dict) -> Outcome:
     """State and words: "solved", "not yet" with the first wrong property, "not written", "missing" or "error".
 
     Raises Gone when the kernel is of no use after it, as after a piece that changes the judges.
     """
-    exercise, texts, cell = work.exercise, work.texts, work.cell
-    if cell is None:
-        broken = [text for text in texts if f" {exercise.name}(" in text]
-        words = syntax_error(broken[-1]) if broken else ""
-        return ("error", words) if words else ("missing", f"nothing in the notebook defines {exercise.name}")
+    exercise = work.exercise
     kernel.deadline = time.monotonic() + kernel.limits.seconds
-    kernel.run("%reset -f")
-    for statements in needed(texts, cell, work.originals):
-        trouble = error_in(kernel.run("\n".join(ast.unparse(each.node) for each in statements)))
+    kernel.ours(f"forget(names, {ready['names']})")
+    for text in work.needs:
+        trouble = error_in(kernel.run(text))
         if trouble:
             return "error", f"what stands around it can't be run: {trouble}"
-    trouble = error_in(kernel.run(texts[cell]))  # perhaps of a try of the student's own, below a right definition
+    trouble = error_in(kernel.run(work.answer))  # perhaps of a try of the student's own, below a right definition
     found = kernel.ours(f"check(names, {exercise.name!r}, {exercise.module!r}, {exercise.check!r})")
     if "error" in found:
         return "error", found["error"]
     if found["state"] == "absent":
         return "error", trouble
     for state in found["judges"]:
-        changed = next((name for name, value in judges.items() if state.get(name) != value), None)
+        changed = next((name for name, value in ready["judges"].items() if state.get(name) != value), None)
         if changed:
             raise Gone("tampered", f"changes {changed} while it is checked")
     if found["borrowed"]:
