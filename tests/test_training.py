@@ -297,6 +297,17 @@ def test_a_step_in_parts_is_a_step_in_one():
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_gradients_that_are_no_numbers_leave_the_weights_alone():
+    """One such update makes every weight NaN, and the state on the disk after it: hours of training would be lost."""
+    model = NeoXModel(CONFIG)
+    initialize(model, 0)
+    model.norm.bias.data[3] = float("inf")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="the gradients are NaN or infinite, at a loss of nan"):
+        training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_initial_deviations_are_20bs():
     """sqrt(2 / 5C), and 2 / (L sqrt(C)) for what writes to the residual; biases 0, norms 1."""
     config = dataclasses.replace(CONFIG, hidden_size=128, num_hidden_layers=4, intermediate_size=512, vocab_size=512)
