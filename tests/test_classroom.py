@@ -34,9 +34,9 @@ def my_next_token(scores):
     return 0"""
 TAMPERED = """
 from neox_lib.course.exercises import rotary
+rotary.rotary_angles.__closure__[0].cell_contents = lambda yours: None
 def my_rotary_angles(*anything):
-    rotary.rotary_angles.__closure__[0].cell_contents = lambda *anything: None
-    return torch.zeros(1)"""
+    pass"""
 DELETES = """
 import os
 def my_rotate_half(x):
