@@ -15,7 +15,6 @@ from neox_lib.cli import (
     generate,
     info,
     learner_copy,
-    mark_slides,
     playground,
     promote,
     slides,
@@ -29,7 +28,7 @@ COMMANDS = {
     "to learn": (generate, playground, learner_copy, promote),
     "models and weights": (info, download, convert, train, bench, full_size),
     "to teach": (doctor, slides, student, class_report),
-    "for authors": (mark_slides, store_outputs),
+    "for authors": (store_outputs,),
 }
 
 
