@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from neox_lib.generation import ENDOFTEXT_ID, Step, stream_generate
+from neox_lib.generation import Step, stream_generate
 from neox_lib.inspection.attention import attention_of_last
 from neox_lib.inspection.tokens import candidate, likeliest
 from neox_lib.model import Stopped
@@ -36,6 +36,14 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     Settings changed while it streams apply to the next run. What was written is kept, however the run ends.
     """
     settings, state.error = state.settings, ""
+    if prompt is None and state.ended:
+        state.chosen = len(state.branches.branch.ids)
+        state.forget_looks()
+        status = (
+            "The text has ended. Generate starts over from the prompt; a token taken after the end begins another text."
+        )
+        look(state, stopping, say, status) if settings.use_cache else say("idle", status)
+        return
     begins = state.branches.branch.ids if prompt is None else prompt
     room = state.context - len(begins)
     if room < 1:
@@ -95,7 +103,7 @@ def finish(
         say("idle", "Stopped while reading the prompt; no token was written.")
         return
     amount = f"{written} token{'s' if written > 1 else ''}"
-    if state.branches.branch.ids[-1] == ENDOFTEXT_ID:
+    if state.ended:
         status = f"The model ended the text after {amount}."
     elif written < wanted:
         status = f"Stopped after {amount}."

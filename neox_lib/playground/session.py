@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from neox_lib.generation import prompt_ids
 from neox_lib.model import NeoXModel
-from neox_lib.playground import jobs
+from neox_lib.playground import jobs, saved
 from neox_lib.playground.costs import Costs
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Worker
@@ -102,6 +102,16 @@ class Session:
             state.costs, state.chosen, state.error = Costs(), 0, ""
             state.prefill_seconds = state.tokens_per_second = 0.0
             self.say("idle", "Cleared; the prompt is kept.")
+
+        self._ask("change", job)
+
+    def restore(self, content: dict) -> None:
+        """Bring back what a page kept before it was reloaded. Raises ValueError for what does not fit the model."""
+        found = saved.read(self.state, content)
+
+        def job(_: threading.Event) -> None:
+            saved.restore(self.state, *found)
+            self.say("idle", "Back as it was before the page was reloaded.")
 
         self._ask("change", job)
 
