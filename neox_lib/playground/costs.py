@@ -50,7 +50,8 @@ def needs_of_20b(tokens: int) -> str:
     lines = [
         f"20B in fp16, by arithmetic: {format_bytes(weights)} of weights.",
         f"This text of {tokens:,} token{'s' if tokens > 1 else ''}: {format_bytes(cache)} of KV cache, "
-        f"{operations / 1e12:.3g} trillion operations to read it, {format_bytes(moved)} to move for each new token.",
+        f"{operations / 1e12:.3g} trillion operations to read it.",
+        f"Each new token after it: {format_bytes(moved)} to move.",
     ]
     for name, machine in MACHINES.items():
         token = moved / machine.memory

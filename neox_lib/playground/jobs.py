@@ -71,12 +71,12 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     moments = [time.perf_counter()]
 
     def take(step: Step) -> None:
-        at_end = state.chosen == len(branch.ids)
         if len(moments) > 1:  # the first one reads the prompt as well
             state.costs.add(settings.use_cache, len(branch.ids), step.seconds)
         moments.append(time.perf_counter())
         branch.add(step.token_id, step.log_probability)
-        state.chosen = len(branch.ids) if at_end else state.chosen
+        if state.chosen == len(branch.ids) - 1:  # else somebody has chosen a token of the text
+            state.chosen = len(branch.ids)
         if settings.use_cache:
             glance(state, stopping)
 

@@ -35,9 +35,15 @@ class Session:
         self.show()
 
     def _ask(self, kind: str, job: Job) -> None:
-        """Run a job now or next. A second "write" is ignored; any job interrupts a look, and "change" any job."""
+        """Run a job now or next. A second "write" is ignored; any job interrupts a look, and "change" any job.
+
+        A look never takes the place of another job that waits, which looks at its end: two messages may come in two
+        threads, and the earlier one may be slower.
+        """
         with self.lock:
             if self.worker.busy and self.running == kind == "write":
+                return
+            if kind == "look" and self.waiting is not None:
                 return
             self.waiting = (kind, job)
             if not self.worker.busy:

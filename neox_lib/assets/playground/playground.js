@@ -303,11 +303,11 @@ function textPart(model, id, post, ask) {
     draw();
     if (timer === null && post.answered()) cursor = model.get("marks").chosen;
     mark();
-    if (!following || cursor < rows.length) return;
-    list.scrollTop = list.scrollHeight;
-    const { phase } = model.get("marks");
-    if (follow === "page" && (phase === "reading" || phase === "writing")) list.scrollIntoView({ block: "nearest" });
-    if (phase === "writing") follow = "";
+    if (following && cursor === rows.length) {
+      list.scrollTop = list.scrollHeight;
+      if (follow === "page") list.scrollIntoView({ block: "nearest" });
+    }
+    if (post.answered() && ["writing", "idle"].includes(model.get("marks").phase)) follow = "";
   };
   model.on("change:text change:tail change:marks change:heard", update);
   update();
@@ -498,7 +498,8 @@ function branchesPart(model, id, ask) {
       const at = make("b", {}, visible(branch.at).replace(/^·/, ""));
       const button = make("button", { type: "button", "aria-pressed": String(branch.current), class: `np-branch np-branch${number % 4}` });
       const sure = branch.mean === null ? "" : `, ${percent(branch.mean)} per token`;
-      button.append(make("span", { class: "np-told" }, `…${branch.before} `), at, make("span", {}, branch.after), make("span", { class: "np-note" }, ` (${branch.tokens} tokens${sure})`));
+      const before = make("span", { class: "np-told" }, `…${branch.before} `);
+      button.append(make("span", {}, before, at, branch.after, make("span", { class: "np-note" }, ` (${branch.tokens} tokens${sure})`)));
       button.addEventListener("click", () => ask("branch", { branch: number }));
       return make("li", {}, button);
     }));
