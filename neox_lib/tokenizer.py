@@ -120,10 +120,8 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
     >>> train_merges(["low lower lowest"], 2)
     [('l', 'o'), ('lo', 'w')]
     """
-    pretoken_counts = Counter(
-        pretoken for text in texts for pretoken in pretokenize(unicodedata.normalize("NFC", text))
-    )
-    pretokens = [(byte_symbols(pretoken), count) for pretoken, count in pretoken_counts.items()]
+    counts = Counter(pretoken for text in texts for pretoken in pretokenize(unicodedata.normalize("NFC", text)))
+    pretokens = [(byte_symbols(pretoken), count) for pretoken, count in counts.items()]
     age = {character: index for index, character in enumerate(sorted(CHARACTER_TO_BYTE))}
     pair_counts: Counter[tuple[str, str]] = Counter()
     pretokens_with: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -186,17 +184,13 @@ class BPETokenizer:
         see only what lies between them, which is why "  a" is a two-space token and an "a" without its space.
         """
         ids: list[int] = []
-        for stretch in self.special_pattern.split(text):
-            parts = (
-                [stretch]
-                if stretch in self.special
-                else self.added_pattern.split(unicodedata.normalize("NFC", stretch))
-            )
-            for part in parts:
-                if part in self.added:
-                    ids.append(self.added[part])
+        for part in self.special_pattern.split(text):
+            spans = [part] if part in self.special else self.added_pattern.split(unicodedata.normalize("NFC", part))
+            for span in spans:
+                if span in self.added:
+                    ids.append(self.added[span])
                 else:
-                    ids += [token_id for pretoken in pretokenize(part) for token_id in self.pretoken_ids(pretoken)]
+                    ids += [token_id for pretoken in pretokenize(span) for token_id in self.pretoken_ids(pretoken)]
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
