@@ -432,7 +432,7 @@ def test_the_map_lights_up_the_piece_in_hand_in_colour_line_and_words(place):
 
 
 def test_the_map_without_a_place_says_so_and_a_place_that_it_lacks_is_an_error():
-    assert model_map().alt.endswith("No part is lit up.")
+    assert model_map().alt.endswith("No part is highlighted.")
     with pytest.raises(KeyError):
         model_map("moon")
 

@@ -143,4 +143,4 @@ def test_the_readme_shows_the_map_and_describes_it_as_the_map_of_today_does():
     """The picture is a saved copy: when the map changes, save it again with `model_map().figure.savefig(...)`."""
     assert (NOTEBOOKS / "images" / "map.png").stat().st_size > 10_000
     alt = re.search(r"!\[([^\]]+)\]\(notebooks/images/map\.png\)", README)
-    assert alt and alt[1] == model_map().alt.removesuffix(" No part is lit up.")
+    assert alt and alt[1] == model_map().alt.removesuffix(" No part is highlighted.")

@@ -49,7 +49,7 @@ def greedy(yours: Callable[[NeoXModel, Tensor, int], Tensor]) -> str:
     same = int((found == expected).long().cumprod(dim=1).sum()) - prompt.shape[1]
     require(
         same == 12,
-        f"my_greedy with the shipped model should give the 12 likeliest tokens, but is right for the first {same} only, "
+        f"my_greedy with the shipped model should add the 12 likeliest tokens, but only the first {same} are right, "
         "though countdown came out right: does every pass read the whole text so far, prompt included?",
     )
     return "Your loop writes what the library's writes, with countdown and with the shipped model."
