@@ -80,7 +80,8 @@ def generate_tokens(
     """Prefill, then choose and append: the next token of each row and its log-probability, `[B]` both, step by step.
 
     Goes on until each row has given a token of `stop_token_ids`; whoever wants fewer tokens stops asking. A finished
-    row repeats its stop token with log-probability 0. Gives nothing if `on_progress` stops the prefill.
+    row repeats its stop token with log-probability 0. Gives nothing if `on_progress` stops the prefill. Raises
+    ValueError at the step at which a row's scores are no numbers.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=input_ids.device)
@@ -105,6 +106,7 @@ def generate_tokens(
         new = tokens[:, None]
         unread = new if cache is not None else torch.cat([unread, new], dim=1)  # append
         scores = next_token_scores(model(unread, cache, last_only=True), model.config)
+        scores = scores.masked_fill(finished[:, None], 0)  # nobody asks for these rows' tokens, even if they are NaN
 
 
 class StreamDecoder:
@@ -206,7 +208,7 @@ def stream_generate(
     model's own. A `cache` that already holds the first tokens of `input_ids` saves computing them again, and is used
     whatever `use_cache` says. `on_progress(done, total)` is called between layers during prefill; when it returns False
     the stream ends without a step. Raises ValueError, before any work, for bad ids, when prompt and new tokens exceed
-    the context, and for a cache that is too small or of another batch size.
+    the context, and for a cache that is too small or of another batch size; and at a step whose scores are no numbers.
     """
     check_token_ids(input_ids, model.config.vocab_size)
     limit, (batch, prompt) = model.config.max_position_embeddings, input_ids.shape

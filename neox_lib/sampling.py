@@ -36,6 +36,19 @@ def renormalize(probabilities: Tensor, kept: Tensor) -> Tensor:
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
+def check_scores(scores: Tensor, row: str = "row") -> None:
+    """Raise ValueError, with the number of the `row`, where the highest of the scores `[B, N]` is NaN or infinite.
+
+    No token can be chosen by such scores. A score of minus infinity rules its token out, as long as others are numbers.
+    """
+    usable = scores.amax(dim=-1).isfinite()
+    if not usable.all():
+        raise ValueError(
+            f"the scores of {row} {usable.tolist().index(False)} are NaN or infinite: a number left the range of its "
+            "precision, or the weights are damaged; try dtype float32, else fetch the weights again"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the likeliest at temperature 0, else drawn with `seed`.
@@ -61,7 +74,11 @@ class Sampling:
             raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What the next token is drawn from: logits `[B, V]` -> `[B, V]`, float64 on the CPU, rows sum to 1."""
+        """What the next token is drawn from: logits `[B, V]` -> `[B, V]`, float64 on the CPU, rows sum to 1.
+
+        Raises ValueError as `check_scores` does.
+        """
+        check_scores(logits)
         logits = logits.cpu().double()  # so small a temperature that it is 0 in fp32 still divides
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
@@ -80,8 +97,10 @@ class Sampling:
         """Logits `[B, V]` -> token ids `[B]`. Draws on the CPU, so that a seed means the same on every device.
 
         Laid end to end, the probabilities cover the line from 0 to 1; the token under a random point of it is drawn.
+        Raises ValueError as `check_scores` does.
         """
         if self.temperature == 0:
+            check_scores(logits)
             return logits.argmax(dim=-1)
         ends = self.probabilities(logits).cumsum(dim=-1)
         points = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]

@@ -92,7 +92,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(checkpoint, capsys, monk
 
 
 def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("neox_lib.checkpoints.slim.reader.merge_shards", None)
+    monkeypatch.setattr("neox_lib.checkpoints.slim.reader.merge_as_stored", None)
     assert main(["info", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")

@@ -352,6 +352,16 @@ def test_the_int8_stream_gives_what_a_conversion_gives_and_holds_one_shard_at_a_
     assert shards_held == [1, 1, 1, 1]
 
 
+def test_damaged_weights_end_the_stream_in_one_line(hub, real, tmp_path, capsys):
+    name = "layers.1.input_layernorm.bias"
+    model = create_model(real, dtype="float16")
+    model.get_parameter(name)[0] = float("nan")
+    write_huggingface(model, tmp_path / "bad", real / "tokenizer.json")
+    hub.add(NAME, tmp_path / "bad")
+    assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 2
+    assert f"{name} holds NaN or infinity" in one_line(capsys) and not (tmp_path / "small" / INT8_FILE).exists()
+
+
 @pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
 def test_a_model_in_one_file_streams_too(hub, real, real_int8, tmp_path, single):
     write_huggingface(create_model(real, dtype="float16"), tmp_path / "one", real / "tokenizer.json")

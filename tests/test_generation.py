@@ -393,6 +393,36 @@ def test_log_probabilities_are_those_of_the_finished_text(random_model, token_id
     assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(), WARM, Sampling(temperature=1.0)], ids=["greedy", "cut", "drawn"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_scores_that_are_no_numbers_end_the_text_at_their_step(random_model, token_ids, bad, sampling, use_cache):
+    """Of NaN the highest is token 0, the end of the text: a damaged model would seem to have nothing to say."""
+    model, ids = random_model(SMALL), token_ids(SMALL, 2, 5)
+    good = tokens_of(write(model, ids, 4, sampling=sampling, use_cache=use_cache))
+    read = [*ids.tolist(), *good]  # what both rows have read, prompts and then steps
+    last = next(step for step in range(3) if all(good[step][1] not in each for each in read[: 2 + step]))
+    model.word_embeddings.weight.data[good[last][1]] = bad
+    seen = []
+    with pytest.raises(ValueError, match=r"scores of row \d are NaN or infinite: .* dtype float32"):
+        for step in stream_generate(model, ids, 4, sampling=sampling, use_cache=use_cache, stop_token_ids=()):
+            seen.append(step.token_ids)
+    assert seen == good[: last + 1]
+
+
+def test_a_row_that_has_ended_may_have_any_scores(random_model, token_ids):
+    """What an ended row goes on to compute is nobody's text, and must not cost the others theirs."""
+    model, ids = random_model(SMALL), token_ids(SMALL, 2, 5)
+    for sampling in (Sampling(), WARM):
+        good = tokens_of(write(model, ids, 8, sampling=sampling))
+        stop = good[0][0]
+        assert all(stop not in (step[1], *ids.flatten().tolist()) for step in good)
+        broken = random_model(SMALL)
+        broken.word_embeddings.weight.data[stop] = float("nan")
+        found = tokens_of(write(broken, ids, 8, sampling=sampling, stop_token_ids=(stop,)))
+        assert [step[1] for step in found] == [step[1] for step in good]
+
+
 def test_a_step_is_made_of_plain_python_values(random_model, token_ids):
     """The reference implementation's 0-d tensors hold memory, print badly and are no dictionary keys."""
     steps = write(random_model(SMALL), token_ids(SMALL, 2, 4), 3)

@@ -17,6 +17,7 @@ from neox_lib.__main__ import main
 from neox_lib.checkpoints import quantized as int8_file
 from neox_lib.checkpoints.build import fill_model
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
+from neox_lib.checkpoints.convert import convert_to_int8
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import (
@@ -30,6 +31,7 @@ from neox_lib.checkpoints.quantized import (
     write_int8,
 )
 from neox_lib.checkpoints.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
+from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import read_ahead
 from neox_lib.config import NeoXConfig, tiny
 from neox_lib.loading import create_model
@@ -91,6 +93,25 @@ def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
     assert (
         create_model(file, device="cpu")(ids) - create_model(folder, device="cpu")(ids)
     ).abs().max() < 2e-2  # its embedding is not rounded to fp16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    ["word_embeddings.weight", "layers.5.mlp.dense_h_to_4h.weight", "layers.0.attention.dense.bias", "norm.weight"],
+)
+def test_damaged_weights_are_named_and_no_file_is_left(random_model, tmp_path, name, bad):
+    """Rounded to int8, NaN looks like any other number: it must be said while it is still one."""
+    model = random_model(tiny()).requires_grad_(False)
+    model.get_parameter(name)[3] = bad
+    write_slim(model, tmp_path / "m", ranks=2)
+    for quantize in (
+        lambda: convert_to_int8(tmp_path / "m", tmp_path / "i"),
+        lambda: create_model(tmp_path / "m", dtype="int8"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^{name}:? .*holds NaN or infinity"):
+            quantize()
+    assert find_int8(tmp_path / "i") is None
 
 
 def test_a_tied_model_has_one_embedding_and_no_output_matrix(random_model, tmp_path):

@@ -75,6 +75,19 @@ def test_large_weights_agree_on_both_sides_of_every_threshold(dtype, rows):
     check(plain, torch.randn(rows, 771))
 
 
+@pytest.mark.parametrize(
+    ("row", "column"), [(1e5, 2.0), (2e3, 40.0), (-4e7, 0.0)], ids=["input", "result", "both, by 0"]
+)
+@pytest.mark.parametrize("rows", range(1, HALF_ROWS + 2))
+def test_numbers_past_fp16_are_multiplied_as_in_fp32(rows, row, column):
+    """fp16 ends at 65504. A model with one such number wrote its prompt's token and then silently token 0."""
+    plain, x = layer(torch.float16, 64, 32), torch.randn(rows, 64)
+    x[-1, 5], plain.weight[:, 5] = row, column
+    expected, found = reference(plain, x), FastLinear(plain)(x)
+    assert float(expected.abs().max()) > 65504 or column == 0
+    torch.testing.assert_close(found, expected.float(), rtol=EXACT if rows <= HALF_ROWS else 1e-5, atol=EXACT * 1e4)
+
+
 def test_several_blocks_join_into_one_result(monkeypatch):
     """A block boundary that loses or doubles output columns would only show in models too large for a test."""
     monkeypatch.setattr(linear, "BLOCK_BYTES", 7 * 4 * 48)

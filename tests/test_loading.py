@@ -16,6 +16,7 @@ import torch
 import neox_lib
 from neox_lib import loading, precision
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError, open_tensors
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.writer import write_slim
@@ -182,6 +183,23 @@ def test_half_precision_matrices_stay_close_to_fp32(folder):
     exact = create_model(folder, device="cpu", dtype="float32")(ids)
     mixed = create_model(folder, device="cpu", dtype="float16")(ids)
     assert (exact - mixed).abs().max() <= 2e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("layout", [write_huggingface, lambda model, path: write_slim(model, path, ranks=2)])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_weights_past_fp16_are_refused_by_name(tmp_path, random_model, layout, stored):
+    """bfloat16 reaches 3e38 and fp16 65504: cast, such a weight is infinite, and the text was silently another."""
+    model, name = random_model(CONFIG).requires_grad_(False), "layers.1.mlp.dense_4h_to_h.weight"
+    model.get_parameter(name)[3, 200] = -1e5
+    layout(model.to(stored), tmp_path / "m")
+    refused = rf"{name} holds (100,000|99,840), but torch.float16 ends at 65,504; give dtype float32 or bfloat16"
+    with pytest.raises(CheckpointError, match=refused):
+        create_model(tmp_path / "m", device="cpu", dtype="float16")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=refused):
+        build_rank(checkpoint.config, checkpoint.parts(), 1, 2, CPU, lambda name: torch.float16)
+    for dtype in ("auto", "bfloat16", "float32", "int8"):
+        assert create_model(tmp_path / "m", device="cpu", dtype=dtype)(torch.tensor([[1, 2]])).isfinite().all()
 
 
 def test_a_message_says_when_a_cpu_keeps_half_precision(folder, monkeypatch, caplog):

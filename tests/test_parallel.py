@@ -223,7 +223,7 @@ def test_more_ranks_than_gpus_are_told_what_to_do(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match=r"finds 1 GPU.*device cpu"):
         rank_device("auto")
-    with pytest.raises(ValueError, match="GPU of its own"):
+    with pytest.raises(ValueError, match="its own GPU"):
         rank_device("cuda:0")
 
 

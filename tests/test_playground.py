@@ -1,5 +1,6 @@
 """The playground without a browser: a message comes, the worker ends, and the state is what the page would show."""
 
+import copy
 import json
 import math
 import threading
@@ -173,6 +174,23 @@ def test_an_exception_in_the_worker_is_shown_and_the_playground_works_on(play, m
     assert "ZeroDivisionError" in marks["error"] and marks["phase"] == "idle"
     marks = done(play, do="generate", prompt=PROMPT)
     assert marks["error"] == "" and marks["status"] == "Wrote 12 tokens."
+
+
+def test_scores_that_are_no_numbers_are_said_on_the_page(shipped):
+    """JSON knows no NaN: sent as text, bars or attention it would silence the page."""
+    model = copy.deepcopy(shipped[0])
+    play = Playground(model, shipped[1], tokens=3)
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="watch", on=True)
+    model.word_embeddings.weight[play.state.branches.branch.ids[6]] = float("nan")
+    for of, message in {"layer": {"do": "look", "position": 6}, "row": {"do": "look", "position": 7}}.items():
+        play.state.recall.forget()
+        marks = done(play, **message)
+        assert f"the scores of {of} 0 are NaN" in marks["error"] and "Something went wrong" in marks["status"]
+        assert play.page.attention["weights"] == []
+    assert "the scores of row 0 are NaN" in done(play, do="generate", prompt=PROMPT)["error"]
+    assert play.written == PROMPT
+    play.close()
 
 
 def test_two_playgrounds_know_nothing_of_each_other(shipped):

@@ -85,6 +85,17 @@ def test_rows_of_no_token_get_no_share(random_model, token_ids):
     assert torch.equal(token_log_probabilities(model, ids), before)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_damaged_model_has_no_perplexity(random_model, token_ids, bad):
+    """NaN compares as neither better nor worse, so a score of it passes for a score; the row with it is named."""
+    model, ids = random_model(SMALL).requires_grad_(False), token_ids(SMALL, 2, 12)
+    model.word_embeddings.weight[ids[1, 7]] = bad
+    ids[0] = (ids[1, 7] + 1) % 50
+    for score in (perplexity, token_log_probabilities):
+        with pytest.raises(ValueError, match="scores of row 1 are NaN"):
+            score(model, ids)
+
+
 @torch.inference_mode()
 def test_scores_are_fp32_whatever_the_model(random_model, token_ids):
     """A sum of ten thousand fp16 log-probabilities would be a guess."""

@@ -133,7 +133,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 def test_a_state_of_another_plan_is_refused(tmp_path, other):
     """Half a run at one rate and half at another is a model that no command reproduces."""
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"state\.pt was made with another config or plan"):
+    with pytest.raises(ValueError, match=r"state\.pt belongs to another config or plan"):
         run(tmp_path, **other)
 
 
@@ -166,7 +166,7 @@ t.run(Path({folder!r}))
 
 def test_a_kill_while_saving_leaves_the_last_state_whole(tmp_path):
     """The machine goes down in the middle of a write: the state before it must load, and lead to the same weights."""
-    code = KILLED_WHILE_SAVING.format(tests=Path(__file__).parent, folder=str(tmp_path / "killed"))
+    code = KILLED_WHILE_SAVING.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == 9, killed.stderr
@@ -295,6 +295,17 @@ def test_a_step_in_parts_is_a_step_in_one():
     for name, parameter in model.named_parameters():
         expected = before[name] - gradients[name] * min(1.0, 1.0 / norm.item())  # clipped to length 1
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_that_are_no_numbers_leave_the_weights_alone():
+    """One such update makes every weight NaN, and the state on the disk after it: hours of training would be lost."""
+    model = NeoXModel(CONFIG)
+    initialize(model, 0)
+    model.norm.bias.data[3] = float("inf")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="the gradients are NaN or infinite, at a loss of nan"):
+        training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_initial_deviations_are_20bs():

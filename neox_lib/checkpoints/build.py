@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neox_lib.checkpoints.checkpoint import Checkpoint
+from neox_lib.checkpoints.checkpoint import Checkpoint, cast
 from neox_lib.checkpoints.slim.partition import merge_shards
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
@@ -39,13 +39,11 @@ def whole_tensors(
     checkpoint: Checkpoint, device: str | torch.device, dtype_of: Callable[[str], torch.dtype | None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Parameter names and whole tensors on `device` in `dtype_of(name)`, None: as stored. Each is in memory of its own,
-    so that no file stays mapped.
+    so that no file stays mapped. Raises CheckpointError as `cast` does.
     """
     for name, parts in checkpoint.parts():
-        if len(parts) > 1:
-            yield name, merge_shards(name, parts).to(device, dtype_of(name))
-        else:
-            yield name, parts[0].to(device, dtype_of(name), copy=True, memory_format=torch.contiguous_format)
+        dtype, single = dtype_of(name) or parts[0].dtype, len(parts) == 1
+        yield name, cast(name, parts[0] if single else merge_shards(name, parts), device, dtype, copy=single)
         del parts  # or their file would stay mapped while the next one is opened
 
 
@@ -72,6 +70,6 @@ def build_model(
     """The model of a checkpoint, every parameter on `device` in `dtype_of(name)`, or as stored.
 
     It starts on the meta device, without memory, and each tensor goes straight to its final place, so that the process
-    never holds much more than the model itself. Raises CheckpointError as `Checkpoint.parts` does.
+    never holds much more than the model itself. Raises CheckpointError as `whole_tensors` and `Checkpoint.parts` do.
     """
     return fill_model(empty_model(checkpoint.config), whole_tensors(checkpoint, device, dtype_of))

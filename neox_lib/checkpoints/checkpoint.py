@@ -1,5 +1,6 @@
 """What every checkpoint answers once it has been opened, whatever its layout."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -7,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 
@@ -57,7 +58,7 @@ class Checkpoint(Protocol):
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, each tensor whole, one at a time."""
+        """The same, each tensor whole, one at a time; where its own dtype would round what was merged, in fp32."""
         ...
 
     def files(self) -> list[LayerFile]:
@@ -103,6 +104,27 @@ class ModelCheckpoint:
 
     def files(self) -> list[LayerFile]:
         return []
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest absolute value in a tensor; NaN if it holds one."""
+    low, high = (edge.item() for edge in tensor.aminmax())
+    return max(-low, high)
+
+
+def cast(name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """The parameter `name` on `device` in `dtype`, contiguous; with `copy` always in memory of its own.
+
+    Raises CheckpointError for a number past the largest of `dtype`: it would become infinite, and the text wrong.
+    """
+    if dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        found, largest = largest_value(tensor), torch.finfo(dtype).max
+        if largest < found < math.inf:
+            wide = [known for known, wider in WEIGHT_DTYPES.items() if torch.finfo(wider).max >= found]
+            raise CheckpointError(
+                f"{name} holds {found:,.0f}, but {dtype} ends at {largest:,.0f}; give dtype {' or '.join(wide)}"
+            )
+    return tensor.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
 
 
 def check_convertible(checkpoint: Checkpoint) -> None:

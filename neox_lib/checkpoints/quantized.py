@@ -1,6 +1,7 @@
 """A model in int8, as one file: quantized tensor by tensor, written as it comes, loaded by mapping it into memory."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neox_lib.checkpoints.build import empty_model, fill_model
-from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile, check_convertible
+from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile, cast, check_convertible, largest_value
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
 from neox_lib.checkpoints.tensor_files import open_safetensors, read_ahead
@@ -78,6 +79,8 @@ def quantized(
                 raise CheckpointError(f"{name}: {error}") from None
             yield name, numbers
             yield scale_name(name), scales
+        elif not math.isfinite(largest_value(tensor)):
+            raise CheckpointError(f"{name} holds NaN or infinity; the weights are damaged, fetch them again")
         else:
             yield name, tensor.to(embedding) if tensor.dim() == 2 else tensor.float()
         del tensor  # before the next one comes
@@ -217,12 +220,12 @@ def build_int8_model(
 ) -> NeoXModel:
     """The int8 model of any checkpoint: its embedding in the dtype that it has, biases and norms in `others`.
 
-    On a CPU the weights of an int8 file stay in the file. Raises CheckpointError as `int8_tensors` does.
+    On a CPU the weights of an int8 file stay in the file. Raises CheckpointError as `int8_tensors` and `cast` do.
     """
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         as_stored = tensor.dtype == torch.int8 or name.endswith("scale") or name == "word_embeddings.weight"
         return tensor.dtype if as_stored else others
 
-    tensors = ((name, tensor.to(device, dtype_of(name, tensor))) for name, tensor in int8_tensors(checkpoint))
+    tensors = ((name, cast(name, tensor, device, dtype_of(name, tensor))) for name, tensor in int8_tensors(checkpoint))
     return fill_model(empty_int8_model(checkpoint.config), tensors)

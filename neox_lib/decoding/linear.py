@@ -4,13 +4,15 @@ The pieces use plain `nn.Linear`; `use_fast_linear` swaps these layers into a lo
 weight once, so its floor is the memory's speed; a prefill does arithmetic, and half precision is slow at that on a CPU:
 
 - fp32 weights, few rows: oneDNN, up to 1.7 times as fast as torch's own choice, MKL, at streaming a large matrix.
-- fp16 weights, up to HALF_ROWS rows: torch's fp16 matrix-vector product, half the bytes of fp32.
+- fp16 weights, up to HALF_ROWS rows: torch's fp16 matrix-vector product, half the bytes of fp32; what it can't hold is
+  computed again as below.
 - 16-bit weights otherwise: the weight is cast to fp32 a block at a time, and the block multiplied while it is in cache.
 - fp16 weights after `pack_half` (packing.py): FBGEMM, which reads fp16 and computes in fp32, the fastest of all.
 
 Activations are fp32 in all of these. For inference: where a gradient is asked for, the plain formula is used.
 """
 
+import math
 from typing import TypeVar
 
 import torch
@@ -38,20 +40,21 @@ def multiply_float(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(input, weight, bias)
 
 
-def multiply_half(input: Tensor, weight: Tensor) -> Tensor:
-    """input `[..., in]` fp32 times weight `[out, in]` fp16 -> `[..., out]` fp32, for a few rows.
-
-    The rows and the result are rounded to fp16, a relative error of up to 2^-11 each; sums are kept in fp32. Numbers
-    past 65504 become infinite, as they would in a model that runs in fp16 altogether.
-    """
-    return F.linear(input.half(), weight).float()
-
-
 def multiply_blocks(input: Tensor, weight: Tensor) -> Tensor:
     """input `[..., in]` fp32 times a 16-bit weight `[out, in]` -> `[..., out]` fp32, in fp32 arithmetic throughout."""
     block_rows = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
     products = [multiply_float(input, block.float()) for block in weight.split(block_rows)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def multiply_half(input: Tensor, weight: Tensor) -> Tensor:
+    """input `[..., in]` fp32 times weight `[out, in]` fp16 -> `[..., out]` fp32, for a few rows.
+
+    The rows and the result are rounded to fp16, a relative error of up to 2^-11 each; sums are kept in fp32. A number
+    past 65504, of a row or of the result, makes the result infinite or NaN: then the product is formed anew in fp32.
+    """
+    product = F.linear(input.half(), weight).float()
+    return product if math.isfinite(product.sum().item()) else multiply_blocks(input, weight)
 
 
 class FastLinear(nn.Linear):

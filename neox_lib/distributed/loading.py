@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_lib.checkpoints.build import WithoutInitialValues, empty_model, fill_model
+from neox_lib.checkpoints.checkpoint import cast
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.slim.partition import merge_rule, shard_shape
@@ -53,11 +54,13 @@ def build_rank(
     dtype_of: Callable[[str], torch.dtype],
 ) -> NeoXModel:
     """One rank's model, its parameters on `device` in `dtype_of(name)`. Of the `stored` parts, the other ranks'
-    matrices are not read. Raises CheckpointError as `share_of` does, and what `stored` raises.
+    matrices are not read. Raises CheckpointError as `share_of` and `cast` do, and what `stored` raises.
     """
     model = empty_rank_model(config, rank, ranks)
     own = ((name, own_part(name, parts, rank, ranks)) for name, parts in stored)
-    return fill_model(model, ((name, part.to(device, dtype_of(name))) for name, part in own if part is not None))
+    return fill_model(
+        model, ((name, cast(name, part, device, dtype_of(name))) for name, part in own if part is not None)
+    )
 
 
 def create_rank_model(

@@ -13,6 +13,7 @@ from neox_lib.model import Stopped
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Throttle, follow
+from neox_lib.sampling import check_scores
 
 Say = Callable[[str, str], None]  # called with (phase, status) when something has changed
 
@@ -142,7 +143,9 @@ def look(state: State, stopping: threading.Event, say: Say, status: str = "") ->
         if position > 0 and state.scored != position:
             keep_scores(state, position, state.recall.logits_after(branch.ids[:position], report))
         if state.watching:
-            state.attention = attention_of_last(state.model, branch.ids[: position + 1], report)
+            attention = attention_of_last(state.model, branch.ids[: position + 1], report)
+            check_scores(attention.flatten(1), "layer")
+            state.attention = attention
     except Stopped:
         status = "Stopped looking."
     say("idle", status or "Ready.")

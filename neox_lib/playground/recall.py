@@ -7,6 +7,7 @@ import torch
 from neox_lib.cache import KVCache
 from neox_lib.generation import prefill
 from neox_lib.model import NeoXModel
+from neox_lib.sampling import check_scores
 
 GROWTH = 256  # the capacity grows in steps of this many tokens
 
@@ -64,16 +65,18 @@ class Recall:
     ) -> torch.Tensor:
         """Scores for the token after `ids`: `[1, V]`, fp32. Costs a one-token pass if the text is cached.
 
-        Raises Stopped when `on_progress` returns False.
+        Raises Stopped when `on_progress` returns False, and ValueError for scores that are no numbers.
         """
         known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
         cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))
         cache.truncate(min(cache.length, len(ids) - 1))
         new = torch.tensor([ids[cache.length :]], device=self.model.norm.weight.device)
         try:
-            return prefill(self.model, new, cache, on_progress=on_progress)
+            scores = prefill(self.model, new, cache, on_progress=on_progress)
         finally:
             if known:  # the later rows are intact: the pass rewrote only its own
                 cache.length = len(known)
             else:
                 self.keep(ids)
+        check_scores(scores)
+        return scores

@@ -121,7 +121,7 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
 def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
     """One update on windows `[B, length + 1]`, in parts of about 2,048 tokens, which fit the processor's caches better.
 
-    Returns the loss before the update, in nats per token.
+    Returns the loss before the update, in nats per token. Raises ValueError, before it, when gradients are no numbers.
     """
     rows = max(1, 2048 // batch.shape[1])
     total = 0.0
@@ -130,7 +130,11 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
         loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(batch))
         loss.backward()
         total += loss.item()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():  # an update would spoil every weight
+        raise ValueError(
+            f"the gradients are NaN or infinite, at a loss of {total:.3g}; the state on the disk is still whole: start "
+            "anew in another folder with a lower learning rate"
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

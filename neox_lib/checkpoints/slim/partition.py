@@ -51,20 +51,20 @@ def join_columns(parts: list[Tensor]) -> Tensor:
 
 
 def add_up(parts: list[Tensor]) -> Tensor:
-    """The sum, formed in fp32, in the parts' dtype."""
-    total = parts[0].float()
+    """The sum, in fp32."""
+    total = parts[0].to(torch.float32, copy=True)
     for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype, copy=True)
+        total += part
+    return total
 
 
 def average(parts: list[Tensor]) -> Tensor:
-    """The mean, formed in fp32, in the parts' dtype: the first part minus its mean distance from the others.
+    """The mean, in fp32: the first part minus its mean distance from the others.
 
     So equal parts have exactly themselves as their mean; (x + x + x) / 3 can miss x by a rounding.
     """
     first, *others = [part.float() for part in parts]
-    return (first - sum(first - other for other in others) / len(parts)).to(parts[0].dtype)
+    return first - sum(first - other for other in others) / len(parts)
 
 
 MERGE: dict[str, Callable[[list[Tensor]], Tensor]] = {
@@ -76,12 +76,20 @@ MERGE: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 
 def merge_shards(key: str, parts: list[Tensor]) -> Tensor:
-    """One tensor from the ranks' parts of it, in their dtype, in memory of its own.
+    """One tensor from the ranks' parts of it, in memory of its own: joined in their dtype, summed or averaged in fp32.
 
+    Nothing is rounded here: the sum of two fp16 numbers need not be one, and whoever wants fp16 casts the result once.
     Heads stay whole: the rows of `query_key_value` are interleaved head by head, and a rank holds some of the heads.
     Averaging the norms is an approximation, the one that the model's makers chose (`merge20b.py`).
     """
     return MERGE[merge_rule(key)](parts)
+
+
+def merge_as_stored(key: str, parts: list[Tensor]) -> Tensor:
+    """`merge_shards` for other files: in the parts' dtype again, as `split_tensor` found it, unless that rounds."""
+    merged = merge_shards(key, parts)
+    stored = merged.to(parts[0].dtype)
+    return stored if stored is merged or torch.equal(stored.float(), merged) else merged
 
 
 def shard_shape(key: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
@@ -129,7 +137,7 @@ def split_average(mean: Tensor, ranks: int, generator: torch.Generator | None) -
 
 
 def split_tensor(key: str, tensor: Tensor, ranks: int, spread_seed: int | None = None) -> list[Tensor]:
-    """The inverse of `merge_shards`, exact to the bit for finite numbers: one part for each rank, on the CPU.
+    """The inverse of `merge_as_stored`, exact to the bit for finite numbers: one part for each rank, on the CPU.
 
     With `spread_seed` the ranks' row-parallel biases and norms differ at random, as a trained model's do. Where a
     number can't be spread exactly, the last rank takes all of a bias, and every rank takes the norm as it is. Raises

@@ -14,7 +14,7 @@ from neox_lib.checkpoints.checkpoint import LayerFile
 from neox_lib.checkpoints.files import BUFFERS, CheckpointError, check_tensors, reading_bar
 from neox_lib.checkpoints.slim.config import read_config
 from neox_lib.checkpoints.slim.layout import Shards, part_of_file, place_of
-from neox_lib.checkpoints.slim.partition import merge_shards, shard_shape
+from neox_lib.checkpoints.slim.partition import merge_as_stored, shard_shape
 from neox_lib.config import NeoXConfig, parameter_shapes
 
 
@@ -99,11 +99,13 @@ class SlimCheckpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for names, layer in self.opened_layers():
-            yield from ((name, merge_shards(key, layer.pop(key))) for key, name in names.items())
+            yield from ((name, merge_as_stored(key, layer.pop(key))) for key, name in names.items())
 
     def dtypes(self) -> dict[str, torch.dtype]:
         opened = ((names, open_layer(self.shards, index, shapes)) for index, names, shapes in self.layers())
-        return {names[key]: parts[0].dtype for names, layer in opened for key, parts in layer.items()}
+        parts = ((names[key], parts) for names, layer in opened for key, parts in layer.items())
+        whole = ((name, merge_as_stored(name, found) if found[0].dim() == 1 else found[0]) for name, found in parts)
+        return {name: tensor.dtype for name, tensor in whole}
 
     def files(self) -> list[LayerFile]:
         return inventory(self.shards, self.config.num_hidden_layers)
