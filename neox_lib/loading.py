@@ -1,4 +1,4 @@
-"""Any checkpoint to a model that is ready to run, and its tokenizer."""
+"""From any checkpoint to a model that is ready to run, and its tokenizer."""
 
 import logging
 from pathlib import Path
@@ -46,12 +46,12 @@ def create_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> NeoXModel:
-    """Load a model for inference: from a slim, Hugging Face or int8 folder, an int8 file, or by a name on the Hugging
-    Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the model that ships.
+    """Load a model for inference: from a slim, Hugging Face or int8 folder, from an int8 file, or by its name on the
+    Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
 
-    `use_cache` is what generation with this model does unless told otherwise. `device` "auto" is CUDA, else the CPU.
-    `dtype` "auto": see `choose_precision` and `shrink_to_fit`; when a CPU keeps large matrices in half precision or in
-    int8, a message says so. "int8" quantizes while it loads, unless the weights are in int8 already.
+    `use_cache` is the default for generation with this model. `device` "auto" is CUDA, else the CPU. For `dtype` "auto"
+    see `choose_precision` and `shrink_to_fit`; when large matrices stay in half precision or int8 on a CPU, a message
+    says so. "int8" quantizes while it loads, unless the weights are in int8 already.
     Raises CheckpointError for a folder that holds no whole checkpoint or does not fit into memory, ValueError for a
     device or dtype that is not there, DownloadError for a name on the Hub that can't be fetched.
     """
@@ -72,9 +72,10 @@ def create_model(
 
 
 def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) of a file, or beside a model's weights, or of a name on the Hub,
-    from where only the tokenizer is fetched; without a path, the shipped model's.
+    """The fast tokenizer (Hugging Face `tokenizers`) from a file, from the folder of a model's weights, or by a model's
+    name on the Hub, of which only the tokenizer is fetched; without a path, the shipped model's.
 
-    Raises FileNotFoundError when there is none, ValueError when the file is no tokenizer, DownloadError.
+    Raises FileNotFoundError when there is none, ValueError when the file is no tokenizer, DownloadError for a name on
+    the Hub that can't be fetched.
     """
     return open_tokenizer(find_tokenizer(SHIPPED_MODEL if path is None else local_tokenizer(path)))

@@ -13,7 +13,16 @@ from nbformat.v4 import new_code_cell, new_notebook
 import neox_lib
 from neox_lib import generation, rotary
 from neox_lib.course import checks, promote, series, store
-from neox_lib.course.checks import PropertyFailed, Result, exercise, in_place_of, require, require_equal
+from neox_lib.course.checks import (
+    PropertyFailed,
+    Result,
+    exercise,
+    in_place_of,
+    left_out_or_twice,
+    require,
+    require_count,
+    require_equal,
+)
 from neox_lib.course.figures.diagrams import PLACES, model_map
 from neox_lib.course.figures.plots import Picture, TokenSpans, bars, heat_map, lines, new_figure, token_spans
 from neox_lib.course.progress import EXERCISES, read_progress, record
@@ -119,15 +128,44 @@ def test_require_raises_only_when_the_property_does_not_hold():
         ([1.0, 1.0], torch.ones(2), "row should be a tensor, but is a list"),
         (torch.ones(3), torch.ones(2), "row should have shape [2], but has [3]"),
         (torch.tensor([1.0, 2.0]), torch.ones(2), "row should be [1.0, 1.0], but is [1.0, 2.0]"),
-        (torch.zeros(20), torch.ones(20), "row should agree, but is off by up to 1"),
+        (
+            torch.zeros(20),
+            torch.ones(20),
+            "row should equal the expected values, but is off by up to 1, at [0]: 0, not 1",
+        ),
+        (3, torch.ones(2), "row should be a tensor, but is an int"),
         (torch.tensor([1.0, float("nan")]), torch.ones(2), "row should be [1.0, 1.0], but is [1.0, nan]"),
-        (torch.full((20,), float("nan")), torch.ones(20), "row should agree, but is off by up to nan"),
+        (
+            torch.ones(4, 5).index_fill(0, torch.tensor([2]), float("nan")),
+            torch.ones(4, 5),
+            "row should equal the expected values, but is off by up to nan, at [2, 0]: nan, not 1",
+        ),
         (2, 3, "row should be 3, but is 2"),
     ],
 )
 def test_require_equal_says_what_came_and_what_was_expected(found, expected, message):
     with pytest.raises(PropertyFailed) as failure:
         require_equal(found, expected, "row")
+    assert str(failure.value) == message
+
+
+def test_require_equal_names_the_tolerance_and_says_where_to_look():
+    with pytest.raises(PropertyFailed, match=r"^row should be within 0\.1 of .*: is it in fp32\?$"):
+        require_equal(torch.zeros(20), torch.ones(20), "row", 0.1, "is it in fp32?")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (90, "count should be 100, but is 90, which is 10 too few: the norm left out"),
+        (110, "count should be 100, but is 110, which is 10 too many: the norm counted twice"),
+        (97, "count should be 100, but is 97, which is 3 too few"),
+        (None, "count should be a number, but is None (is there a return?)"),
+    ],
+)
+def test_require_count_names_the_part_that_makes_the_difference(found, message):
+    with pytest.raises(PropertyFailed) as failure:
+        require_count(found, 100, "count", left_out_or_twice({"the norm": 10}))
     assert str(failure.value) == message
 
 
@@ -394,7 +432,7 @@ def test_the_map_lights_up_the_piece_in_hand_in_colour_line_and_words(place):
 
 
 def test_the_map_without_a_place_says_so_and_a_place_that_it_lacks_is_an_error():
-    assert model_map().alt.endswith("No part is lit up.")
+    assert model_map().alt.endswith("No part is highlighted.")
     with pytest.raises(KeyError):
         model_map("moon")
 

@@ -103,17 +103,17 @@ def test_the_library_passes_the_learners_check():
 
 
 WRONG = [
-    (exercises.causal_mask, mask_from_the_corner, "query 0 stands at position 3 and may look at position 1"),
-    (exercises.causal_mask, mask_of_what_is_hidden, "query 0 stands at position 0 and may look at position 0"),
+    (exercises.causal_mask, mask_from_the_corner, "query 0 is at position 3 and may look at position 1"),
+    (exercises.causal_mask, mask_of_what_is_hidden, "query 0 is at position 0 and may look at position 0"),
     (exercises.causal_mask, lambda *shape: mask_from_the_corner(*shape).float(), "torch.bool"),
-    (exercises.split_heads, split_into_thirds, "the key of head 0 is made of columns [2, 3]"),
+    (exercises.split_heads, split_into_thirds, "the key of head 0 should be columns [2, 3]"),
     (exercises.split_heads, split_with_tokens_first, "should have shape [B, H, T, D]"),
     (exercises.split_heads, lambda qkv, num_heads: qkv, "a tuple of query, key and value, but it returned a Tensor"),
     (exercises.split_heads, split_without_transposing, "the query of a random [2, 5, 36] projection"),
     (exercises.attention, attention_without_mask, "which sees only itself"),
     (exercises.attention, attention_over_the_wrong_axis, "which sees only itself"),
-    (exercises.attention, attention_without_division, "the output of ran, the third token"),
-    (exercises.attention, attention_divided_by_size, "the output of ran, the third token"),
+    (exercises.attention, attention_without_division, "are the scores divided by sqrt(D) = 2?"),
+    (exercises.attention, attention_divided_by_size, "are the scores divided by sqrt(D) = 2?"),
     (exercises.attention, attention_from_the_corner, "the last 1 of 7 queries"),
     (exercises.attention, attention_in_half_precision, "are the scores in fp32?"),
     (exercises.attention, attention_in_fp32_out, "fp16 values should give an fp16 output"),

@@ -139,13 +139,13 @@ def wrong_caches(right: type) -> dict[str, type]:
             return (keys.flip(1), values) if keys.shape[1] > 1 and key.shape[2] > 1 else (keys, values)
 
     return {
-        "advance counts": CountsInUpdate,
+        "only advance counts": CountsInUpdate,
         "layer 0, after layer 1": OneLayerForAll,
         "keys of text 1": FirstTextForAll,
-        "token 2 after tokens 0 and 1": NewRowsOnly,
+        "token 2, after tokens 0 and 1": NewRowsOnly,
         "another tensor": Grows,
-        "after truncate(3) of 4 tokens length should be 3, but is 0": ForgetsAll,
-        "after truncate(3) of 4 tokens length should be 3, but is 4": KeepsAll,
+        "after truncate(3) of 4 tokens, length should be 3, but is 0": ForgetsAll,
+        "after truncate(3) of 4 tokens, length should be 3, but is 4": KeepsAll,
         "24 tokens read in passes of": MixesUp,
     }
 

@@ -46,14 +46,14 @@ def shows_every_step(steps, stopping, take, show):
 def test_wrong_tries_at_the_heart_fail_by_their_own_property_and_get_no_story():
     messages = [exercises.follow(wrong).message for wrong in (takes_all_and_never_stops, shows_every_step)]
     assert messages[0] != messages[1]
-    assert "breaks after 5 steps" in messages[0] and "20 times a second" in messages[1]
+    assert "breaks after 5 steps" in messages[0] and "20 times per second" in messages[1]
     assert not any("Once upon" in message for message in messages)
 
 
 def test_wrong_tries_at_whole_characters_fail_differently():
     replacing = exercises.whole_characters(lambda raw: (raw.decode("utf-8", "replace"), b""))
     ignoring = exercises.whole_characters(lambda raw: (raw.decode("utf-8", "ignore"), b""))
-    assert "half a character" in replacing.message and "bytes that wait" in ignoring.message
+    assert "half a character" in replacing.message and "keeps for later" in ignoring.message
     assert not replacing.passed and not ignoring.passed
 
 

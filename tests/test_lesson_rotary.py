@@ -82,19 +82,19 @@ def apply_in_place(x, cos, sin):
 
 WRONG = {
     "rotary_angles": {
-        side_by_side_angles: "stands beside its double",
+        side_by_side_angles: "each angle is next to its copy",
         angles_with_half_the_exponent: "[2.0, 0.2, 2.0, 0.2], but is [2.0, 0.6325, 2.0, 0.6325]",
-        angles_in_the_positions_dtype: "should be torch.float32 for positions in torch.float16",
+        angles_in_the_positions_dtype: "should be in torch.float32 for positions in torch.float16",
         angles_rounded_on_the_way: "off by up to 0.33",
     },
     "rotate_half": {
-        rotate_neighbours: "neighbours turned",
+        rotate_neighbours: "it turns neighbours",
         rotate_the_other_way: "be [-3.0, -4.0, 1.0, 2.0], but is [3.0, 4.0, -1.0, -2.0]",
     },
     "apply_rotary": {
-        apply_without_the_rest: "Do the last 72 numbers of a head come along?",
+        apply_without_the_rest: "Are the last 72 numbers of each head missing?",
         apply_to_the_end_of_the_head: "Dimensions 24 to 95 of a head should pass through",
-        apply_backwards: "turned the other way round",
+        apply_backwards: "it is turned the wrong way",
         apply_to_all: "Your code raised RuntimeError",
         apply_in_place: "has changed it: work on a copy",
     },

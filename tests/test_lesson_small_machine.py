@@ -94,9 +94,9 @@ def in_place(weight: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (with_one_scale, "should give scales of shape [1], but they have []"),
-        (with_128, "expected largest absolute value / 127"),
-        (without_rounding, "round first"),
+        (with_one_scale, "should give scales of shape [1], but gives []"),
+        (with_128, "should be the largest absolute value / 127"),
+        (without_rounding, "so round first"),
         (zero_over_zero, "my_quantize_rows with a row of zeros gives a scale that is NaN"),
         (in_its_own_precision, "small weights in torch.float16"),
         (in_place, "changes its input"),
@@ -124,9 +124,10 @@ def test_a_version_that_fits_the_checks_but_not_the_model_gets_no_story():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda config: -config.vocab_size * config.hidden_size, "the embedding stays in fp16"),
-        (lambda config: 4 * config.vocab_size, "the embedding has no scales"),
-        (lambda config: -2 * config.vocab_size * config.hidden_size, "the embedding is missing"),
+        (lambda config: -config.vocab_size * config.hidden_size, "1 byte per number instead of 2"),
+        (lambda config: 4 * config.vocab_size, "scales counted for the embedding"),
+        (lambda config: -2 * config.vocab_size * config.hidden_size, "the embedding, 2 bytes per number, left out"),
+        (lambda config: -8 * config.hidden_size, "which is 1,536 too few: the last norm left out"),
     ],
 )
 def test_a_wrong_count_is_told_which_part_is_off(change, told):

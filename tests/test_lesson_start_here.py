@@ -54,8 +54,8 @@ def test_the_solution_passes_and_chooses_what_the_model_then_writes(lesson):
 
 
 WRONG = {
-    "the score": (lambda scores: scores.max().item(), "is a float: the place of the score is asked for"),
-    "a tensor": (lambda scores: scores.argmax(), "is a tensor; .item() takes the number out"),
+    "the score": (lambda scores: scores.max().item(), "is a float: return the index of the highest score"),
+    "a tensor": (lambda scores: scores.argmax(), "is a tensor: .item() takes the number out"),
     "nothing": (lambda scores: None, "is None (is there a return?)"),
     "the lowest": (lambda scores: int(scores.argmin()), "([0.1, 2.5, -1.0]) should be 1"),
     "only positive ones": (lambda scores: int(scores.clamp(min=0).argmax()), "([-3.0, -0.5, -2.0]) should be 1"),
@@ -143,4 +143,4 @@ def test_the_readme_shows_the_map_and_describes_it_as_the_map_of_today_does():
     """The picture is a saved copy: when the map changes, save it again with `model_map().figure.savefig(...)`."""
     assert (NOTEBOOKS / "images" / "map.png").stat().st_size > 10_000
     alt = re.search(r"!\[([^\]]+)\]\(notebooks/images/map\.png\)", README)
-    assert alt and alt[1] == model_map().alt.removesuffix(" No part is lit up.")
+    assert alt and alt[1] == model_map().alt.removesuffix(" No part is highlighted.")

@@ -109,9 +109,9 @@ WRONG = [
     ("my_decode", decode_one_by_one, "the bytes of one character can lie in several tokens"),
     ("my_decode", decode_by_spelling, "Ġ is how the vocabulary writes the byte of a space"),
     ("my_decode", decode_strictly, "UnicodeDecodeError"),
-    ("my_encode_untrusted", encode_and_drop, "nothing may get lost"),
+    ("my_encode_untrusted", encode_and_drop, "nothing may be lost"),
     ("my_encode_untrusted", encode_without_added, "mind the runs of spaces"),
-    ("my_encode_untrusted", encode_trustingly, "holds the control token [0]"),
+    ("my_encode_untrusted", encode_trustingly, "should hold no control token, but holds [0]"),
 ]
 
 
@@ -166,5 +166,5 @@ def test_the_real_file_is_found_by_name_or_its_absence_says_how_to_fetch_it(monk
 def test_the_right_merges_begin_the_story(folded_merges):
     """The reward must be earned: were the prompt encoded by the fast library, any merges would tell the same story."""
     result, asked = folded_merges
-    assert "Your merges made the prompt's token ids, in place of the library's" in result.message
+    assert "Your merges encoded the prompt, in place of the library's" in result.message
     assert exercises.PROMPT in result.message and {"Once", "Ġupon", "Ġfox"} <= set(asked)

@@ -115,12 +115,12 @@ def scores_every_token(config, tokens, ranks, dtype):
 
 WRONG = {
     "my_block": {
-        adds_x_everywhere: "x once for each device",
-        forgets_x: "the sum without x",
-        takes_the_mean: "the mean of the partial sums",
-        waits_for_attention: "the sequential residual",
-        reduces_twice: "called all_reduce 2 times, once is enough",
-        adds_without_the_wire: "called all_reduce 0 times",
+        adds_x_everywhere: "x is added on each device, 2 times in all",
+        forgets_x: "x itself is missing",
+        takes_the_mean: "the partial sums are averaged",
+        waits_for_attention: "the residual is sequential",
+        reduces_twice: "calls all_reduce 2 times where once is enough",
+        adds_without_the_wire: "never calls all_reduce",
         one_cache_for_all: "its own cache",
         one_tensor_on_the_wire: "a list with one tensor from each",
         changes_its_input: "changes its input",
@@ -132,9 +132,9 @@ WRONG = {
         changes_the_ids: "changes the ids",
     },
     "my_bytes_sent": {
-        forgets_the_embedding: "the all-reduce of the embeddings is missing",
+        forgets_the_embedding: "the all-reduce of the embeddings left out",
         always_once: "a sequential block needs two all-reduces",
-        scores_every_token: "the last token alone is scored",
+        scores_every_token: "only the last is scored",
     },
 }
 TRIES = [(name, wrong, says) for name, tries in WRONG.items() for wrong, says in tries.items()]

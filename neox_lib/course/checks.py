@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,23 +34,53 @@ def require(holds: bool, failure: str) -> None:
         raise PropertyFailed(failure)
 
 
-def require_equal(found, expected, what: str, tolerance: float = 0.0) -> None:
-    """Raise PropertyFailed unless `found` is `expected`: tensors to within `tolerance`, shapes first; else by ==.
+def require_equal(found, expected, what: str, tolerance: float = 0.0, why: str = "") -> None:
+    """Raise PropertyFailed unless `found` equals `expected`: tensors in shape, then in values to within `tolerance`;
+    anything else by ==.
 
-    `what` names property and input, such as "rotate_half([1, 2, 3, 4])".
+    `what` names the property and the input, such as "rotate_half([1, 2, 3, 4])"; `why` says where to look.
     """
+    why = f": {why}" if why else ""
     if isinstance(expected, torch.Tensor):
         require(isinstance(found, torch.Tensor), f"{what} should be a tensor, but is {describe(found)}")
         same = tuple(found.shape) == tuple(expected.shape)
         require(same, f"{what} should have shape {list(expected.shape)}, but has {list(found.shape)}")
         worst = (found.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
-        few = expected.numel() <= 12
-        detail = (
-            f"be {numbers(expected)}, but is {numbers(found)}" if few else f"agree, but is off by up to {worst:.4g}"
-        )
-        require(worst <= tolerance, f"{what} should {detail}")
+        if expected.numel() <= 12:
+            require(worst <= tolerance, f"{what} should be {numbers(expected)}, but is {numbers(found)}{why}")
+        else:
+            near = f"be within {tolerance:g} of" if tolerance else "equal"
+            told = f"{what} should {near} the expected values, but is off by up to {worst:.4g}"
+            require(worst <= tolerance, f"{told}, {worst_place(found, expected)}{why}")
     else:
-        require(found == expected, f"{what} should be {expected!r}, but is {found!r}")
+        require(found == expected, f"{what} should be {expected!r}, but is {found!r}{why}")
+
+
+def worst_place(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Where two tensors of one shape differ most, and their values there."""
+    place = (found.double() - expected.double()).abs().argmax()
+    index = [int(each) for each in torch.unravel_index(place, expected.shape)]
+    return f"at {index}: {found.flatten()[place].item():.4g}, not {expected.flatten()[place].item():.4g}"
+
+
+def require_count(found, expected: int, what: str, reasons: Mapping[int, str]) -> None:
+    """Raise PropertyFailed unless a count is right. `reasons` maps a difference, found less expected, to its cause."""
+    require(isinstance(found, int | float), f"{what} should be a number, but is {describe(found)}")
+    off = found - expected
+    told = f"{what} should be {expected:,}, but is {found:,}, which is {abs(off):,} too {'many' if off > 0 else 'few'}"
+    reason = reasons.get(off)
+    require(off == 0, f"{told}: {reason}" if reason else told)
+
+
+def left_out_or_twice(parts: Mapping[str, int]) -> dict[int, str]:
+    """Reasons for `require_count`: each part (its name -> its size) left out, or counted twice. The first of a size
+    wins.
+    """
+    reasons = {}
+    for name, size in parts.items():
+        reasons.setdefault(-size, f"{name} left out")
+        reasons.setdefault(size, f"{name} counted twice")
+    return reasons
 
 
 def numbers(tensor: torch.Tensor) -> str:
@@ -58,16 +88,16 @@ def numbers(tensor: torch.Tensor) -> str:
 
 
 def describe(value) -> str:
-    return "None (is there a return?)" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None (is there a return?)" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
     """Make a check from a function that raises PropertyFailed, or returns a closing remark (a story, perhaps) or None.
 
-    The check never raises: for a stub (NotImplementedError) it says what is missing, for a wrong try which property
-    failed, and any other error in the learner's code is reported with its line. The outcome is stored under `key`, but
-    only for a learner's piece, whose name starts with `my`: the library's or a bug exhibit's result is nobody's
-    progress.
+    The check never raises: it tells a stub (NotImplementedError) from a wrong try, names the property that failed, and
+    reports any other error in the learner's code with its line. The outcome is stored under `key`, but only for a
+    learner's piece, whose name starts with `my`: the library's own pieces and bug exhibits are nobody's progress.
     """
 
     def decorate(check: Callable[..., str | None]) -> Callable[..., Result]:
@@ -101,16 +131,14 @@ def keep(key: str, yours, outcome: str) -> None:
 
 
 def place_of_error(error: Exception) -> str:
-    """Where an error arose in the learner's own code: the innermost of its lines in the traceback."""
+    """Where an error arose in the learner's own code: the innermost line of it in the traceback, or nothing."""
     frames = [each for each in traceback.extract_tb(error.__traceback__) if "ipykernel" in each.filename]
     return f" (line {frames[-1].lineno} of your cell: {frames[-1].line})" if frames else ""
 
 
 @contextlib.contextmanager
 def in_place_of(original: object, yours: object) -> Iterator[None]:
-    """Within this context, every module of the library that holds `original` uses `yours`; afterwards all is
-    restored.
-    """
+    """Within this context, every module of the library that holds `original` uses `yours`; then `original` is back."""
     places = [
         (module, name)
         for module_name, module in list(sys.modules.items())
@@ -128,7 +156,7 @@ def in_place_of(original: object, yours: object) -> Iterator[None]:
 
 
 def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
-    """The shipped model's greedy continuation, on the CPU in fp32, with the pieces now in the library."""
+    """The shipped model's greedy continuation, on the CPU in fp32, with whatever pieces the library holds."""
     from neox_lib.generation import greedy_generate_text, prompt_ids
     from neox_lib.loading import create_model, create_tokenizer
 
@@ -137,14 +165,20 @@ def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
     return greedy_generate_text(model, tokenizer, prompt, prompt_ids(tokenizer, prompt).shape[1] + tokens)
 
 
-def story_with(original: object, yours: object, what: str) -> str:
-    """The closing remark for a piece: the shipped model tells a story with the learner's version in place of the
-    library's.
+def require_same_story(written: str, expected: str, how: str) -> None:
+    """Raise PropertyFailed, with both texts, unless the learner's version wrote what the library's writes."""
+    told = (
+        f"The shipped model wrote another story {how}:\n{written}\n\nWith the library's version it writes:\n{expected}"
+    )
+    require(written == expected, told)
 
-    Raises PropertyFailed when the story differs from the library's.
+
+def story_with(original: object, yours: object, what: str) -> str:
+    """The closing remark for a piece: the story that the shipped model writes with the learner's version in place of
+    the library's. Raises PropertyFailed if it differs from the story with the library's.
     """
     expected = story()
     with in_place_of(original, yours):
         written = story()
-    require(written == expected, f"The shipped model wrote another story with your {what}:\n{written}")
+    require_same_story(written, expected, f"with your {what}")
     return f"The shipped model wrote this with your {what} in place of the library's:\n{written}"

@@ -1,4 +1,4 @@
-"""What each exercise asks for, and the check that names the property which a wrong try lacks.
+"""The exercises: the properties that each asks for, and the check that names the first one that fails.
 
 One module per notebook; only notebooks, the course and the classroom import them.
 """

@@ -1,4 +1,4 @@
-"""The checks of notebook 03: the mask, the split into heads, and attention itself."""
+"""The exercises of notebook 03: the mask, the split into heads, and attention itself."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ VALUE = torch.tensor([[[[1.0, 0, 0, 0], [0, 10, 0, 0], [0, 0, 5, 0]]]])
 
 
 def attention_by_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention in fp64, one query at a time, without a mask: what the learner's version is held against.
+    """Causal attention in fp64, one query at a time, without a mask: the reference for the learner's version.
 
-    Written apart from the library's, so that a fault promoted into that one is found too.
+    Written independently of the library's, so that a fault promoted into the library is found too.
     """
     query, key, value = query.double(), key.double(), value.double()
     before = key.shape[-2] - query.shape[-2]
@@ -34,7 +34,7 @@ def attention_by_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @exercise("attention.causal_mask")
 def causal_mask(yours: Callable[[int, int, torch.device], Tensor]) -> None:
-    """True where a query may look, with as many queries as keys and with fewer."""
+    """True where a query may look: with as many queries as keys, and with fewer."""
     for queries, keys in [(3, 3), (1, 4), (2, 5), (4, 9)]:
         found, what = yours(queries, keys, CPU), f"my_causal_mask({queries}, {keys}, cpu)"
         require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
@@ -47,18 +47,18 @@ def causal_mask(yours: Callable[[int, int, torch.device], Tensor]) -> None:
                 says, right = bool(found[query, key]), key <= place
                 require(
                     says == right,
-                    f"{what}: query {query} stands at position {place} and {'may' if right else 'must not'} look at "
+                    f"{what}: query {query} is at position {place} and {'may' if right else 'must not'} look at "
                     f"position {key}, but your mask has {says} there",
                 )
 
 
 @exercise("attention.split_heads")
 def split_heads(yours: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Numbered columns land in the head and the role that the layout gives them; batch and tokens stay apart."""
+    """Numbered columns land in the head and the role that the layout gives them; texts and tokens stay apart."""
     numbered = torch.arange(12.0).expand(1, 3, 12)
     found = yours(numbered, 2)
     three = isinstance(found, tuple | list) and len(found) == 3
-    what = f"{len(found)} things" if isinstance(found, tuple | list) else describe(found)
+    what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
     require(three, f"my_split_heads should return a tuple of query, key and value, but it returned {what}")
     for part, name in zip(found, ("query", "key", "value"), strict=True):
         what = f"the {name} of my_split_heads on a [1, 3, 12] projection with 2 heads"
@@ -71,8 +71,8 @@ def split_heads(yours: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -
             columns = [int(number) for number in found[role][0, head, 0].tolist()]
             require(
                 columns == [first, first + 1],
-                f"with 2 heads of size 2, the {name} of head {head} is made of columns {[first, first + 1]} of the "
-                f"projection, but yours took columns {columns}",
+                f"with 2 heads of size 2, the {name} of head {head} should be columns {[first, first + 1]} of the "
+                f"projection, but is columns {columns}",
             )
     qkv = seeded(2, 5, 36)
     for role, name in enumerate(("query", "key", "value")):
@@ -82,30 +82,32 @@ def split_heads(yours: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -
 
 @exercise("attention.attention")
 def attention(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
-    """The heart: attention for every batch and head, any number of queries, in any precision; then a story."""
+    """Attention for every text and head, for any number of queries, in any precision; then the story."""
     found = yours(QUERY, KEY, VALUE)
     require(isinstance(found, Tensor), f"my_attention should return a tensor, but it returned {describe(found)}")
     require_equal(
         found[..., :1, :],
         VALUE[..., :1, :],
-        "the output of the first of the notebook's three tokens, which sees only itself,",
+        "my_attention's output for the first of the notebook's three tokens, which sees only itself,",
     )
     expected = attention_by_rows(QUERY, KEY, VALUE)
-    hint = "(scores divided by sqrt(D) = 2?)"
-    require_equal(found[0, 0, 2], expected[0, 0, 2], f"the output of ran, the third token, {hint}", 1e-4)
+    what, why = 'my_attention\'s output for "ran", the third token,', "are the scores divided by sqrt(D) = 2?"
+    require_equal(found[0, 0, 2], expected[0, 0, 2], what, 1e-4, why)
 
     query, key, value = (seeded(2, 3, 7, 16, seed=seed) for seed in range(3))
     whole = yours(query, key, value)
-    require_equal(whole, attention_by_rows(query, key, value), "a random [2, 3, 7, 16] batch", 1e-4)
+    require_equal(whole, attention_by_rows(query, key, value), "my_attention on a random [2, 3, 7, 16] batch", 1e-4)
     for new in (1, 3):
-        what = f"the last {new} of 7 queries against all 7 keys: the same queries in one pass"
-        require_equal(yours(query[:, :, -new:], key, value), whole[:, :, -new:], what, 1e-4)
+        what = f"my_attention of the last {new} of 7 queries against all 7 keys"
+        why = "expected is what one pass over all 7 queries gives; is the mask's last row the last query's?"
+        require_equal(yours(query[:, :, -new:], key, value), whole[:, :, -new:], what, 1e-4, why)
 
     large = 30 * torch.ones(1, 1, 4, 96, dtype=torch.float16)
     small = value[:1, :1, :4].half()
     mixed = yours(large, large, small)
     require(mixed.dtype == torch.float16, f"fp16 values should give an fp16 output, but yours gives {mixed.dtype}")
     finite = bool(mixed.isfinite().all())
-    require(finite, "queries and keys of 30s in fp16, head size 96: the output has NaN in it; are the scores in fp32?")
-    require_equal(mixed, attention_by_rows(large, large, small), "queries and keys of 30s in fp16", 2e-3)
+    what = "my_attention of queries and keys of 30s in fp16, head size 96,"
+    require(finite, f"{what} should be finite, but holds NaN or infinity: are the scores in fp32?")
+    require_equal(mixed, attention_by_rows(large, large, small), what, 2e-3)
     return story_with(library.fused_attention, yours, "my_attention")

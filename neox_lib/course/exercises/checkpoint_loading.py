@@ -1,4 +1,4 @@
-"""The exercises of notebook 05: which file holds a parameter, how ranks merge, what fits into a memory."""
+"""The exercises of notebook 05: which file holds a parameter, how shards merge, how long a text fits into memory."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from neox_lib.checkpoints.slim import partition as sharding
 from neox_lib.checkpoints.slim.layout import place_of as library_place_of
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
-from neox_lib.course.checks import describe, exercise, require, require_equal, story_with
+from neox_lib.course.checks import PropertyFailed, describe, exercise, require, require_equal, story_with
 from neox_lib.course.figures.plots import seeded
 
 GIB = 2**30
@@ -16,13 +16,16 @@ GIB = 2**30
 
 @exercise("checkpoint_loading.place_of")
 def place_of(yours: Callable[[str, int], tuple[int, str]]) -> str:
-    """File index and key for every parameter name of a short and of a long model."""
+    """The file index and the key of parameters all over a short and a long model."""
     block = ("attention.dense.bias", "input_layernorm.weight", "mlp.dense_h_to_4h.weight")
     for layers in (6, 44):
         inside = [f"layers.{index}.{key}" for index in (0, 1, layers - 1) for key in block]
         for name in ["word_embeddings.weight", *inside, "norm.bias", "final_linear.weight"]:
             found, what = yours(name, layers), f"my_place_of({name!r}, {layers})"
-            require(isinstance(found, tuple) and len(found) == 2, f"{what} should be a pair, but is {describe(found)}")
+            require(
+                isinstance(found, tuple) and len(found) == 2,
+                f"{what} should be a pair, file index and key, but is {found!r}",
+            )
             index, key = library_place_of(name, layers)
             require(found[0] == index, f"{what} should name file index {index}, but names {found[0]!r}")
             require(found[1] == key, f"{what} should name the key {key!r}, but names {found[1]!r}")
@@ -30,7 +33,7 @@ def place_of(yours: Callable[[str, int], tuple[int, str]]) -> str:
 
 
 def parts_for(key: str, ranks: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parts that differ by rank: `[4, 6]` for a matrix, `[4]` for a vector."""
+    """Parts that differ from rank to rank: `[4, 6]` for a matrix, `[4]` for a vector."""
     shape = (4, 6) if key.endswith("weight") and "norm" not in key else (4,)
     return [seeded(*shape, seed=rank + 1).to(dtype) for rank in range(ranks)]
 
@@ -60,16 +63,16 @@ def merge_shards(yours: Callable[[str, list[Tensor]], Tensor]) -> str:
         require(found.dtype == torch.float32 and found.item() == wanted, why)
     key = "attention.masked_bias"
     try:
-        yours(key, parts_for(key, 2))
-    except Exception:  # whatever the learner raises, NotImplementedError too: refusing is what is asked for
+        guessed = yours(key, parts_for(key, 2))
+    except Exception:  # whatever the learner raises, NotImplementedError too: it has to refuse
         return story_with(sharding.merge_shards, yours, "merge_shards")
-    require(False, f"my_merge_shards({key!r}, ...) should raise ValueError: without a rule, no guess")
-    return ""
+    told = f"my_merge_shards({key!r}, ...) should raise ValueError, but returned {describe(guessed)}"
+    raise PropertyFailed(f"{told}: no rule covers that key, so don't guess")
 
 
 @exercise("checkpoint_loading.longest_context")
 def longest_context(yours: Callable[[NeoXConfig, torch.dtype, int, int], int]) -> str:
-    """Three models, three memories: where all fits, where some fits, where the weights alone do not."""
+    """Three models, three sizes of memory: room for the whole context, for part of it, or not even for the weights."""
     margin, answers = 3 * GIB // 2, []
     for name, config in {"tiny": tiny(), "Pythia 12B": pythia("12b"), "20B": neox_20b()}.items():
         for dtype in (torch.float16, torch.int8):
@@ -80,15 +83,16 @@ def longest_context(yours: Callable[[NeoXConfig, torch.dtype, int, int], int]) -
                 what = f"my_longest_context of {name}, {dtype}, {memory} GiB, margin 1.5 GiB"
                 found = yours(config, dtype, memory * GIB, margin)
                 require(type(found) is int, f"{what} should be a whole number, but is {describe(found)}")
-                require_equal(found, expected, what + reason(found, config, fitting))
+                require_equal(found, expected, what, why=reason(found, config, fitting))
                 if name == "20B":
                     answers.append(f"20B in {str(dtype).removeprefix('torch.')}, {memory} GiB: {found} tokens")
     return "\n".join(answers)
 
 
 def reason(found: int, config: NeoXConfig, fitting: int) -> str:
+    """Why a length is wrong, if it is longer than what fits or less than 0; else an empty string."""
     if found < 0:
-        return " (where the weights do not fit, no token does)"
+        return "where the weights alone don't fit, no token does"
     if found > config.max_position_embeddings:
-        return f" (the model's context ends at {config.max_position_embeddings})"
-    return " (a token keeps a key and a value in every layer)" if fitting > 0 and found > fitting else ""
+        return f"the model's context ends at {config.max_position_embeddings}"
+    return "each token keeps a key and a value in every layer" if fitting > 0 and found > fitting else ""

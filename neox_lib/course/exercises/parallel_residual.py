@@ -1,4 +1,4 @@
-"""The exercises of notebook 04: the bent curve, the norm, the parallel block, and a count of parameters."""
+"""The exercises of notebook 04: GELU, the norm, the parallel block, and a count of parameters."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from neox_lib.block import Block
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
-from neox_lib.course.checks import PropertyFailed, exercise, numbers, require, require_equal, story_with
+from neox_lib.course.checks import (
+    PropertyFailed,
+    describe,
+    exercise,
+    left_out_or_twice,
+    numbers,
+    require,
+    require_count,
+    require_equal,
+    story_with,
+)
 from neox_lib.course.figures.plots import seeded
 from neox_lib.rotary import rotary_table
 
@@ -22,11 +32,12 @@ SMALL = NeoXConfig(
     intermediate_size=128,
 )
 BLOCK_PARTS = ("input_layernorm", "post_attention_layernorm", "attention", "mlp")
+NAMES = f"its parts are called {', '.join(BLOCK_PARTS[:-1])} and {BLOCK_PARTS[-1]}"
 
 
 @exercise("parallel_residual.gelu")
 def gelu(yours: Callable[[Tensor], Tensor]) -> str:
-    """`yours(x)` is the tanh form of GELU, number by number, for a tensor of any shape."""
+    """`yours(x)` is the tanh form of GELU, elementwise, for a tensor of any shape."""
     x = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0], dtype=torch.float64)
     found, expected = yours(x), F.gelu(x, approximate="tanh")
     if isinstance(found, Tensor) and found.shape == x.shape:
@@ -34,12 +45,12 @@ def gelu(yours: Callable[[Tensor], Tensor]) -> str:
             "the exact GELU, x * Phi(x)": F.gelu(x),
             "x * sigmoid(1.702 * x), a coarser form": x * torch.sigmoid(1.702 * x),
             "ReLU": x.relu(),
-            "the share alone: multiply it by x": expected / x,
-            "twice the GELU: the half is missing": 2 * expected,
+            "the factor alone: multiply it by x": expected / x,
+            "twice the GELU: the factor 0.5 is missing": 2 * expected,
         }
         for name, curve in other.items():
             same = (found - curve).abs().nan_to_num().max().item() < 1e-6
-            require(not same, f"my_gelu({numbers(x)}) is {name}. 20B was trained with the tanh form")
+            require(not same, f"my_gelu({numbers(x)}) should be the tanh form of GELU, but is {name}")
     require_equal(found, expected, f"my_gelu({numbers(x)})", tolerance=1e-6)
     wide = seeded(2, 3, 4)
     require_equal(yours(wide), F.gelu(wide, approximate="tanh"), "my_gelu of a [2, 3, 4] tensor", tolerance=1e-5)
@@ -55,32 +66,35 @@ def layer_norm(yours: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
     expected = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
     if isinstance(found, Tensor) and found.shape == x.shape:
         sample = (x - 3) / (16 / 3) ** 0.5
-        hint = "that is the variance divided by C - 1; LayerNorm divides by C (torch.var: correction=0)"
-        require((found - sample).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
-        hint = "that is divided by the variance, not by its square root"
-        require((found - (x - 3) / 4).abs().max().item() > 1e-3, f"{call} is {numbers(found)}: {hint}")
+        told = f"{call} should be {numbers(expected)}, but is {numbers(found)}"
+        hint = "your variance is divided by C - 1, LayerNorm's by C (torch.var: correction=0)"
+        require((found - sample).abs().max().item() > 1e-3, f"{told}: {hint}")
+        hint = "divide by the square root of the variance, not by the variance"
+        require((found - (x - 3) / 4).abs().max().item() > 1e-3, f"{told}: {hint}")
     require_equal(found, expected, call, tolerance=1e-4)
     weight, bias = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.0, 10.0, 10.0])
     what = "my_layer_norm([[1, 1, 5, 5]], weight [1, 2, 3, 4], bias [0, 0, 10, 10])"
     require_equal(yours(x, weight, bias, 1e-5), torch.tensor([[-1.0, -2.0, 13.0, 14.0]]), what, tolerance=1e-3)
     tokens = 3 * seeded(2, 5, 4) + 1
-    what = "each of the 2 x 5 tokens of a [2, 5, 4] tensor, normalised over its own 4 numbers,"
+    what = "my_layer_norm of a [2, 5, 4] tensor, each token normalised over its own 4 numbers,"
     try:
         found = yours(tokens, weight, bias, 1e-5)
     except RuntimeError as error:  # [2, 5, 4] - [2, 5] has no meaning, while [1, 4] - [1] above had one
-        hint = "a mean over the last dimension has to keep it as [..., 1]"
-        raise PropertyFailed(f"{what} can't be computed: {hint} ({error})") from None
+        hint = "take mean and variance with keepdim=True, so that they have shape [2, 5, 1]"
+        raise PropertyFailed(f"{what} raised RuntimeError ({error}): {hint}") from None
     require_equal(found, F.layer_norm(tokens, [4], weight, bias), what, tolerance=1e-4)
     flat = yours(torch.full((1, 4), 3.0), ones, zeros, 1e-5)
-    require_equal(flat, torch.zeros(1, 4), "a token of equal numbers, [[3, 3, 3, 3]],", tolerance=1e-6)
+    require_equal(
+        flat, torch.zeros(1, 4), "my_layer_norm([[3, 3, 3, 3]], weight of ones, bias of zeros)", tolerance=1e-6
+    )
     small = torch.tensor([[0.0, 0.0, 0.02, 0.02]])
-    what = "[[0, 0, 0.02, 0.02]] with eps = 0.0003, added to the variance before the root,"
-    require_equal(yours(small, ones, zeros, 3e-4), torch.tensor([[-0.5, -0.5, 0.5, 0.5]]), what, tolerance=1e-4)
-    return "It agrees with torch's, eps included."
+    what, why = "my_layer_norm([[0, 0, 0.02, 0.02]]) with eps = 0.0003", "eps is added to the variance, before the root"
+    require_equal(yours(small, ones, zeros, 3e-4), torch.tensor([[-0.5, -0.5, 0.5, 0.5]]), what, 1e-4, why)
+    return "It agrees with PyTorch's LayerNorm, eps included."
 
 
 class OneLayerStore:
-    """A cache that remembers which layer asked for it, and keeps nothing."""
+    """A cache that records which layers update it, and keeps nothing else."""
 
     def __init__(self):
         self.layers: list[int] = []
@@ -91,32 +105,40 @@ class OneLayerStore:
 
 
 def possible_wirings(block: nn.Module, x: Tensor, table: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """What a block gives when its parts are joined in each of the ways that people have tried: name -> output."""
+    """The output of a block whose parts are wired rightly ("parallel"), and in each of the usual wrong ways:
+    what is wrong -> output.
+    """
     first, second, attention, mlp = (getattr(block, name) for name in BLOCK_PARTS)
     after = x + attention(first(x), *table)
     parallel = after + mlp(second(x))
     return {
         "parallel": parallel,
-        "the sequential residual: your MLP reads what attention left. Both branches read x": after + mlp(second(after)),
-        "one norm for both: your MLP reads input_layernorm's output. It has a norm of its own": after + mlp(first(x)),
-        "one norm behind the other: your MLP's norm reads attention's norm. Both norms read x": after
-        + mlp(second(first(x))),
-        "each branch behind the other's norm: swap them": x + attention(second(x), *table) + mlp(first(x)),
-        "both branches without x itself: the block adds to what it reads": parallel - x,
-        "an MLP without a norm before it": after + mlp(x),
-        "attention alone: the MLP's part is missing": after,
+        "your residual is sequential: the MLP reads x plus attention's output, but should read x": after
+        + mlp(second(after)),
+        "the branches share one norm: the MLP should read through post_attention_layernorm": after + mlp(first(x)),
+        "the MLP's norm reads the output of attention's norm, but should read x": after + mlp(second(first(x))),
+        "each branch reads through the other's norm: swap them": x + attention(second(x), *table) + mlp(first(x)),
+        "x itself is missing: the block adds both branches to it": parallel - x,
+        "the MLP reads x without a norm, but should read it through post_attention_layernorm": after + mlp(x),
+        "the MLP's output is missing from the sum": after,
     }
 
 
 def random_block(yours: Callable[[NeoXConfig, int], nn.Module], layer_index: int) -> nn.Module:
-    """The learner's block of two heads, once its parts have the names of the files, with norms that differ."""
-    require(isinstance(yours, type), "a class is asked for: MyBlock(config, layer_index)")
+    """The learner's block with random parameters, so that its two norms differ.
+
+    Raises PropertyFailed unless its parameters have the names that a checkpoint gives them.
+    """
+    require(
+        isinstance(yours, type),
+        f"MyBlock should be a class, so that MyBlock(config, 0) is a block, but is {describe(yours)}",
+    )
     block = yours(SMALL, layer_index)
     expected = {name for name, _ in Block(SMALL, layer_index).named_parameters()}
     found = {name for name, _ in block.named_parameters()}
     missing, extra = sorted(expected - found), sorted(found - expected)
-    require(not missing, f"a checkpoint fills parameters by name, and your block has no {', '.join(missing[:3])}")
-    require(not extra, f"no checkpoint holds your block's {', '.join(extra[:3])}")
+    require(not missing, f"A checkpoint fills parameters by name, but MyBlock has no {', '.join(missing[:3])}: {NAMES}")
+    require(not extra, f"MyBlock has {', '.join(extra[:3])}, which no checkpoint holds: {NAMES}")
     with torch.no_grad():
         for number, (_, parameter) in enumerate(sorted(block.named_parameters())):
             parameter.copy_(0.3 * seeded(*parameter.shape, seed=number))
@@ -132,28 +154,26 @@ def parallel_block(yours: Callable[[NeoXConfig, int], nn.Module]) -> str:
     table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, torch.device("cpu"), torch.float32)
     before = x.clone()
     found = block(x, *table)
-    require(torch.equal(x, before), "MyBlock changes its input: use x = x + ..., not x += ...")
+    require(torch.equal(x, before), "MyBlock changes its input: write hidden = hidden + ..., not hidden += ...")
     wirings = possible_wirings(block, x, table)
-    expected = wirings.pop("parallel")
+    expected, what = wirings.pop("parallel"), "The output of MyBlock for a [2, 5, 32] input"
     if isinstance(found, Tensor) and found.shape == expected.shape:
         for name, output in wirings.items():
-            require((found - output).abs().max().item() > 1e-4, f"MyBlock on a [2, 5, 32] input is {name}")
-    require_equal(found, expected, "MyBlock on a [2, 5, 32] input", tolerance=1e-4)
+            require((found - output).abs().max().item() > 1e-4, f"{what} has the wrong values: {name}")
+    require_equal(found, expected, what, tolerance=1e-4)
     store = OneLayerStore()
     block(x, *table, store)
-    told = (
-        f"attention in MyBlock(config, layer_index=1), given a cache, asked it as layers {store.layers}, expected [1]"
-    )
-    require(store.layers == [1], f"{told}: pass on layer_index and cache")
+    told = f"MyBlock(config, layer_index=1) should update layers [1] of its cache, but updated {store.layers}"
+    require(store.layers == [1], f"{told}: pass layer_index and cache on to attention")
     if yours is Block:  # a story in place of itself would prove nothing
         return "It is the library's own block."
     return story_with(Block, yours, "block")
 
 
-def missing_part(config: NeoXConfig, difference: int) -> str:
-    """What a wrong count has left out or counted too often, if it is one of the usual parts; else nothing."""
+def parts_of(config: NeoXConfig) -> dict[str, int]:
+    """The parts of a model that a count of its parameters may leave out, or count twice: name -> parameters."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    parts = {
+    return {
         "the embedding or the output matrix": config.vocab_size * hidden,
         "the biases of the four matrices in each block": layers * (5 * hidden + inner),
         "the biases of attention in each block": layers * 4 * hidden,
@@ -164,17 +184,13 @@ def missing_part(config: NeoXConfig, difference: int) -> str:
         "all norms": (4 * layers + 2) * hidden,
         "the biases of all norms": (2 * layers + 1) * hidden,
         "attention's dense matrix in each block": layers * hidden * hidden,
-        "155 padded rows of the vocabulary": (config.vocab_size - config.tokenizer_vocab_size) * hidden,
+        "the padded rows of the vocabulary in one matrix": (config.vocab_size - config.tokenizer_vocab_size) * hidden,
     }
-    names = [name for name, size in parts.items() if size and size == abs(difference)]
-    if not names:
-        return ""
-    return f": that is {names[0]}, {'too much' if difference > 0 else 'missing'}"
 
 
 @exercise("parallel_residual.parameter_count")
 def parameter_count(yours: Callable[[NeoXConfig], int]) -> str:
-    """`yours(config)` is the number of trained numbers of the whole model."""
+    """`yours(config)` is the number of parameters of the whole model."""
     cases = {
         "tiny()": tiny(),
         "neox_20b()": neox_20b(),
@@ -185,8 +201,6 @@ def parameter_count(yours: Callable[[NeoXConfig], int]) -> str:
         ),
     }
     for name, config in cases.items():
-        found, expected = yours(config), config.parameter_count()
-        require(isinstance(found, int), f"my_parameter_count({name}) should be a whole number, but is {found!r}")
-        off = f"off by {found - expected:,}{missing_part(config, found - expected)}"
-        require(found == expected, f"my_parameter_count({name}) is {found:,}, expected {expected:,}, {off}")
-    return f"{neox_20b().parameter_count():,} for 20B, from its config alone."
+        reasons = left_out_or_twice(parts_of(config))
+        require_count(yours(config), config.parameter_count(), f"my_parameter_count({name})", reasons)
+    return f"20B has {neox_20b().parameter_count():,} parameters, counted from its config alone."

@@ -1,10 +1,10 @@
-"""What is asked of the playground's pieces: following a stream, and showing whole characters."""
+"""The exercises of notebook 07: following a stream, and showing whole characters."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from neox_lib.course.checks import exercise, require, require_equal, story
+from neox_lib.course.checks import exercise, require, require_equal, require_same_story, story
 from neox_lib.generation import Step, prompt_ids, stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 
@@ -13,7 +13,7 @@ TEXTS = ["fox", "né", "a 🦊!", "狐狸", ""]
 
 
 def counting_steps(count: int, seconds: float = 0.0, read: list[int] | None = None) -> Iterator[Step]:
-    """Steps with token ids 0, 1, 2 and so on; each takes `seconds`, and `read` notes which were asked for."""
+    """Steps with token ids 0, 1, 2 and so on; each takes `seconds`, and `read` collects those that were asked for."""
     for number in range(count):
         time.sleep(seconds)
         if read is not None:
@@ -25,16 +25,18 @@ def every_step_is_taken(follow: Callable) -> None:
     """200 steps go in, 200 tokens must come out, in order."""
     taken: list[int] = []
     follow(counting_steps(200), threading.Event(), lambda step: taken.append(step.token_id), lambda: None)
-    require(len(taken) == 200, f"of 200 steps, take should get 200, but got {len(taken)}")
-    require_equal(taken, list(range(200)), "the token ids that take got")
+    require(len(taken) == 200, f"take should be called with each of 200 steps, but was called {len(taken)} times")
+    wrong = next((place for place, token_id in enumerate(taken) if token_id != place), 0)
+    told = f"take should get the 200 steps in order, but call {wrong} got step {taken[wrong]}"
+    require(taken == list(range(200)), told)
 
 
 def the_end_is_shown(follow: Callable) -> None:
-    """Whatever ends the stream, an error too, the page must then show all that was taken."""
+    """Whatever ends the stream, even an error, the page must then show every step that was taken."""
     taken, shown = [], []
     follow(counting_steps(30), threading.Event(), lambda step: taken.append(1), lambda: shown.append(len(taken)))
     last = shown[-1] if shown else 0
-    require(last == 30, f"after 30 steps the page should show 30, but the last show came after {last}")
+    require(last == 30, f"after a stream of 30 steps the page should show all 30, but the last show came after {last}")
 
     def breaks() -> Iterator[Step]:
         yield from counting_steps(5)
@@ -46,13 +48,13 @@ def the_end_is_shown(follow: Callable) -> None:
         follow(breaks(), threading.Event(), lambda step: taken.append(1), lambda: shown.append(len(taken)))
     except MemoryError:
         last = shown[-1] if shown else 0
-        require(last == 5, f"a stream that breaks after 5 steps should leave 5 on the page, but it shows {last}")
+        require(last == 5, f"a stream that breaks after 5 steps should leave all 5 on the page, but it shows {last}")
     else:
-        require(False, "a MemoryError in the stream should be raised on, but it was swallowed")
+        require(False, "a MemoryError in the stream should reach the caller, but was swallowed")
 
 
 def stop_acts_within_one_step(follow: Callable) -> None:
-    """Stop is pressed during step 3: that step is kept, and no other one is computed."""
+    """Stop is pressed during step 3: that step is kept, and no further one is computed."""
     stopping, taken, read = threading.Event(), [], []
 
     def take(step: Step) -> None:
@@ -61,17 +63,18 @@ def stop_acts_within_one_step(follow: Callable) -> None:
             stopping.set()
 
     follow(counting_steps(50, read=read), stopping, take, lambda: None)
-    require(len(taken) >= 4, f"Stop came during step 3, which was computed: take should get it, but got {taken}")
+    require(len(taken) >= 4, f"Stop came during step 3, which had been computed: take should get it, but got {taken}")
     require(len(read) == 4, f"Stop came during step 3: no further step should be computed, but {len(read) - 4} were")
 
 
 def updates_are_few(follow: Callable) -> None:
-    """3,000 quick steps are not 3,000 drawings: at most 20 a second, and a few more for start and end."""
+    """3,000 quick steps are not shown 3,000 times, but at most 20 times per second, and a few more at start and end."""
     shown: list[int] = []
     started = time.monotonic()
     follow(counting_steps(3000), threading.Event(), lambda step: None, lambda: shown.append(1))
     allowed = 3 + 20 * (time.monotonic() - started)
-    require(len(shown) <= allowed, f"3,000 quick steps should be shown 20 times a second; show came {len(shown)} times")
+    told = f"3,000 quick steps should be shown at most 20 times per second, here {allowed:.0f} times"
+    require(len(shown) <= allowed, f"{told}, but show was called {len(shown)} times")
 
 
 FOLLOW_CHECKS = {
@@ -92,20 +95,25 @@ def follow(yours: Callable) -> str:
     steps = stream_generate(model, prompt_ids(tokenizer, PROMPT), 40, tokenizer=tokenizer)
     yours(steps, threading.Event(), lambda step: texts.append(step.text), lambda: None)
     written = "".join(texts)
-    require_equal(written, story(PROMPT, 40), "the story that streams through your follow")
+    require_same_story(written, story(PROMPT, 40), "through your follow")
     return f"The shipped model's story, streamed through your follow:\n{written}"
 
 
 @exercise("prompt_playground.whole_characters")
 def whole_characters(yours: Callable[[bytes], tuple[str, bytes]]) -> None:
-    """Every beginning of some UTF-8 texts, cut after each byte: whole characters now, the others' bytes later."""
+    """UTF-8 texts, cut after each of their bytes: whole characters are returned, and the bytes of a part of one."""
     for text in TEXTS:
         raw = text.encode("utf-8")
         for cut in range(len(raw) + 1):
             expected = raw[:cut].decode("utf-8", "ignore")
             rest = raw[len(expected.encode("utf-8")) : cut]
             found, what = yours(raw[:cut]), f"my_whole_characters({raw[:cut]!r})"
-            require(type(found) is tuple and len(found) == 2, f"{what} should be a pair, but is {found!r}")
-            require("\ufffd" not in str(found[0]), f"{what} shows half a character: {found[0]!r}")
+            require(
+                type(found) is tuple and len(found) == 2, f"{what} should be a pair, text and bytes, but is {found!r}"
+            )
+            require(
+                "\ufffd" not in str(found[0]),
+                f"{what} should show whole characters only, but shows half a character: {found[0]!r}",
+            )
             require_equal(found[0], expected, f"the text of {what}")
-            require_equal(found[1], rest, f"the bytes that wait in {what}")
+            require_equal(found[1], rest, f"the bytes that {what} keeps for later")

@@ -1,4 +1,4 @@
-"""The exercises of notebook 08: rows in int8, a product with their scales, and the bytes of a model in int8."""
+"""The exercises of notebook 08: rows in int8, a product with int8 weights, and the bytes of a model in int8."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_lib.checkpoints.quantized import int8_bytes as bytes_in_int8
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
-from neox_lib.course.checks import exercise, in_place_of, require, require_equal
+from neox_lib.course.checks import (
+    describe,
+    exercise,
+    in_place_of,
+    left_out_or_twice,
+    require,
+    require_count,
+    require_equal,
+    require_same_story,
+)
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
@@ -19,7 +28,7 @@ PROMPT = "Once upon a time, a fox"
 
 
 class MatricesMade(TorchDispatchMode):
-    """Notes the matrices of one shape that a product of numbers, element by element, makes."""
+    """Counts the matrices of one shape that come out of an elementwise multiplication."""
 
     def __init__(self, shape: tuple[int, int]):
         super().__init__()
@@ -34,7 +43,9 @@ class MatricesMade(TorchDispatchMode):
 
 @exercise("small_machine.int8_product")
 def int8_product(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
-    """`yours(x, numbers, scales)` is x `[T, in]` times the weights that numbers `[out, in]` and scales stand for."""
+    """`yours(x, numbers, scales)` is x `[T, in]` times the weights that int8 numbers `[out, in]` and scales `[out]`
+    stand for: `[T, out]`.
+    """
     x = torch.tensor([[1.0, 2.0], [0.0, 10.0]])
     numbers, scales = torch.tensor([[127, 0], [-100, 50], [1, 1]], dtype=torch.int8), torch.tensor([0.1, 0.01, 1.0])
     expected = torch.tensor([[12.7, 0.0, 3.0], [0.0, 5.0, 10.0]])
@@ -45,45 +56,47 @@ def int8_product(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
     with MatricesMade((48, 64)) as made:
         found = yours(x, numbers, scales)
     expected = x @ (numbers.float() * scales[:, None]).T
-    require_equal(found, expected, "my_int8_product of [5, 64], [48, 64] and [48]", tolerance=1e-3)
-    more = "apply the scales to the product, which is far smaller"
-    require(made.count == 0, f"The numbers are right, but the scales were applied to the [48, 64] matrix: {more}")
+    require_equal(found, expected, "my_int8_product of x [5, 64], numbers [48, 64] and scales [48]", tolerance=1e-3)
+    more = "multiply the [5, 48] product by them, which is far smaller"
+    require(made.count == 0, f"The result is right, but the scales were applied to the [48, 64] matrix: {more}")
     return "Each output was scaled once; the matrix of weights was never formed."
 
 
 def check_rows(found, weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The numbers and scales found for a weight, if they are what every row needs."""
+    """The learner's numbers and scales for a weight. Raises PropertyFailed for a wrong dtype or shape, and for NaN."""
+    given = f"{len(found)} values" if isinstance(found, tuple | list) and len(found) != 2 else describe(found)
     right = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(each, Tensor) for each in found)
-    require(right, f"{what} should give two tensors, numbers and scales")
+    require(right, f"{what} should give a pair of tensors, numbers and scales, but gives {given}")
     numbers, scales = found
-    require(numbers.dtype == torch.int8, f"{what} should give numbers in torch.int8, not {numbers.dtype}")
+    require(numbers.dtype == torch.int8, f"{what} should give numbers in torch.int8, but gives {numbers.dtype}")
     for name, tensor, shape in (("numbers", numbers, weight.shape), ("scales", scales, weight.shape[:1])):
         same = tensor.shape == shape
-        require(same, f"{what} should give {name} of shape {list(shape)}, but they have {list(tensor.shape)}")
-    require(scales.dtype == torch.float32, f"{what} should give scales in torch.float32, not {scales.dtype}")
-    require(bool(scales.isfinite().all()), f"{what} gives a scale that is NaN or infinite")
+        require(same, f"{what} should give {name} of shape {list(shape)}, but gives {list(tensor.shape)}")
+    require(scales.dtype == torch.float32, f"{what} should give scales in torch.float32, but gives {scales.dtype}")
+    require(bool(scales.isfinite().all()), f"{what} gives a scale that is NaN or infinite: did you divide by 0?")
     return numbers, scales
 
 
 def check_values(numbers: Tensor, scales: Tensor, weight: Tensor, what: str) -> None:
-    """Scales by the largest value of a row, its sign kept, and every weight within half a scale."""
+    """Scales from the largest absolute value of each row, its sign kept, and every weight within half a scale."""
     weight = weight.float()
     expected = weight.abs().amax(dim=1) / 127
     for row, scale in enumerate(scales.tolist()):
         close = abs(scale - expected[row].item()) <= 1e-4 * expected[row].item()
-        told = f"{what}, row {row}: the scale is {scale:.4g}, expected largest absolute value / 127"
-        require(close, f"{told} = {expected[row].item():.4g}")
+        told = f"{what}, row {row}: the scale should be the largest absolute value / 127 = {expected[row].item():.4g}"
+        require(close, f"{told}, but is {scale:.4g}")
         at = int(weight[row].abs().argmax())
         number, sign = int(numbers[row, at]), 127 if weight[row, at] > 0 else -127
-        require(number == sign, f"{what}, row {row}: its largest weight became {number}, expected {sign}")
+        require(number == sign, f"{what}, row {row}: the largest weight should become {sign}, but becomes {number}")
     off = (numbers.float() * scales[:, None] - weight).abs() / scales[:, None]
     worst = off.max().item()
-    more = "A cast to int8 cuts off what is behind the point; round first" if worst > 0.9 else "Round to the nearest"
-    require(worst <= 0.501, f"{what}: a weight is off by {worst:.2f} of its scale, at most 0.5 is allowed. {more}")
+    more = "a cast to int8 cuts off the decimals, so round first" if worst > 0.9 else "round to the nearest number"
+    told = f"{what}: no weight should be off by more than half its scale, but one is off by {worst:.2f} of its scale"
+    require(worst <= 0.501, f"{told}: {more}")
 
 
 def int8_story(tokens: int = 40) -> str:
-    """The shipped model's greedy text in int8, quantized with whatever stands in the library now."""
+    """The shipped model's greedy text in int8, quantized with whatever `quantize_rows` the library holds."""
     tokenizer = create_tokenizer()
     model = use_int8_linear(create_model(device="cpu", dtype="float32"))
     return greedy_generate_text(model, tokenizer, PROMPT, prompt_ids(tokenizer, PROMPT).shape[1] + tokens)
@@ -91,7 +104,7 @@ def int8_story(tokens: int = 40) -> str:
 
 @exercise("small_machine.quantize_rows")
 def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
-    """`yours(weight)` gives int8 numbers and a scale for each row; then the shipped model writes with it."""
+    """`yours(weight)` gives int8 numbers and one scale per row; then the shipped model writes with them."""
     what, by_hand = "my_quantize_rows([[1.27, -0.5, 0.3, 0.004]])", torch.tensor([[1.27, -0.5, 0.3, 0.004]])
     numbers, scales = check_rows(yours(by_hand.clone()), by_hand, what)
     check_values(numbers, scales, by_hand, what)
@@ -99,15 +112,21 @@ def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
     sizes = torch.tensor([1.0, 50.0, 1e-3, 1e-6, 1.0])
     weight = seeded(5, 64) * sizes[:, None]
     weight[4, 7] = -6.0  # a row whose largest is negative
-    before, what = weight.clone(), "my_quantize_rows of five rows, some large, some small"
+    before, what = weight.clone(), "my_quantize_rows of five rows of very different sizes"
     numbers, scales = check_rows(yours(weight), weight, what)
-    require(torch.equal(weight, before), f"{what} changes its input")
+    require(torch.equal(weight, before), f"{what} changes its input: work on a copy")
     check_values(numbers, scales, weight, what)
-    mirrored, _ = check_rows(yours(-weight), weight, "my_quantize_rows of the negatives")
-    require(torch.equal(mirrored, -numbers), "my_quantize_rows(-weight) should be my_quantize_rows(weight) negated")
+    mirrored, _ = check_rows(yours(-weight), weight, "my_quantize_rows(-weight)")
+    mirror = torch.equal(mirrored, -numbers)
+    require(
+        mirror, "my_quantize_rows(-weight) should give the numbers of my_quantize_rows(weight) negated, but doesn't"
+    )
     zero = torch.cat([weight[:1], torch.zeros(1, 64)])
     numbers, scales = check_rows(yours(zero), zero, "my_quantize_rows with a row of zeros")
-    require(not numbers[1].any(), "my_quantize_rows of a row of zeros should give zeros")
+    require(
+        not numbers[1].any(),
+        f"my_quantize_rows of a row of zeros should give zeros, but gives {numbers[1].unique().tolist()}",
+    )
     for dtype in (torch.float16, torch.bfloat16):
         small = (1e-3 * seeded(3, 64)).to(dtype)
         what = f"my_quantize_rows of small weights in {dtype}"
@@ -115,33 +134,36 @@ def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
     expected = int8_story()
     with in_place_of(library_quantize_rows, yours):
         written = int8_story()
-    require(written == expected, f"The shipped model, quantized by you, wrote another story:\n{written}")
+    require_same_story(written, expected, "in int8, quantized by your function")
     return f"The shipped model, quantized by your function in place of the library's, wrote this in int8:\n{written}"
 
 
 @exercise("small_machine.int8_bytes")
 def int8_bytes(yours: Callable[[NeoXConfig], int]) -> str:
-    """`yours(config)` is the number of bytes of a model in int8, with its scales and all that stays as it is."""
+    """`yours(config)` is the number of bytes of a model in int8, scales and unquantized parameters included."""
     for argument, config in (("tiny()", tiny()), ('pythia("1.4b")', pythia("1.4b")), ("neox_20b()", neox_20b())):
-        found, expected = yours(config), bytes_in_int8(config)
-        require(isinstance(found, int | float), f"my_int8_bytes({argument}) should be a number, but is {found!r}")
         hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         embedding = config.vocab_size * hidden
         rows = layers * (5 * hidden + inner) + config.vocab_size
         vectors = layers * (9 * hidden + inner) + 2 * hidden
-        reasons = {
-            -4 * rows: "the scales are missing, 4 bytes for each row of each matrix",
-            -2 * rows: "a scale takes 4 bytes, not 2",
-            -embedding: "the embedding stays in fp16, 2 bytes per number",
-            2 * embedding: "the embedding takes 2 bytes per number, not 4",
-            -2 * embedding: "the embedding is missing",
-            -4 * vectors: "biases and norms are missing",
-            -3 * vectors: "biases and norms take 4 bytes per number",
-            -2 * vectors: "biases and norms take 4 bytes per number",
-            4 * config.vocab_size: "the embedding has no scales: it is not quantized",
-            -4 * config.vocab_size: "the output matrix has scales too",
+        parts = {
+            "the scales, 4 bytes for each row of each matrix,": 4 * rows,
+            "the scales of the output matrix": 4 * config.vocab_size,
+            "the embedding, 2 bytes per number,": 2 * embedding,
+            "all biases and norms, 4 bytes per number,": 4 * vectors,
+            "the biases of the matrices in each block": 4 * layers * (5 * hidden + inner),
+            "both norms in each block": 4 * layers * 4 * hidden,
+            "one norm in each block": 4 * layers * 2 * hidden,
+            "the last norm": 4 * 2 * hidden,
+            "the matrices of the blocks": layers * (4 * hidden * hidden + 2 * hidden * inner),
         }
-        told = f"my_int8_bytes({argument}) is {found:,}, expected {expected:,}"
-        reason = reasons.get(int(found - expected))
-        require(found == expected, f"{told}: {reason}" if reason else told)
-    return f"20B in int8: {bytes_in_int8(neox_20b()):,} bytes."
+        reasons = left_out_or_twice(parts) | {
+            -embedding: "the embedding counted with 1 byte per number instead of 2, or the output matrix left out",
+            2 * embedding: "the embedding counted twice, or with 4 bytes per number instead of 2",
+            -2 * rows: "the scales counted with 2 bytes instead of 4",
+            -3 * vectors: "biases and norms counted with 1 byte per number instead of 4",
+            -2 * vectors: "biases and norms counted with 2 bytes per number instead of 4",
+            4 * config.vocab_size: "scales counted for the embedding, which is not quantized",
+        }
+        require_count(yours(config), bytes_in_int8(config), f"my_int8_bytes({argument})", reasons)
+    return f"20B takes {bytes_in_int8(neox_20b()):,} bytes in int8."

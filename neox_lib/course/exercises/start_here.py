@@ -28,16 +28,16 @@ class YourChoice(Sampling):
 
 @exercise("start_here.next_token")
 def next_token(yours: Callable[[Tensor], int]) -> str:
-    """The id with the highest score, as an int: short rows by hand, a long one, then the shipped model's own."""
+    """The id with the highest score, as an int: for short rows, for a long one, then for the shipped model's scores."""
     for values in ROWS:
         row = torch.tensor(values)
         found, what = yours(row), f"my_next_token({numbers(row)})"
-        needs = "should be a token id, that is an int"
-        require(not isinstance(found, Tensor), f"{what} {needs}, but is a tensor; .item() takes the number out of one")
-        why = ": the place of the score is asked for, not the score" if isinstance(found, float) else ""
+        needs = "should be a token id, an int"
+        require(not isinstance(found, Tensor), f"{what} {needs}, but is a tensor: .item() takes the number out of it")
+        why = ": return the index of the highest score, not the score" if isinstance(found, float) else ""
         require(type(found) is int, f"{what} {needs}, but is {describe(found)}{why}")
         best = int(row.argmax())
-        require(found == best, f"{what} should be {best}, where the highest score stands, but is {found}")
+        require(found == best, f"{what} should be {best}, the index of the highest score, but is {found}")
     row = seeded(2048)
     found, best = yours(row), int(row.argmax())
     require(found == best, f"my_next_token of 2048 random scores should be {best}, but is {found}")

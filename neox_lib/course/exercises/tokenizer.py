@@ -1,4 +1,4 @@
-"""The exercises of notebook 01: merges by rank, ids back to text, and text from a stranger."""
+"""The exercises of notebook 01: merges by rank, ids back to text, and untrusted text."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ TEXTS = [
     "aaaaaaaaaaaaaaa bbbbbb lowest",
 ]
 
-# What holds, the symbols, the learned pairs from rank 0 on, the tokens that come out.
+# The property, the word, the learned pairs from rank 0 on, the tokens that should come out.
 MERGES = [
     ("nothing is learned, so nothing is joined", "fox", [], ["f", "o", "x"]),
     ("one learned pair", "fox", ["f o"], ["fo", "x"]),
@@ -34,7 +34,7 @@ MERGES = [
 
 @exercise("tokenizer.apply_merges")
 def apply_merges(yours: Callable[[list[str], dict[tuple[str, str], int]], list[str]]) -> str:
-    """Neighbours joined by rank: small words by hand, then whole texts, then the story."""
+    """Neighbours joined by rank: in small words, then in the words of whole texts, then for the story's prompt."""
     for holds, word, learned, expected in MERGES:
         symbols, ranks = list(word), {tuple(pair.split()): rank for rank, pair in enumerate(learned)}
         found, what = yours(symbols, ranks), f"my_apply_merges({list(word)}, {ranks})"
@@ -45,36 +45,36 @@ def apply_merges(yours: Callable[[list[str], dict[tuple[str, str], int]], list[s
     for word in dict.fromkeys(word for text in TEXTS for word in library.pretokenize(text)):
         found = yours([library.BYTE_TO_CHARACTER[byte] for byte in word.encode("utf-8")], readable.ranks)
         expected = fast.model.tokenize("".join(library.BYTE_TO_CHARACTER[byte] for byte in word.encode("utf-8")))
-        what = f"{word!r} with the shipped tokenizer's {len(readable.ranks)} merges"
+        what = f"my_apply_merges on {word!r}, with the shipped tokenizer's {len(readable.ranks)} merges,"
         require_equal(found, [token.value for token in expected], what)
     return story_by_merges(yours)
 
 
 def story_by_merges(yours: Callable) -> str:
-    """The shipped model's story for a prompt that the readable tokenizer encoded by the learner's merges.
+    """The shipped model's story for a prompt that was encoded by the learner's merges.
 
-    The shipped model normally reads through the fast tokenizer, which has merges of its own; so that the learner's are
-    asked at all, `BPETokenizer` encodes here, with `yours` in place of the library's `apply_merges`.
+    Prompts are normally encoded by the fast tokenizer, which has merging code of its own. Here `BPETokenizer` encodes,
+    with `yours` in place of the library's `apply_merges`.
     """
     path, model = SHIPPED_MODEL / "tokenizer.json", create_model(device="cpu", dtype="float32")
     expected = read_tokenizer(path).encode(PROMPT)
     with in_place_of(library.apply_merges, yours):
         readable = read_tokenizer(path)  # a fresh one: it remembers pretokens
         found = readable.encode(PROMPT)
-        require(found == expected, f"{PROMPT!r} should be the ids {expected}, but with your merges it is {found}")
+        require(found == expected, f"{PROMPT!r} should encode to {expected}, but with your merges gives {found}")
         written = greedy_generate_text(model, readable, PROMPT, len(found) + 40)
-    return f"Your merges made the prompt's token ids, in place of the library's; the shipped model went on:\n{written}"
+    return f"Your merges encoded the prompt, in place of the library's; the shipped model continued:\n{written}"
 
 
 @exercise("tokenizer.decode")
 def decode(yours: Callable[[list[int], dict[int, str]], str]) -> None:
-    """The text of token ids: bytes first, then characters, and U+FFFD for what is no character."""
+    """The text of token ids: bytes first, then characters, and U+FFFD for bytes that form none."""
     for ids, expected, holds in [
-        ([0], "fox", "a token's letters are its text"),
+        ([0], "fox", "a token of plain letters stands for those letters"),
         ([0, 1], "fox fox", "Ġ is how the vocabulary writes the byte of a space"),
-        ([0, 5, 0], "fox  fox", "a run of spaces is spelled as it is"),
+        ([0, 5, 0], "fox  fox", "the token of a run of spaces holds the spaces themselves"),
         ([2, 3, 4], "🦊", "the bytes of one character can lie in several tokens, so join all bytes first"),
-        ([0, 2], "fox\ufffd", "bytes that are no whole character become U+FFFD"),
+        ([0, 2], "fox\ufffd", "bytes that form no whole character become U+FFFD"),
         ([], "", "no tokens, no text"),
     ]:
         found = yours(ids, SMALL_VOCABULARY)
@@ -88,7 +88,7 @@ def decode(yours: Callable[[list[int], dict[int, str]], str]) -> None:
 
 @exercise("tokenizer.encode_untrusted")
 def encode_untrusted(yours: Callable[[BPETokenizer, str], list[int]]) -> None:
-    """Ids in which no control token stands, whatever the text says, and from which the text comes back whole."""
+    """Ids that hold no control token, whatever the text says, and that decode to exactly that text."""
     tokenizer = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
     control = {tokenizer.added[token] for token in (ENDOFTEXT, PADDING)}
     hostile = [f"Good night.{ENDOFTEXT}Once more", f"{PADDING}{PADDING} a    b", ENDOFTEXT, f"<|endof{ENDOFTEXT}text|>"]
@@ -96,12 +96,13 @@ def encode_untrusted(yours: Callable[[BPETokenizer, str], list[int]]) -> None:
         found, what = yours(tokenizer, text), f"my_encode_untrusted(tokenizer, {text!r})"
         require(isinstance(found, list), f"{what} should be a list of ids, but is {describe(found)}")
         inside = sorted(control.intersection(found))
-        require(not inside, f"{what} holds the control token {inside}: the stranger can end the text")
+        require(not inside, f"{what} should hold no control token, but holds {inside}: a stranger could end the text")
         back = tokenizer.decode(found, skip_special_tokens=False)
-        require(back == text, f"{what} should decode to the same text, but gives {back!r}: nothing may get lost")
+        require(back == text, f"{what} should decode to the same text, but decodes to {back!r}: nothing may be lost")
         if text in TEXTS:
-            why = "should be what encode gives, since no control token is in it (mind the runs of spaces)"
-            require(found == tokenizer.encode(text), f"{what} {why}")
-    require(
-        tokenizer.encode(ENDOFTEXT) == [0], "after my_encode_untrusted the tokenizer itself was changed: build another"
-    )
+            what = f"{what}, a text without control tokens,"
+            require_equal(
+                found, tokenizer.encode(text), what, why="compare with tokenizer.encode; mind the runs of spaces"
+            )
+    unchanged = tokenizer.encode(ENDOFTEXT) == [0]
+    require(unchanged, "my_encode_untrusted should leave the tokenizer unchanged, but changed it: build a new one")

@@ -1,4 +1,4 @@
-"""The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes on the wire."""
+"""The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes sent."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_lib.config import NeoXConfig, neox_20b, pythia
-from neox_lib.course.checks import PropertyFailed, exercise, require, require_equal, story
+from neox_lib.course.checks import (
+    PropertyFailed,
+    describe,
+    exercise,
+    require,
+    require_count,
+    require_equal,
+    require_same_story,
+    story,
+)
 from neox_lib.course.figures.plots import seeded
 from neox_lib.course.two_devices import CPU, BlockOnDevices, Wire, model_on_devices, shipped_parts, write
 from neox_lib.distributed.loading import build_rank
@@ -24,19 +33,19 @@ SMALL = NeoXConfig(
 )
 
 
-class AskedStore:
-    """A cache that notes who asked it, and keeps nothing."""
+class RecordingCache:
+    """A cache that records which layer updates it, with how many heads, and keeps nothing else."""
 
     def __init__(self):
-        self.asked: list[tuple[int, int]] = []  # layer, heads
+        self.updates: list[tuple[int, int]] = []  # layer, heads
 
     def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.asked.append((layer_index, key.shape[1]))
+        self.updates.append((layer_index, key.shape[1]))
         return key, value
 
 
 class StrictWire(Wire):
-    """A wire that takes one tensor from each device, and says so where it gets something else."""
+    """A wire whose all_reduce takes one tensor from each device, and raises PropertyFailed for anything else."""
 
     def __init__(self, ranks: int):
         super().__init__()
@@ -44,15 +53,17 @@ class StrictWire(Wire):
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
         a_list = isinstance(partials, list | tuple)
-        given = f"{len(partials)} tensors" if a_list else f"a {type(partials).__name__}"
+        given = f"{len(partials)} tensors" if a_list else describe(partials)
         right = a_list and len(partials) == self.ranks
-        require(right, f"all_reduce takes a list with one tensor from each of {self.ranks} devices, but got {given}")
+        require(
+            right, f"all_reduce should get a list with one tensor from each of {self.ranks} devices, but got {given}"
+        )
         return super().all_reduce(partials)
 
 
 @torch.no_grad()
 def random_blocks(ranks: int) -> tuple[nn.Module, list[nn.Module]]:
-    """The last block of a small random model, whole and in parts."""
+    """The last block of a small random model: whole, and its part on each device."""
     model = NeoXModel(SMALL)
     for number, parameter in enumerate(model.parameters()):
         parameter.copy_(0.3 * seeded(*parameter.shape, seed=number))
@@ -62,10 +73,10 @@ def random_blocks(ranks: int) -> tuple[nn.Module, list[nn.Module]]:
 
 
 def possible_sums(blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tensor]) -> dict:
-    """What comes out of a block when the devices' parts are joined in ways that people have tried, by mistake."""
+    """The output of a block whose parts are put together in each of the usual wrong ways: what is wrong -> output."""
     attended = [block.attention(block.input_layernorm(x), *table) for block in blocks]  # type: ignore[operator]
-    bent = [block.mlp(block.post_attention_layernorm(x)) for block in blocks]  # type: ignore[operator]
-    partials = [first + second for first, second in zip(attended, bent, strict=True)]
+    mlps = [block.mlp(block.post_attention_layernorm(x)) for block in blocks]  # type: ignore[operator]
+    partials = [first + second for first, second in zip(attended, mlps, strict=True)]
     whole_attention, ranks = sum(attended), len(blocks)
     late = [block.mlp(block.post_attention_layernorm(x + whole_attention)) for block in blocks]  # type: ignore[operator]
     early = [
@@ -74,42 +85,51 @@ def possible_sums(blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tenso
     ]
     one_norm = [block.mlp(block.input_layernorm(x)) for block in blocks]  # type: ignore[operator]
     return {
-        "x once for each device: x is whole on all of them, so add it after the sum": ranks * x + sum(partials),
-        "the sum without x: the block adds to what it reads": sum(partials),
-        "the mean of the partial sums: add them up": x + sum(partials) / ranks,
-        "one device's partial sum alone: the others are missing": x + partials[0],
-        "attention alone: the MLP's part is missing": x + whole_attention,
-        "the MLP alone: attention's part is missing": x + sum(bent),
-        "the sequential residual: the MLP reads what attention left. Both read x": x + whole_attention + sum(late),
-        "an MLP that reads one device's part of attention. Both branches read x": x + whole_attention + sum(early),
-        "one norm for both: the MLP reads through post_attention_layernorm": x + whole_attention + sum(one_norm),
+        f"x is added on each device, {ranks} times in all: add it once, after the all-reduce": ranks * x
+        + sum(partials),
+        "x itself is missing: the block adds the sum to it": sum(partials),
+        "the partial sums are averaged: add them up": x + sum(partials) / ranks,
+        "only device 0's partial sum is added to x": x + partials[0],
+        "the MLP's output is missing from the sum": x + whole_attention,
+        "attention's output is missing from the sum": x + sum(mlps),
+        "the residual is sequential: the MLP reads x plus attention's output, but should read x": x
+        + whole_attention
+        + sum(late),
+        "each MLP reads x plus its own device's part of attention, but should read x": x + whole_attention + sum(early),
+        "the branches share one norm: the MLP should read through post_attention_layernorm": x
+        + whole_attention
+        + sum(one_norm),
     }
 
 
 @exercise("two_devices.block")
 @torch.no_grad()
 def block(yours: BlockOnDevices) -> str:
-    """`yours(hidden, blocks, cos, sin, caches, all_reduce)` is the block of which each device has a part."""
+    """`yours(hidden, blocks, cos, sin, caches, all_reduce)` is the output of a block that the devices share."""
     for ranks in (2, 4):
         whole, blocks = random_blocks(ranks)
-        x, wire, caches = seeded(2, 5, SMALL.hidden_size), StrictWire(ranks), [AskedStore() for _ in range(ranks)]
+        x, wire, caches = seeded(2, 5, SMALL.hidden_size), StrictWire(ranks), [RecordingCache() for _ in range(ranks)]
         table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, CPU, torch.float32)
         before, what = x.clone(), f"my_block on {ranks} devices and a [2, 5, 32] input"
         found, expected = yours(x, blocks, *table, caches, wire.all_reduce), whole(x, *table)
-        require(torch.equal(x, before), f"{what} changes its input: use hidden + ..., not hidden += ...")
+        require(torch.equal(x, before), f"{what} changes its input: write hidden + ..., not hidden += ...")
         if isinstance(found, Tensor) and found.shape == expected.shape:
             for mistake, output in possible_sums(blocks, x, table).items():
-                require((found - output).abs().max().item() > 1e-4, f"{what} is {mistake}")
-        require_equal(found, expected, what, tolerance=1e-4)
-        asked, right = [cache.asked for cache in caches], [[(1, 4 // ranks)]] * ranks
-        told = f"{what}: the devices' caches were asked (layer, heads) {asked}, expected {right}"
-        require(asked == right, f"{told}: give each device's attention its own cache, once")
-        more = "The numbers are right. Add the two parts on each device before you send them"
-        require(wire.all_reduces == 1, f"{what} called all_reduce {wire.all_reduces} times, once is enough. {more}")
+                require(
+                    (found - output).abs().max().item() > 1e-4, f"The output of {what} has the wrong values: {mistake}"
+                )
+        require_equal(found, expected, f"the output of {what}", tolerance=1e-4)
+        updates, right = [cache.updates for cache in caches], [[(1, 4 // ranks)]] * ranks
+        told = f"{what} should update the devices' caches with (layer, heads) {right}, but updates them with {updates}"
+        require(updates == right, f"{told}: give each device's attention its own cache")
+        told = f"{what} gives the right values, but never calls all_reduce"
+        require(wire.all_reduces > 0, f"{told}: a device can read another's partial sum only through it")
+        told = f"{what} gives the right values, but calls all_reduce {wire.all_reduces} times where once is enough"
+        require(wire.all_reduces == 1, f"{told}: first add attention's and the MLP's part on each device")
     expected, wire = story(), Wire()
     prompt = expected[: len("Once upon a time, a fox")]
     written = write(model_on_devices(shipped_parts(2), yours, wire), prompt, 40)
-    require(written == expected, f"The shipped model wrote another story with your block:\n{written}")
+    require_same_story(written, expected, "on two devices with your block")
     return (
         f"The shipped model wrote this on two devices, with your block and {wire.all_reduces} all-reduces:\n{written}"
     )
@@ -117,7 +137,7 @@ def block(yours: BlockOnDevices) -> str:
 
 @exercise("two_devices.embed")
 def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
-    """`yours(input_ids, rows, first)` gives the vectors of the tokens whose rows are here, zeros for the others."""
+    """`yours(input_ids, rows, first)` gives the vectors of tokens whose rows are on this device, zeros for others."""
     table, ids = torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5], [4.0, 4.5]]), torch.tensor([[2, 0, 3]])
     for first, expected in (
         (0, torch.tensor([[[0.0, 0.0], [1.0, 1.5], [0.0, 0.0]]])),
@@ -128,22 +148,27 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
         try:
             found = yours(given, rows, first)
         except IndexError as error:
-            message = "a token whose row is elsewhere must not be looked up here: look up any row, then put zeros"
+            message = "a token whose row is elsewhere must not be looked up here: look up any row, then set it to zeros"
             raise PropertyFailed(f"{what} raised IndexError ({error}): {message}") from None
         if first == 2 and isinstance(found, Tensor) and found.shape == expected.shape:
             wrapped = torch.equal(found[0, 1], rows[0])
-            require(not wrapped, f"{what} gives token 0 the vector of row -2, counted from the end: zeros are expected")
+            told = f"{what} should give token 0 zeros, but gives it row -2, counted from the end"
+            require(not wrapped, f"{told}: test for ids below `first` too")
         require_equal(found, expected, what)
-        require(torch.equal(given, ids), f"{what} changes the ids that it was given")
-        require(torch.equal(rows, table[first : first + 2]), f"{what} changes the rows that it was given")
+        require(torch.equal(given, ids), f"{what} changes the ids that it was given: work on a copy")
+        require(
+            torch.equal(rows, table[first : first + 2]), f"{what} changes the rows that it was given: work on a copy"
+        )
     large, many = seeded(12, 4), torch.randint(12, (2, 7), generator=torch.Generator().manual_seed(0))
     total = sum(yours(many, large[first : first + 4], first) for first in (0, 4, 8))
-    require_equal(total, F.embedding(many, large), "the sum over three devices of four rows each", tolerance=1e-6)
+    require_equal(
+        total, F.embedding(many, large), "my_embed, summed over three devices of four rows each,", tolerance=1e-6
+    )
     return "Each token's vector comes from one device, and the sum is the embedding."
 
 
 def bytes_on_the_wire(config: NeoXConfig, tokens: int, ranks: int, dtype: torch.dtype) -> int:
-    """Bytes that each rank sends in one pass over `tokens` tokens of which the last is scored."""
+    """Bytes that each rank sends in one pass over `tokens` tokens, of which only the last is scored."""
     all_reduces = 1 + config.num_hidden_layers * (1 if config.use_parallel_residual else 2)
     summed = all_reduces * 2 * (ranks - 1) * tokens * config.hidden_size // ranks
     scores = (ranks - 1) * config.vocab_size // ranks
@@ -163,18 +188,17 @@ def bytes_sent(yours: Callable[[NeoXConfig, int, int, torch.dtype], int]) -> str
         ("neox_20b(), 1 token, 1 rank, float16", neox_20b(), 1, 1, torch.float16),
     ]
     for arguments, config, tokens, ranks, dtype in cases:
-        found, expected = yours(config, tokens, ranks, dtype), bytes_on_the_wire(config, tokens, ranks, dtype)
-        require(isinstance(found, int | float), f"my_bytes_sent({arguments}) should be a number, but is {found!r}")
         hidden, scores = tokens * config.hidden_size * dtype.itemsize, config.vocab_size // ranks * dtype.itemsize
-        per_reduce, off = 2 * (ranks - 1) * hidden // ranks, found - expected
+        per_reduce = 2 * (ranks - 1) * hidden // ranks
         reasons = {
-            -per_reduce: ": the all-reduce of the embeddings is missing",
-            per_reduce: ": that is one all-reduce too many",
-            -(ranks - 1) * scores: ": the scores are missing",
-            (tokens - 1) * (ranks - 1) * scores: ": the last token alone is scored",
+            -per_reduce: "the all-reduce of the embeddings left out",
+            per_reduce: "one all-reduce more than there are",
+            -(ranks - 1) * scores: "the scores left out",
+            (tokens - 1) * (ranks - 1) * scores: "scores counted for every token, but only the last is scored",
         }
         if not config.use_parallel_residual:
-            reasons[-config.num_hidden_layers * per_reduce] = ": a sequential block needs two all-reduces"
-        told = f"my_bytes_sent({arguments}) is {found:,}, expected {expected:,}"
-        require(off == 0, told + reasons.get(off, "") if off else "")
-    return f"20B on two devices: {bytes_on_the_wire(neox_20b(), 1, 2, torch.float16):,} bytes for a new token."
+            reasons[-config.num_hidden_layers * per_reduce] = "a sequential block needs two all-reduces"
+        expected = bytes_on_the_wire(config, tokens, ranks, dtype)
+        require_count(yours(config, tokens, ranks, dtype), expected, f"my_bytes_sent({arguments})", reasons)
+    sent = bytes_on_the_wire(neox_20b(), 1, 2, torch.float16)
+    return f"With 20B on two devices, each sends {sent:,} bytes per new token."

@@ -1,4 +1,4 @@
-"""The figures of notebook 03: the rows of the fused projection, and maps of who looks at whom."""
+"""The figures of notebook 03: the rows of the fused projection, and maps of attention weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, SKY, Picture, lines, new_figure
 
-# Colour, hatching and colour of the text of query, key and value; the hatching tells them apart in grey print too.
+# Colour, hatching and text colour of query, key and value; the hatching tells them apart in grey print too.
 ROLES = {"query": (BLUE, "", "white"), "key": (ORANGE, "//", "black"), "value": (SKY, "..", "black")}
 
 
@@ -26,14 +26,14 @@ def qkv_rows(num_heads: int, head_dim: int) -> Picture:
         left, width = third * rows / 3, rows / 3
         axes.barh(0, width, left=left, height=0.6, color=colour, hatch=hatch, edgecolor="black")
         draw_word(axes, f"taken for {role}", left + width / 2, 0, ink, colour)
-    axes.set_yticks([0, 1], ["a flat split", "what is there"])
+    axes.set_yticks([0, 1], ["a flat split", "the file"])
     axes.set_xticks(range(0, rows + 1, head_dim))
     axes.set_xlim(0, rows)
     axes.set_xlabel("row of query_key_value", fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE)
     axes.spines[["top", "right", "left"]].set_visible(False)
     alt = (
-        f"The {rows} rows of query_key_value for {num_heads} heads of size {head_dim}. What is there: q_0, k_0, v_0, "
+        f"The {rows} rows of query_key_value for {num_heads} heads of size {head_dim}. In the file: q_0, k_0, v_0, "
         "then q_1, k_1, v_1, and so on, head after head. Below, a flat split cuts the same rows into three thirds "
         "and takes the first for queries, the second for keys, the third for values: each third mixes all three."
     )
@@ -47,7 +47,7 @@ def draw_word(axes, word: str, x: float, y: float, ink: str, colour: str) -> Non
 
 
 def over_head_size(curves: Mapping[str, Sequence[float]], sizes: Sequence[int], alt: str) -> Picture:
-    """The largest of some weights against the head size, which stands on the axis as it was chosen; from 0 to 1."""
+    """The largest weight, from 0 to 1, against the head size; the log axis has a tick at each of `sizes`."""
     series = {label: (sizes, values) for label, values in curves.items()}
     picture = lines(series, "One query, 16 keys, random", "head size D", "largest weight, mean", alt, log_x=True)
     (axes,) = picture.figure.axes
@@ -59,7 +59,7 @@ def over_head_size(curves: Mapping[str, Sequence[float]], sizes: Sequence[int], 
 
 
 def attention_maps(maps: Mapping[str, Tensor], tokens: Sequence[str], alt: str) -> Picture:
-    """Maps of `[T, T]` attention weights side by side, on one scale from 0 to 1; rows look, columns are looked at.
+    """Maps of `[T, T]` attention weights side by side, on one scale from 0 to 1; rows are queries, columns keys.
 
     Up to five tokens give a small map with its numbers in it, more a large one without.
     """
@@ -83,7 +83,7 @@ def attention_maps(maps: Mapping[str, Tensor], tokens: Sequence[str], alt: str) 
 
 
 def write_numbers(axes, weights: Tensor) -> None:
-    """Each weight in its own field, dark on bright fields and bright on dark ones."""
+    """Each weight in its own cell, black on bright cells and white on dark ones."""
     for row, numbers in enumerate(weights.tolist()):
         for column, weight in enumerate(numbers):
             ink = "black" if weight > 0.5 else "white"

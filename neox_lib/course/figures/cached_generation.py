@@ -20,7 +20,7 @@ LOOKS = [(SKY, ""), (BLUE, "//"), (ORANGE, ".."), (VERMILION, "xx")]
 
 
 def grouped_bars(names: Sequence[str], groups: Mapping[str, Tensor], title: str, y_label: str, alt: str) -> Picture:
-    """For each name a bar of every group, `label: [V]`; up to four groups, told apart by colour and hatching."""
+    """For each name, one bar per group, `label: [V]`; up to four groups, told apart by colour and hatching."""
     figure = new_figure()
     axes = figure.add_subplot()
     width = 0.8 / len(groups)

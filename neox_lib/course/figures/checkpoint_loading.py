@@ -1,4 +1,4 @@
-"""The pictures of notebook 05: how ranks merge, how large each file is, what fits into which memory."""
+"""The figures of notebook 05: how shards merge, how large each file is, what fits into which memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BOTH = ("#e3e3e3", "")
 
 
 def draw_matrix(axes, values: Tensor, owners: Tensor, left: float, label: str) -> float:
-    """A small matrix as numbered squares, its right edge returned; a square has the colour of the rank it came from."""
+    """Draw a small matrix as numbered squares, coloured by the rank they came from. Returns its right edge."""
     values, owners = values.reshape(-1, values.shape[-1]), owners.reshape(-1, owners.shape[-1])
     rows, columns = values.shape
     top = rows / 2
@@ -41,7 +41,7 @@ def draw_matrix(axes, values: Tensor, owners: Tensor, left: float, label: str) -
 def merge_picture(
     panels: Mapping[str, tuple[Sequence[Tensor], Callable[[list[Tensor]], Tensor]]], title: str, alt: str
 ) -> Picture:
-    """Two ranks' parts and what they merge to, a panel for each of four rules, those of matrices first.
+    """Two ranks' parts and what they merge into: one panel per rule, the two rules for matrices first.
 
     `panels` maps a rule's name to its parts and its merge.
     """
@@ -67,7 +67,7 @@ def merge_picture(
 
 
 def file_bars(sizes: Mapping[int, float], title: str, alt: str) -> Picture:
-    """The size in MB of one rank's file for each layer index; an index without a bar has no file."""
+    """The size in MB of one rank's file per layer index; an index without a bar has no file."""
     figure = new_figure(11, 4.5)
     axes = figure.add_subplot()
     axes.bar(list(sizes), list(sizes.values()), color=BLUE, width=0.8)
@@ -88,7 +88,7 @@ def file_bars(sizes: Mapping[int, float], title: str, alt: str) -> Picture:
 
 
 def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int], title: str, alt: str) -> Picture:
-    """Bars of bytes, stacked by what needs them, and a line at each memory size in GiB."""
+    """Bytes, stacked by what needs them, and a line at each memory size in GiB."""
     figure = new_figure(11, 4.5)
     axes = figure.add_subplot()
     kinds = list(next(iter(needs.values())))
@@ -99,7 +99,7 @@ def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int],
         axes.barh(list(needs), widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=kind)
         starts = {name: start + width for (name, start), width in zip(starts.items(), widths, strict=True)}
     for row, end in enumerate(starts.values()):
-        axes.text(1, row, f"{end:.2f} GiB in all", va="center", fontsize=FONT_SIZE, color="white")
+        axes.text(1, row, f"{end:.2f} GiB in total", va="center", fontsize=FONT_SIZE, color="white")
     for memory in memories:
         axes.axvline(memory, color="black", linestyle="--", linewidth=1.2, zorder=0)
         axes.text(memory, -0.56, str(memory), ha="center", va="bottom", fontsize=FONT_SIZE, backgroundcolor="white")
@@ -115,8 +115,8 @@ def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int],
 class MemoryCalculator:
     """Choose model, precision and context; read what is needed and where it fits.
 
-    `needs(config, precision, tokens)` gives bytes by what needs them. As a cell's last expression it shows controls
-    where a kernel runs them; its text form holds the first choice.
+    `needs(config, precision, tokens)` gives the bytes of each part by its name. As a cell's last expression it shows
+    controls where a kernel runs; its text form shows the first choice.
     """
 
     models: Mapping[str, NeoXConfig]
@@ -158,5 +158,5 @@ class MemoryCalculator:
 
 
 def as_html(text: str) -> str:
-    """The answer in large type, a line each; its words are our own, so there is nothing to escape."""
+    """The answer in large type, line by line. It holds no text from outside, so nothing is escaped."""
     return f'<p style="font-size:16px">{"<br>".join(text.splitlines())}</p>'

@@ -1,4 +1,4 @@
-"""The map of the model: the same drawing in every notebook, with the piece in hand lit up."""
+"""The map of the model: the same drawing in every notebook, with the part that it teaches highlighted."""
 
 import itertools
 
@@ -6,7 +6,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, ORANGE, Picture, new_figure
 
-# Name: (label, x, y, width, height), in units of the drawing, in the order in which a text meets them.
+# Name: (label, x, y, width, height), in units of the drawing, in the order in which data passes through them.
 PLACES = {
     "tokenizer": ("01 tokenizer\ntext to ids", 0.15, 1.75, 1.75, 0.9),
     "embedding": ("embedding\nids to vectors", 2.3, 1.75, 1.75, 0.9),
@@ -33,9 +33,9 @@ ARROWS = [
 
 
 def model_map(*lit: str) -> Picture:
-    """GPT-NeoX from text to the next token; the places named in `lit` are coloured and framed in bold.
+    """GPT-NeoX from text to the next token; the parts named in `lit` are coloured and have a bold frame.
 
-    Raises KeyError for a place that the map does not have.
+    Raises KeyError for a part that the map does not have.
     """
     names = [PLACES[name][0].replace("\n", ": ") for name in lit]
     figure = new_figure(11.5, 3.6)
@@ -59,18 +59,18 @@ def model_map(*lit: str) -> Picture:
     axes.text(8.62, 2.2, "+", ha="center", va="center", fontsize=FONT_SIZE + 5, fontweight="bold")
     for name, (label, x, y, width, height) in PLACES.items():
         draw_place(axes, label, (x, y, width, height), chosen=name in lit)
-    here = f"You are here: {'; '.join(names)}." if names else "No part is lit up."
+    here = f"You are here: {'; '.join(names)}." if names else "No part is highlighted."
     alt = (
-        "Map of GPT-NeoX. Text goes through the tokenizer, the embedding, and a stack of blocks; in each, attention, "
-        "to which rotary positions belong, and an MLP read the same input and add to it. A last norm and the output "
-        "matrix score every token; generation chooses one, which goes in at the start again. The checkpoint holds the "
-        f"numbers of all of them. {here}"
+        "Map of GPT-NeoX. Text goes through the tokenizer, the embedding, and a stack of blocks. In each block, "
+        "attention with its rotary positions and an MLP read the same input and add to it. A last norm and the output "
+        "matrix score every token; generation chooses one, which goes back in at the start. The checkpoint holds the "
+        f"numbers of all of these parts. {here}"
     )
     return Picture(figure, alt)
 
 
 def draw_place(axes, label: str, place: tuple[float, float, float, float], chosen: bool) -> None:
-    """A box with a label in it, `place` being x, y, width and height; bold and coloured when chosen."""
+    """A labelled box at `place` (x, y, width, height); bold and coloured if chosen."""
     x, y, width, height = place
     box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", zorder=3)
     box.set(facecolor=ORANGE if chosen else "white", edgecolor="black" if chosen else BLUE)

@@ -9,7 +9,7 @@ BOX_HEIGHT = 0.62
 
 
 def box(axes: Axes, x: float, y: float, width: float, label: str, colour: str = "white") -> None:
-    """A named part, centred on (x, y)."""
+    """A labelled box, centred on (x, y)."""
     corner = (x - width / 2, y - BOX_HEIGHT / 2)
     patch = FancyBboxPatch(corner, width, BOX_HEIGHT, boxstyle="round,pad=0.02", facecolor=colour, edgecolor="black")
     patch.set_zorder(3)
@@ -18,7 +18,7 @@ def box(axes: Axes, x: float, y: float, width: float, label: str, colour: str = 
 
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = "black", width: float = 1.6) -> None:
-    """A line through the points with a head at the last."""
+    """A line through the points, with an arrowhead at the last."""
     xs, ys = zip(*points[:-1], strict=True)
     axes.plot(xs, ys, color=colour, linewidth=width, solid_joinstyle="miter")
     style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14}
@@ -42,10 +42,10 @@ def panel(axes: Axes, title: str, lowest: float) -> None:
 
 
 def wirings() -> Picture:
-    """Both blocks, one above the other: the same four parts, and the MLP's way in drawn in bold."""
+    """Both blocks, one above the other: the same four parts, with the path into the MLP in bold."""
     figure = new_figure(9, 5.6)
     above, below = figure.subplots(2, 1, height_ratios=[2.4, 3.5])
-    panel(above, "Sequential: the MLP reads what attention has left", lowest=-0.65)
+    panel(above, "Sequential: the MLP reads x plus attention's output", lowest=-0.65)
     for start, norm, part, colour in ((0.8, "norm 1", "attention", "black"), (5.6, "norm 2", "MLP", VERMILION)):
         bold = 3 if part == "MLP" else 1.6
         arrow(above, (start, 0), (start, 1.1), (start + 0.45, 1.1), colour=colour, width=bold)
@@ -64,8 +64,8 @@ def wirings() -> Picture:
         box(below, 5.95, height, 1.5, part, ORANGE if part == "MLP" else "white")
     plus(below, 9.7)
     alt = (
-        "Two wirings of the same parts along the residual stream x. Sequential: norm 1 and attention read x and are "
-        "added to it; only behind that sum do norm 2 and the MLP read, and a second sum follows. Parallel: norm 1 with "
-        "attention, and norm 2 with the MLP, both read x, and one sum adds both."
+        "Two wirings of the same parts along the residual stream x. Sequential: attention reads x through "
+        "norm 1 and is added to it; the MLP reads that sum through norm 2, and is added to it. Parallel: attention "
+        "reads x through norm 1, the MLP reads the same x through norm 2, and both are added in one place."
     )
     return Picture(figure, alt)

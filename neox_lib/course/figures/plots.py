@@ -1,4 +1,4 @@
-"""Figures: tensors and labels in, a picture with its alternative text out, one look for all."""
+"""Figures in one style: tensors and labels in, a picture with its alternative text out."""
 
 import base64
 import html
@@ -19,9 +19,9 @@ STYLES = [(BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE,
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished figure. As a cell's last expression it shows as an image that a screen reader can tell in words.
+    """A finished figure. As a cell's last expression it shows as an image with text for screen readers.
 
-    `alt` says what is to be seen. `figure` stays at hand, to assert on what was drawn.
+    `alt` says what there is to see. `figure` is kept so that tests can assert on what was drawn.
     """
 
     figure: Figure
@@ -36,12 +36,12 @@ class Picture:
 
 
 def new_figure(width: float = 8, height: float = 4.5) -> Figure:
-    """An empty figure in inches, at 100 dots an inch."""
+    """An empty figure, its size in inches, at 100 dots per inch."""
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def finish_axes(axes, title: str, x_label: str, y_label: str) -> None:
-    """Labels that are read from the back of a room, and no frame where there is nothing to read off."""
+    """Labels large enough for the back of a room, and no frame at the top and on the right."""
     axes.set_title(title, fontsize=FONT_SIZE + 1)
     axes.set_xlabel(x_label, fontsize=FONT_SIZE)
     axes.set_ylabel(y_label, fontsize=FONT_SIZE)
@@ -72,7 +72,7 @@ def lines(
 
 
 def bars(values: Mapping[str, float], title: str, y_label: str, alt: str, number_format: str = "{:.3g}") -> Picture:
-    """A bar for each name, with its value written above it."""
+    """One bar per name, with its value above it."""
     figure = new_figure()
     axes = figure.add_subplot()
     drawn = axes.bar(list(values), list(values.values()), color=BLUE, width=0.6)
@@ -95,7 +95,7 @@ def heat_map(
 ) -> Picture:
     """A `[rows, columns]` matrix as colours from dark (low) to bright (high), with a scale named `unit`.
 
-    Ticks are labels for columns and rows; `annotate` writes each number into its cell, for small matrices.
+    `x_ticks` and `y_ticks` label columns and rows; `annotate` writes each number into its cell, for small matrices.
     """
     rows, columns = matrix.shape
     figure = new_figure(8, 6 if x_ticks else 4.5)
@@ -138,7 +138,7 @@ def loss_curves(history: list[dict]) -> Figure:
 
 @dataclass(frozen=True)
 class TokenSpans:
-    """Tokens as coloured spans, each with its id where the pointer rests; neighbours differ in colour and by a border.
+    """Tokens as coloured spans, each with its id as a tooltip; neighbours differ in colour and by a border.
 
     `tokens` holds (text, token id) pairs. Text is escaped, spaces and line ends are made visible.
     """
@@ -157,12 +157,12 @@ class TokenSpans:
 
 
 def token_spans(tokenizer, ids: Sequence[int]) -> TokenSpans:
-    """The tokens of some ids as spans; a token that is no whole character shows its bytes, such as <E2 82>."""
+    """The tokens of `ids` as spans; a token that is no whole character shows its bytes, such as <E2 82>."""
     from neox_lib.inspection.tokens import token_label
 
     return TokenSpans(tuple((token_label(tokenizer, token_id), int(token_id)) for token_id in ids))
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers from a CPU generator: the same on every machine."""
+    """Standard normal random numbers from a CPU generator: the same on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

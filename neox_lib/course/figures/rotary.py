@@ -13,8 +13,10 @@ LEGEND = "solid: query     dashed: key     grey: the angle between them"
 
 
 def hands(places: Sequence[tuple[int, int]], speed: float) -> Picture:
-    """A dial for each (query position, key position): both hands started at the right, and turned `speed` radians a
-    position. Both have length 1, so their score is the cosine of the angle between them."""
+    """One dial per (query position, key position): both hands start at the right and turn `speed` radians per position.
+
+    Both have length 1, so their score is the cosine of the angle between them.
+    """
     figure = new_figure(4.4 * len(places), 4.4)
     parts = []
     for axes, (query, key) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
@@ -49,7 +51,7 @@ class TurningPair:
         return (self.widget()._repr_mimebundle_() or {}) | static
 
     def widget(self):
-        """The sliders, and the dial that they turn."""
+        """The sliders, and the dial whose hands they turn."""
         import ipywidgets
 
         query = ipywidgets.IntSlider(3, 0, 20, description="query at")
@@ -71,7 +73,7 @@ def comebacks(distances: Tensor, one: Tensor, together: Tensor) -> Picture:
     axes = figure.add_subplot()
     axes.plot(distances.numpy(), one.numpy(), "--", color=BLUE, linewidth=1.3, label="pair 0 alone")
     axes.plot(distances.numpy(), together.numpy(), "-", color=VERMILION, linewidth=3, label="all pairs")
-    title = "One hand comes back, all together do not"
+    title = "One hand comes round again, all of them together do not"
     finish_axes(axes, title, "distance between query and key, tokens", "score (1 for the same place)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=FONT_SIZE, frameon=False)
     alt = (
@@ -83,9 +85,9 @@ def comebacks(distances: Tensor, one: Tensor, together: Tensor) -> Picture:
 
 
 def partners(layouts: Mapping[str, Sequence[tuple[int, int]]], head_dim: int) -> Picture:
-    """The numbers of a head as a row of boxes, an arc between the two of each pair; a row for each layout by name.
+    """The numbers of a head as a row of boxes, an arc between the partners of each pair; one row per layout.
 
-    Boxes without a partner are white: they do not turn.
+    Boxes without a partner are white: they are not turned.
     """
     figure = new_figure(9, 1.8 * len(layouts))
     for axes, (name, pairs) in zip(figure.subplots(len(layouts), 1, squeeze=False)[:, 0], layouts.items(), strict=True):
@@ -105,5 +107,5 @@ def partners(layouts: Mapping[str, Sequence[tuple[int, int]]], head_dim: int) ->
             axes.add_patch(arc)
     told = "; ".join(f"{name}: " + ", ".join(f"{a} with {b}" for a, b in pairs) for name, pairs in layouts.items())
     return Picture(
-        figure, f"Rows of {head_dim} numbered boxes with an arc between partners. {told}. The others are alone."
+        figure, f"Rows of {head_dim} numbered boxes with an arc between partners. {told}. The others have no partner."
     )

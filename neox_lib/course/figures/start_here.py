@@ -1,15 +1,15 @@
-"""The figure of notebook 00: where a model's parameters are."""
+"""The figure of notebook 00: which parts hold a model's parameters."""
 
 from collections.abc import Mapping
 
 from neox_lib.course.figures.plots import BLUE, FONT_SIZE, GREEN, ORANGE, SKY, Picture, finish_axes, new_figure
 
-# Colour, hatching and colour of the text of each part in turn; the hatching tells them apart in grey print too.
+# Colour, hatching and text colour of each part in turn; the hatching tells them apart in grey print too.
 LOOKS = [(ORANGE, "//", "black"), (BLUE, "", "white"), (SKY, "..", "black"), (GREEN, "xx", "black")]
 
 
 def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str) -> Picture:
-    """A bar a model, divided by what its parts hold: `{model: {part: count}}`, the same parts in each."""
+    """One bar per model, divided into its parts' shares: `{model: {part: count}}`, the same parts in each."""
     figure = new_figure(9, 3.4)
     axes = figure.add_subplot()
     totals = {model: sum(parts.values()) for model, parts in models.items()}
@@ -37,4 +37,4 @@ def share_bars(models: Mapping[str, Mapping[str, int]], title: str, x_label: str
         f"{model}: " + ", ".join(f"{part} {count / totals[model]:.0%}" for part, count in parts.items())
         for model, parts in models.items()
     ]
-    return Picture(figure, f"Bars, each divided by shares. {title}: {'; '.join(told)}")
+    return Picture(figure, f"Bars, each divided into shares. {title}: {'; '.join(told)}")

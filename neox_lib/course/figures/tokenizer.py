@@ -1,4 +1,4 @@
-"""What notebook 01 draws and counts: the byte table as a square, and one sentence in seven languages."""
+"""The figure of notebook 01, the byte table as a square, and its text: one sentence in seven languages."""
 
 from matplotlib.patches import Rectangle
 
@@ -18,7 +18,7 @@ SENTENCES = {
 
 
 def byte_table() -> Picture:
-    """Every byte's character. Those that stand for themselves are on white, those that were lent one on yellow."""
+    """Every byte's character: on white for bytes that stand for themselves, on yellow for those that were lent one."""
     figure = new_figure(9, 7)
     axes = figure.add_subplot()
     lent = {byte for byte, character in BYTE_TO_CHARACTER.items() if chr(byte) != character}
@@ -38,7 +38,7 @@ def byte_table() -> Picture:
     axes.set_ylabel("first hexadecimal digit", fontsize=FONT_SIZE)
     alt = (
         f"A square of 16 by 16 cells, one for each byte. {256 - len(lent)} bytes stand for themselves: letters, "
-        f"digits, signs. {len(lent)} are lent a character from code point 256 on: the first 33, among them the space "
-        "(hex 20, Ġ) and the line end (hex 0A, Ċ), and a block from hex 7F to A0."
+        f"digits, punctuation. {len(lent)} are lent a character from code point 256 on: the first 33, among them the "
+        "space (hex 20, Ġ) and the newline (hex 0A, Ċ), those from hex 7F to A0, and hex AD."
     )
     return Picture(figure, alt)

@@ -10,7 +10,7 @@ BAND = 0.95  # half the height of a device's band
 
 
 def box(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
-    """A part of the block, centred on (x, y)."""
+    """A labelled part of the block, centred on (x, y)."""
     patch = FancyBboxPatch((x - 0.95, y - 0.3), 1.9, 0.6, boxstyle="round,pad=0.02", edgecolor="black", zorder=3)
     patch.set_facecolor(colour)
     axes.add_patch(patch)
@@ -18,7 +18,7 @@ def box(axes: Axes, x: float, y: float, label: str, colour: str) -> None:
 
 
 def arrow(axes: Axes, *points: tuple[float, float]) -> None:
-    """A line through the points with a head at the last."""
+    """A line through the points, with an arrowhead at the last."""
     xs, ys = zip(*points[:-1], strict=True)
     axes.plot(xs, ys, color="black", linewidth=1.5, solid_joinstyle="miter")
     style = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
@@ -32,7 +32,7 @@ def draw_all_reduce(axes: Axes, x: float) -> None:
 
 
 def panel(axes: Axes, title: str) -> None:
-    """Two devices, each a band with the whole x at its left end."""
+    """Two devices, each a band with all of x at its left end."""
     axes.set_xlim(-0.2, 11.2)
     axes.set_ylim(-2.15, 2.75)
     axes.axis("off")
@@ -49,7 +49,7 @@ def all_reduces() -> Picture:
     """The parallel and the sequential block on two devices, one above the other."""
     figure = new_figure(10, 7.4)
     above, below = figure.subplots(2, 1)
-    panel(above, "Parallel residual: both branches read x, so their parts are added at home")
+    panel(above, "Parallel residual: both branches read x, so each device adds its own parts")
     for y in ROWS:
         box(above, 4.2, y + 0.4, "own heads", SKY)
         box(above, 4.2, y - 0.4, "own MLP half", ORANGE)
@@ -61,7 +61,7 @@ def all_reduces() -> Picture:
         arrow(above, (6.5, y), (8.2, y))
         arrow(above, (8.56, y), (9.9, y))
     draw_all_reduce(above, 8.4)
-    panel(below, "Sequential residual: the MLP waits for the finished sum of attention")
+    panel(below, "Sequential residual: the MLP waits for attention's sum over both devices")
     for y in ROWS:
         box(below, 2.8, y, "own heads", SKY)
         box(below, 6.6, y, "own MLP half", ORANGE)
@@ -73,8 +73,8 @@ def all_reduces() -> Picture:
     draw_all_reduce(below, 4.7)
     draw_all_reduce(below, 8.4)
     alt = (
-        "Two blocks, each on two devices that both hold the whole x. Parallel: on each device its own heads and its "
+        "Two blocks, each on two devices that both hold all of x. Parallel: on each device, its own heads and its "
         "own half of the MLP read x, their results are added on the device, and one all-reduce across both devices "
-        "follows. Sequential: an all-reduce follows the heads, and a second one follows the MLP."
+        "follows. Sequential: one all-reduce follows the heads, and a second one follows the MLP."
     )
     return Picture(figure, alt)
