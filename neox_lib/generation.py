@@ -66,9 +66,8 @@ def prefill(
     chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
     layers = len(chunks) * model.config.num_hidden_layers
     progress = None if on_progress is None else Progress(on_progress, layers)
-    for chunk in chunks:
-        logits = model(chunk, cache, last_only=True, padding=padding, on_layer=progress)
-    return next_token_scores(logits, model.config)
+    logits = [model(chunk, cache, last_only=True, padding=padding, on_layer=progress) for chunk in chunks]
+    return next_token_scores(logits[-1], model.config)
 
 
 @torch.inference_mode()
@@ -84,7 +83,7 @@ def generate_tokens(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Prefill, then choose and append: each row's next token, its log-probability, and whether that ends the row.
 
-    Three tensors `[B]` a step, until all rows have ended, by a token of `stop_token_ids` or by their own number of new
+    Tensors `[B]` for each step, until all rows have ended, by a token of `stop_token_ids` or by their own number of new
     tokens. A row that has ended repeats its last token with log-probability 0. Equal prompts draw with different seeds,
     others as they would alone. Gives nothing if `on_progress` stops the prefill. Raises ValueError at the step at which
     a row's scores are no numbers.

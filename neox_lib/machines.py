@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory` is read in bytes per second; `operations` are the floating-point ones per second, of the kind named below."""
+    """`memory` is read in bytes per second; `operations` are floating-point ones per second, as named below."""
 
     memory: float
     operations: float
