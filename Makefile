@@ -28,7 +28,7 @@ help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
-	@echo 'make slides NOTEBOOK=02   a notebook of your copy as live slides, for a class (SLIDES_ARGS=...)'
+	@echo 'make slides LESSON=16     a lesson as live slides from your copy; NOTEBOOK=02 for a notebook (SLIDES_ARGS=...)'
 	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
 	@echo 'make site                 the notebooks as a web site to read anywhere: build/site/index.html'
 	@echo 'make test                 lint, pytest (TEST_ARGS=...) and notebooks, each of which is a target of its own'
@@ -70,7 +70,7 @@ lab: export JUPYTER_PATH := $(CURDIR)/neox_lib/assets/slides$(if $(JUPYTER_PATH)
 
 slides: $(READY)
 	@$(BIN)/python -m neox_lib learner-copy
-	$(BIN)/python -m neox_lib slides $(or $(NOTEBOOK),"") $(SLIDES_ARGS)
+	$(BIN)/python -m neox_lib slides $(if $(LESSON),--lesson $(LESSON),$(or $(NOTEBOOK),"")) $(SLIDES_ARGS)
 
 lab-refresh: $(READY)
 	@$(BIN)/python -m neox_lib learner-copy --refresh

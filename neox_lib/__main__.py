@@ -1,6 +1,7 @@
 """The command line: python -m neox_lib COMMAND."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -14,7 +15,6 @@ from neox_lib.cli import (
     generate,
     info,
     learner_copy,
-    mark_slides,
     playground,
     promote,
     slides,
@@ -28,7 +28,7 @@ COMMANDS = {
     "to learn": (generate, playground, learner_copy, promote),
     "models and weights": (info, download, convert, train, bench, full_size),
     "to teach": (doctor, slides, student, class_report),
-    "for authors": (mark_slides, store_outputs),
+    "for authors": (store_outputs,),
 }
 
 
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Errors that a user can fix give one line on stderr and exit code 2; Ctrl-C gives 130."""
     arguments = parse(argv)
     show_messages()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal can't spell is shown as ? and ends nothing
+        sys.stdout.reconfigure(errors="replace")
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

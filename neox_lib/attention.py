@@ -74,27 +74,33 @@ class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions: `[B, T, C]` -> `[B, T, C]`.
 
     cos and sin are the rotary table's rows for the T positions. Without a cache the T tokens are the whole sequence;
-    with one, any KeyValueStore, they follow what it already holds.
+    with one, any KeyValueStore, they follow what it already holds. A batch with padding brings its own `mask`, `[B, 1,
+    T, S]`, True where a query may look (`padding_mask`, notebook 06).
     """
 
     def __init__(self, config: NeoXConfig, layer_index: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.layer_index = layer_index
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned by position, and values: `[B, T, C]` -> three `[B, H, T, D]`."""
         query, key, value = split_heads(self.query_key_value(hidden), self.num_heads)
         return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         query, key, value = self.project(hidden, cos, sin)
         if cache is not None:
             key, value = cache.update(self.layer_index, key, value)
-        merged = fused_attention(query, key, value).transpose(1, 2).flatten(start_dim=2)  # [B, T, C]
-        return self.dense(merged)
+        if mask is None:
+            attended = fused_attention(query, key, value)
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.dense(attended.transpose(1, 2).flatten(start_dim=2))  # [B, T, C]
 
     def weights(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The attention weights of a whole sequence, to look at: `[B, T, C]` -> `[B, H, T, T]`, fp32."""

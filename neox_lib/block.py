@@ -43,8 +43,10 @@ class Block(nn.Module):
         self.attention = Attention(config, layer_index)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None) -> Tensor:
-        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache)
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache, mask)
         if self.use_parallel_residual:
             return hidden + attended + self.mlp(self.post_attention_layernorm(hidden))
         hidden = hidden + attended

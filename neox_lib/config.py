@@ -5,8 +5,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from neox_lib.rope_scaling import RopeScaling
 
 ACTIVATIONS = ("gelu_fast", "gelu")
 # The fields of each kind, by name: annotations may be strings, and a check of types would then let everything pass.
@@ -20,7 +23,9 @@ WHOLE_NUMBERS = (
     "max_position_embeddings",
 )
 NUMBERS = ("rotary_pct", "rotary_emb_base", "layer_norm_eps")
-FLAGS = ("use_parallel_residual", "tie_word_embeddings")
+FLAGS = ("use_parallel_residual", "tie_word_embeddings", "attention_bias")
+# What most models have none of is absent in their files, so that these stay as they were before it could be said.
+UNSAID = {"attention_bias": True, "rope_scaling": None}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class NeoXConfig:
     for no token, and generation never emits them.
 
     `hidden_act` is "gelu_fast" (the tanh approximation, as 20B was trained) or "gelu" (exact, as Pythia was).
+    Without `attention_bias` the two layers of attention have no biases. `rope_scaling` may be given as a dict.
     Raises ValueError when the numbers cannot form a model, naming the field.
     """
 
@@ -48,8 +54,14 @@ class NeoXConfig:
     hidden_act: str = "gelu_fast"
     use_parallel_residual: bool = True
     tie_word_embeddings: bool = False
+    attention_bias: bool = True
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # as a file has it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        elif not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(f"rope_scaling must be an object or null, got {self.rope_scaling!r}")
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -71,6 +83,8 @@ class NeoXConfig:
                 f"rotary_pct {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_ndims} rotary "
                 f"dimensions; they turn in pairs, so it must be an even number from 2 to {self.head_dim}"
             )
+        if self.rope_scaling is not None and self.rotary_emb_base == 1:
+            raise ValueError("rotary_emb_base 1 turns all pairs alike, so there is none that rope_scaling could slow")
         if self.tokenizer_vocab_size > self.vocab_size:
             raise ValueError(f"tokenizer_vocab_size {self.tokenizer_vocab_size} exceeds vocab_size {self.vocab_size}")
         if self.hidden_act not in ACTIVATIONS:
@@ -97,8 +111,13 @@ class NeoXConfig:
         """Bytes of keys and values that one sequence of `tokens` keeps: a key and a value of C numbers per layer."""
         return 2 * self.num_hidden_layers * self.hidden_size * tokens * dtype.itemsize
 
+    def stored_fields(self) -> dict[str, Any]:
+        """The fields as our own files hold them."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in UNSAID or value != UNSAID[name]}
+
     def to_json(self) -> str:
-        return json.dumps({"model_type": "gpt_neox", **dataclasses.asdict(self)}, indent=2) + "\n"
+        return json.dumps({"model_type": "gpt_neox", **self.stored_fields()}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> "NeoXConfig":
@@ -108,7 +127,7 @@ class NeoXConfig:
             model_type = fields.pop("model_type", "gpt_neox")
             if model_type != "gpt_neox":
                 raise ValueError(f'model_type is {model_type!r}, expected "gpt_neox"')
-            missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
+            missing = {field.name for field in dataclasses.fields(cls)} - fields.keys() - UNSAID.keys()
             if missing:
                 raise ValueError(f"missing {', '.join(sorted(missing))}")
             return cls(**fields)
@@ -133,7 +152,9 @@ def parameter_shapes(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
             ("mlp.dense_h_to_4h", inner, hidden),
             ("mlp.dense_4h_to_h", hidden, inner),
         ):
-            shapes |= {f"{block}.{linear}.weight": (outputs, inputs), f"{block}.{linear}.bias": (outputs,)}
+            shapes[f"{block}.{linear}.weight"] = (outputs, inputs)
+            if config.attention_bias or not linear.startswith("attention."):
+                shapes[f"{block}.{linear}.bias"] = (outputs,)
     shapes |= {"norm.weight": (hidden,), "norm.bias": (hidden,)}
     return shapes if config.tie_word_embeddings else shapes | {"final_linear.weight": table}
 

@@ -6,7 +6,9 @@ Built in notebook 06.
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel, Stopped, check_token_ids
+from neox_lib.padding import pad_left, without_padding
 from neox_lib.sampling import GREEDY, Sampling
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, encode_text, token_to_bytes
 
@@ -52,61 +55,70 @@ def prefill(
     cache: KVCache | None = None,
     chunk_size: int = 1024,
     on_progress: Callable[[int, int], bool | None] | None = None,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Read a prompt and score the token after it: ids `[B, T]` -> `[B, tokenizer_vocab_size]`, fp32.
 
     With a cache the T tokens follow what it holds and go through in chunks of at most `chunk_size`, which bounds the
-    memory that a long prompt takes. `on_progress(layers done, layers in all)` is called after each layer; when it
-    returns False, Stopped is raised and the cache holds the chunks that went through.
+    memory that a long prompt takes. `padding` is as in NeoXModel. `on_progress(layers done, layers in all)` is called
+    after each layer; when it returns False, Stopped is raised and the cache holds the chunks that went through.
     """
     chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
     layers = len(chunks) * model.config.num_hidden_layers
     progress = None if on_progress is None else Progress(on_progress, layers)
     for chunk in chunks:
-        logits = model(chunk, cache, last_only=True, on_layer=progress)
+        logits = model(chunk, cache, last_only=True, padding=padding, on_layer=progress)
     return next_token_scores(logits, model.config)
 
 
 @torch.inference_mode()
 def generate_tokens(
     model: NeoXModel,
-    input_ids: Tensor,
+    prompts: list[list[int]],
+    max_new_tokens: list[int],
     sampling: Sampling = GREEDY,
     stop_token_ids: tuple[int, ...] = (ENDOFTEXT_ID,),
     cache: KVCache | None = None,
     chunk_size: int = 1024,
     on_progress: Callable[[int, int], bool | None] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prefill, then choose and append: the next token of each row and its log-probability, `[B]` both, step by step.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Prefill, then choose and append: each row's next token, its log-probability, and whether that ends the row.
 
-    Goes on until each row has given a token of `stop_token_ids`; whoever wants fewer tokens stops asking. A finished
-    row repeats its stop token with log-probability 0. Gives nothing if `on_progress` stops the prefill. Raises
-    ValueError at the step at which a row's scores are no numbers.
+    Three tensors `[B]` a step, until all rows have ended, by a token of `stop_token_ids` or by their own number of new
+    tokens. A row that has ended repeats its last token with log-probability 0. Equal prompts draw with different seeds,
+    others as they would alone. Gives nothing if `on_progress` stops the prefill. Raises ValueError at the step at which
+    a row's scores are no numbers.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=input_ids.device)
-    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    tokens = input_ids[:, -1]  # [B]: what each row wrote last
+    if not any(max_new_tokens):
+        return
+    device = model.norm.weight.device
+    input_ids, padding = pad_left(prompts, device)
+    seeds = (sampling.seed + prompts[:row].count(prompt) for row, prompt in enumerate(prompts))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    stops, most = (torch.tensor(each, dtype=torch.int64, device=device) for each in (stop_token_ids, max_new_tokens))
+    tokens, finished = input_ids[:, -1], most < 1  # [B]: what each row wrote last, and who writes no more
     unread = input_ids
     if cache is not None:  # the last token is read again even if it is held: its scores were not kept
         cache.truncate(min(cache.length, input_ids.shape[1] - 1))
         unread = input_ids[:, cache.length :]
     try:
-        scores = prefill(model, unread, cache, chunk_size, on_progress)  # [B, V]
+        scores = prefill(model, unread, cache, chunk_size, on_progress, padding)  # [B, V]
     except Stopped:
         return
-    while True:
-        chosen = sampling.choose(scores, generator)
-        log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+    for written in count(1):
+        scores = scores.masked_fill(finished[:, None], 0)  # nobody asks for these rows' tokens, even if they are NaN
+        chosen = sampling.choose(scores, *generators)
+        log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].masked_fill(finished, 0)
         tokens = tokens.where(finished, chosen)
-        yield tokens, log_probabilities.masked_fill(finished, 0)
-        finished |= torch.isin(tokens, stops)
+        finished = finished | torch.isin(tokens, stops) | (written >= most)
+        yield tokens, log_probabilities, finished
         if finished.all():
             return
+        if padding is not None:  # a row past its own number takes no further position: its context may be full
+            padding = padding + (written >= most)
         new = tokens[:, None]
         unread = new if cache is not None else torch.cat([unread, new], dim=1)  # append
-        scores = next_token_scores(model(unread, cache, last_only=True), model.config)
-        scores = scores.masked_fill(finished[:, None], 0)  # nobody asks for these rows' tokens, even if they are NaN
+        scores = next_token_scores(model(unread, cache, last_only=True, padding=padding), model.config)
 
 
 class StreamDecoder:
@@ -143,14 +155,15 @@ class Step:
     """One new token for each of the B prompts.
 
     `log_probabilities` are the model's own, before temperature and cuts; `seconds` is what the step took to compute,
-    the first one with the prefill. `texts` is empty strings without a tokenizer. A row that has already ended repeats
-    its stop token with no text and log-probability 0.
+    the first one with the prefill. `texts` is empty strings without a tokenizer. `ended` is true of a row from its last
+    token on; in later steps it repeats that token with no text and log-probability 0.
     """
 
     token_ids: list[int]
     texts: list[str]
     log_probabilities: list[float]
     seconds: float
+    ended: list[bool] = field(default_factory=list)
 
     @property
     def token_id(self) -> int:
@@ -165,35 +178,55 @@ class Step:
         return self.log_probabilities[0]
 
 
-def decode_text(
-    tokens: Iterator[tuple[Tensor, Tensor]],
-    max_new_tokens: int,
-    decoders: Sequence[StreamDecoder],
-    stop_token_ids: tuple[int, ...],
-) -> Iterator[Step]:
-    """At most `max_new_tokens` of `generate_tokens`' steps, each with its texts and the seconds that it took.
+def decode_text(tokens: Iterator[tuple[Tensor, Tensor, Tensor]], decoders: Sequence[StreamDecoder]) -> Iterator[Step]:
+    """The steps of `generate_tokens`, each with its texts and the seconds that it took.
 
     There is a decoder for each row, or none at all: then the texts are empty.
     """
-    for remaining in reversed(range(max_new_tokens)):
+    while True:
         started = time.perf_counter()
         step = next(tokens, None)
         if step is None:
             return
-        token_ids, log_probabilities = (each.tolist() for each in step)
+        token_ids, log_probabilities, ended = (each.tolist() for each in step)
         texts = [""] * len(token_ids)
         for row, decoder in enumerate(decoders):
-            texts[row] = decoder.push(token_ids[row])
-            if remaining == 0 or token_ids[row] in stop_token_ids:
-                texts[row] += decoder.end()
-        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started)
+            texts[row] = decoder.push(token_ids[row]) + (decoder.end() if ended[row] else "")
+        yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started, ended)
+
+
+def prompt_rows(
+    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, vocab_size: int
+) -> list[list[int]]:
+    """Each prompt's own tokens: ids `[B, T]`, all of them or where the mask is 1, or a list of lists -> B lists.
+
+    Raises ValueError for bad ids, for a prompt without a token, and as `without_padding` does.
+    """
+    if attention_mask is not None:
+        rows = without_padding(input_ids, attention_mask)
+    elif isinstance(input_ids, Tensor):
+        check_token_ids(input_ids, vocab_size)
+        return input_ids.tolist()
+    else:
+        try:
+            rows = [torch.as_tensor(row) for row in input_ids]
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError("prompts must be a [batch, tokens] tensor or a list of lists of token ids") from None
+    if not rows:
+        raise ValueError("the batch has no prompt; give one or more")
+    for number, row in enumerate(rows):
+        if row.numel() == 0:
+            raise ValueError(f"prompt {number} of the batch has no token; leave it out, or begin it with endoftext")
+        check_token_ids(row[None], vocab_size)
+    return [row.tolist() for row in rows]
 
 
 def stream_generate(
     model: NeoXModel,
-    input_ids: Tensor,
-    max_new_tokens: int,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
     *,
+    attention_mask: Tensor | None = None,
     tokenizer=None,
     sampling: Sampling = GREEDY,
     stop_token_ids: tuple[int, ...] = (ENDOFTEXT_ID,),
@@ -202,34 +235,39 @@ def stream_generate(
     chunk_size: int = 1024,
     on_progress: Callable[[int, int], bool | None] | None = None,
 ) -> Iterator[Step]:
-    """Write up to `max_new_tokens` after each prompt of `input_ids` `[B, T]`, one Step at a time.
+    """Write up to `max_new_tokens` (one number, or one for each row) after each prompt, one Step at a time.
 
-    Ends when every row has given a token of `stop_token_ids` (pass () to go on past them). `use_cache` defaults to the
-    model's own. A `cache` that already holds the first tokens of `input_ids` saves computing them again, and is used
-    whatever `use_cache` says. `on_progress(done, total)` is called between layers during prefill; when it returns False
-    the stream ends without a step. Raises ValueError, before any work, for bad ids, when prompt and new tokens exceed
-    the context, and for a cache that is too small or of another batch size; and at a step whose scores are no numbers.
+    Prompts are ids `[B, T]`, a list of lists of any lengths, or ids with an `attention_mask` `[B, T]` that is 0 for
+    padding on the left. Each row gives what it gives alone; only of equal prompts the second draws with `seed` + 1, the
+    third with `seed` + 2. Ends when every row has given a token of `stop_token_ids` (pass () to go on past them).
+    `use_cache` defaults to the model's own. A `cache` that already holds the first tokens of the rows, and padding
+    before them, saves computing them again, and is used whatever `use_cache` says. `on_progress(done, total)` is called
+    between layers during prefill; when it returns False the stream ends without a step. Raises ValueError, before any
+    work, for bad ids or masks, when a prompt and its new tokens exceed the context, and for a cache that does not fit;
+    and at a step whose scores are no numbers.
     """
-    check_token_ids(input_ids, model.config.vocab_size)
-    limit, (batch, prompt) = model.config.max_position_embeddings, input_ids.shape
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    if prompt + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt of {prompt} tokens + {max_new_tokens} new ones = {prompt + max_new_tokens}, but this model's "
-            f"context holds {limit}; shorten the prompt or ask for fewer"
-        )
+    prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
+    most = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+    if len(most) != len(prompts):
+        raise ValueError(f"max_new_tokens must be one number or one for each of {len(prompts)} rows, got {len(most)}")
+    limit, longest = model.config.max_position_embeddings, max(map(len, prompts))
+    for prompt, new in zip(prompts, most, strict=True):
+        if new < 0:
+            raise ValueError(f"max_new_tokens must be 0 or more, got {new}")
+        if len(prompt) + new > limit:
+            raise ValueError(
+                f"prompt of {len(prompt)} tokens + {new} new ones = {len(prompt) + new}, but this model's context "
+                f"holds {limit}; shorten the prompt or ask for fewer"
+            )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     weight = model.norm.weight
-    input_ids = input_ids.to(weight.device)
     if cache is None and (model.use_cache if use_cache is None else use_cache):
-        cache = KVCache(model.config, batch, prompt + max_new_tokens, weight.device, weight.dtype)
-    if cache is not None:
-        cache.check_room(batch, prompt + max(0, max_new_tokens - 1))  # the last new token never goes through the model
-    tokens = generate_tokens(model, input_ids, sampling, stop_token_ids, cache, chunk_size, on_progress)
-    decoders = [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in input_ids]
-    return decode_text(tokens, max_new_tokens, decoders, stop_token_ids)
+        cache = KVCache(model.config, len(prompts), longest + max(most), weight.device, weight.dtype)
+    if cache is not None:  # the last new token never goes through the model
+        cache.check_room(len(prompts), longest + max(0, max(most) - 1))
+    tokens = generate_tokens(model, prompts, most, sampling, stop_token_ids, cache, chunk_size, on_progress)
+    return decode_text(tokens, [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in prompts])
 
 
 def prompt_ids(tokenizer, text: str) -> Tensor:
@@ -237,26 +275,40 @@ def prompt_ids(tokenizer, text: str) -> Tensor:
     return torch.tensor([encode_text(tokenizer, text) or [ENDOFTEXT_ID]])
 
 
-def greedy_generate(model: NeoXModel, input_ids: Tensor, max_seq_len: int) -> list[list[int]]:
+def greedy_generate(
+    model: NeoXModel,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    max_seq_len: int,
+    attention_mask: Tensor | None = None,
+) -> list[list[int]]:
     """Continue each prompt with its likeliest tokens until it is `max_seq_len` long, prompt included, or ends.
 
-    ids `[B, T]` -> B lists of ids that start with the prompt. A row that ends early closes with endoftext. Raises
-    ValueError as `stream_generate` does.
+    Prompts as in `stream_generate` -> B lists of ids that start with the prompt as given. Its padding is no part of its
+    length. A row that ends early closes with endoftext. Raises ValueError as `stream_generate` does.
     """
-    check_token_ids(input_ids, model.config.vocab_size)
-    rows = input_ids.tolist()
-    ended = [False] * len(rows)
-    for step in stream_generate(model, input_ids, max(0, max_seq_len - input_ids.shape[1])):
+    prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
+    most = [max(0, max_seq_len - len(prompt)) for prompt in prompts]
+    rows = prompts if attention_mask is None else torch.as_tensor(input_ids).tolist()
+    ended = [new == 0 for new in most]
+    for step in stream_generate(model, prompts, most):
         for row, token_id in enumerate(step.token_ids):
             if not ended[row]:
                 rows[row].append(token_id)
-            ended[row] = ended[row] or token_id == ENDOFTEXT_ID
+        ended = step.ended
     return rows
 
 
-def greedy_generate_text(model: NeoXModel, tokenizer, text: str, max_seq_len: int) -> str:
-    """Continue a text until it is `max_seq_len` tokens long, the prompt's included, or ends. Starts with the prompt."""
-    input_ids = prompt_ids(tokenizer, text)
-    new_tokens = max(0, max_seq_len - input_ids.shape[1])
-    steps = stream_generate(model, input_ids, new_tokens, tokenizer=tokenizer)
-    return text + "".join(step.text for step in steps)
+Text = TypeVar("Text", str, list[str])  # a list of texts is written in one batch
+
+
+def greedy_generate_text(model: NeoXModel, tokenizer, text: Text, max_seq_len: int) -> Text:
+    """Continue a text until it is `max_seq_len` tokens long, the prompt's included, or ends. Starts with the prompt.
+
+    A list of texts gives a list, each continued as it is alone.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    prompts = [prompt_ids(tokenizer, each)[0].tolist() for each in texts]
+    most = [max(0, max_seq_len - len(prompt)) for prompt in prompts]
+    for step in stream_generate(model, prompts, most, tokenizer=tokenizer):
+        texts = [before + piece for before, piece in zip(texts, step.texts, strict=True)]
+    return texts[0] if isinstance(text, str) else texts  # type: ignore[return-value]

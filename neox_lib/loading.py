@@ -25,10 +25,18 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"no device is called {device!r}; use auto, cpu, cuda or cuda:0") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'")
+    try:
+        if chosen.type != "cuda":
+            torch.zeros(1, device=chosen).item()
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # a tensor there would cost each rank memory of GPU 0
+            raise RuntimeError(f"torch finds {torch.cuda.device_count()} GPU(s), counted from 0")
+    except Exception as error:  # each kind of device has its own way to say that it is missing
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"device {chosen} can't be used here ({reason}); use device='auto' or 'cpu'") from None
     return chosen
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from neox_lib.attention import KeyValueStore
 from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
+from neox_lib.padding import padding_mask
 from neox_lib.rotary import RotaryTable
 
 
@@ -47,11 +48,16 @@ class Stopped(Exception):
     """Raised by a pass through the model, between two layers, when its `on_layer` returns False."""
 
 
-class NeoXModel(nn.Module):
-    """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix.
+def show(on_layer: OnLayer | None, depth: int, hidden: Tensor) -> None:
+    """Let `on_layer`, if there is one, see the residual stream. Raises Stopped when it returns False."""
+    if on_layer is not None and on_layer(depth, hidden) is False:
+        raise Stopped
 
-    Parameters carry the names of the release's own files. `use_cache` is what generation does unless told otherwise.
-    The activations take the dtype of the norms: on a CPU fp16 matrices may then work on fp32 activations.
+
+class NeoXModel(nn.Module):
+    """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix, named as in the release's files.
+
+    `use_cache` is generation's default. Activations take the dtype of the norms: a CPU's fp16 matrices may meet fp32.
     """
 
     def __init__(self, config: NeoXConfig):
@@ -64,7 +70,8 @@ class NeoXModel(nn.Module):
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.final_linear.weight = self.word_embeddings.weight
-        self.rotary = RotaryTable(config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base)
+        length, base, scaling = config.max_position_embeddings, config.rotary_emb_base, config.rope_scaling
+        self.rotary = RotaryTable(length, config.rotary_ndims, base, scaling)
 
     def forward(
         self,
@@ -72,28 +79,27 @@ class NeoXModel(nn.Module):
         cache: SequenceCache | None = None,
         *,
         last_only: bool = False,
+        padding: Tensor | None = None,
         on_layer: OnLayer | None = None,
     ) -> Tensor:
         """Scores for the token after each position: ids `[B, T]` -> logits `[B, T, V]`.
 
         With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`: only the last position meets
-        the output matrix. `on_layer(depth, hidden)` sees the residual stream `[B, T, C]` in front of each layer, depth
-        0 .. L-1, and in front of the last norm, depth L; when it returns False the pass ends with Stopped and the
-        cache's length stays. Raises ValueError for ids outside the vocabulary, a wrong rank or dtype, and more tokens
-        than the context.
+        the output matrix. `padding` `[B]` hides that many tokens at the beginning of each row, held ones included, and
+        starts positions after them (notebook 06). `on_layer(depth, hidden)` sees the residual stream `[B, T, C]` in
+        front of each layer, depth 0 .. L-1, and in front of the last norm, depth L; when it returns False the pass ends
+        with Stopped and the cache's length stays. Raises ValueError for ids outside the vocabulary, a wrong rank or
+        dtype, and more tokens than the context.
         """
         check_token_ids(input_ids, self.config.vocab_size)
-        tokens = input_ids.shape[1]
-        cos, sin = self.rotary.rows(0 if cache is None else cache.length, tokens, like=self.norm.weight)
+        held, tokens = 0 if cache is None else cache.length, input_ids.shape[1]
+        cos, sin = self.rotary.rows(held if padding is None else held - padding, tokens, like=self.norm.weight)
+        masked = {} if padding is None else {"mask": padding_mask(padding, tokens, held + tokens)}
         hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
         for depth, layer in enumerate(self.layers):
-            if on_layer is not None and on_layer(depth, hidden) is False:
-                raise Stopped
-            hidden = layer(hidden, cos, sin, cache)
-        if on_layer is not None and on_layer(len(self.layers), hidden) is False:
-            raise Stopped
+            show(on_layer, depth, hidden)
+            hidden = layer(hidden, cos, sin, cache, **masked)  # without padding a layer need not know of masks
+        show(on_layer, len(self.layers), hidden)
         if cache is not None:
             cache.advance(tokens)
-        if last_only:
-            hidden = hidden[:, -1:]
-        return self.final_linear(self.norm(hidden))
+        return self.final_linear(self.norm(hidden[:, -1:] if last_only else hidden))

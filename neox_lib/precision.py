@@ -6,13 +6,13 @@ A decode step reads every weight once and the cache, so the speed of memory boun
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from neox_lib.checkpoints.checkpoint import Checkpoint
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.quantized import int8_bytes
 from neox_lib.config import NeoXConfig, format_bytes
+from neox_lib.memory import available_memory
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 SPARE = 500_000_000  # bytes left for activations, Python and torch
@@ -72,7 +72,7 @@ def choose_precision(checkpoint: Checkpoint, device: torch.device, dtype: str | 
 
 def free_memory(device: torch.device) -> int:
     """Bytes free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device) -> Precision:

@@ -6,6 +6,8 @@ Built in notebook 02.
 import torch
 from torch import Tensor, nn
 
+from neox_lib.rope_scaling import RopeScaling
+
 
 def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
     """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
@@ -34,15 +36,16 @@ class RotaryTable(nn.Module):
 
     Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
     computed, anew for each device. `half()` and `to(dtype)` leave them in fp32, so that a model that is turned to half
-    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table.
+    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table. With a
+    `scaling`, which few models have, some pairs turn slower (`rope_scaling.py`).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_positions: int, rotary_ndims: int, base: float):
+    def __init__(self, max_positions: int, rotary_ndims: int, base: float, scaling: RopeScaling | None = None):
         super().__init__()
-        self.max_positions, self.rotary_ndims, self.base = max_positions, rotary_ndims, base
+        self.max_positions, self.rotary_ndims, self.base, self.scaling = max_positions, rotary_ndims, base, scaling
         for name in ("cos", "sin"):
             room = torch.empty(max_positions, rotary_ndims, dtype=torch.float32)
             self.register_buffer(name, room, persistent=False)
@@ -53,7 +56,10 @@ class RotaryTable(nn.Module):
         """Compute both buffers on `device`."""
         length, rotary_ndims = self.max_positions, self.rotary_ndims
         with torch.inference_mode(False):  # the table outlives the call, and training may use it next
-            self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
+            if self.scaling is None:
+                self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
+            else:
+                self.cos, self.sin = self.scaling.table(length, rotary_ndims, self.base, device)
 
     def _apply(self, fn, recurse: bool = True):
         """What `to`, `half`, `cuda` and their like do to a module: only a new device matters here, never a dtype."""
@@ -62,17 +68,22 @@ class RotaryTable(nn.Module):
             self.fill(device)
         return self
 
-    def rows(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, start: int | Tensor, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
 
+        With a start for each text of a batch, `[B]`, they are `[B, 1, T, rotary_ndims]`; below 0 is padding, as at 0.
         Raises ValueError past the context: the model has never seen a later position.
         """
-        end = start + tokens
-        if end > self.max_positions:
-            raise ValueError(f"{start} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
+        latest = start if isinstance(start, int) else int(start.max())
+        if latest + tokens > self.max_positions:
+            raise ValueError(f"{latest} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
         if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
             self.fill(like.device)
-        return self.cos[start:end].to(like.dtype), self.sin[start:end].to(like.dtype)
+        if isinstance(start, int):
+            positions = slice(start, start + tokens)
+        else:
+            positions = (start[:, None, None] + torch.arange(tokens, device=like.device)).clamp(min=0)  # [B, 1, T]
+        return self.cos[positions].to(like.dtype), self.sin[positions].to(like.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -88,7 +99,8 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first `rotary_ndims` dimensions of each head by its position's angles; the others pass through.
 
-    x: `[B, H, T, D]`; cos and sin: `[T, rotary_ndims]`, the rows of the T positions. Returns `[B, H, T, D]`.
+    x: `[B, H, T, D]`; cos and sin: `[T, rotary_ndims]`, the rows of the T positions, or `[B, 1, T, rotary_ndims]` where
+    each text has its own. Returns `[B, H, T, D]`.
     """
     rotary_ndims = cos.shape[-1]
     turned, passed = x[..., :rotary_ndims], x[..., rotary_ndims:]

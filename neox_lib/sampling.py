@@ -93,9 +93,10 @@ class Sampling:
             probabilities = renormalize(probabilities, top_p_mask(probabilities, order, p))
         return probabilities
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def choose(self, logits: Tensor, *generators: torch.Generator) -> Tensor:
         """Logits `[B, V]` -> token ids `[B]`. Draws on the CPU, so that a seed means the same on every device.
 
+        The B random numbers come from one generator, or from one for each row, which then draws as it would alone.
         Laid end to end, the probabilities cover the line from 0 to 1; the token under a random point of it is drawn.
         Raises ValueError as `check_scores` does.
         """
@@ -103,8 +104,9 @@ class Sampling:
             check_scores(logits)
             return logits.argmax(dim=-1)
         ends = self.probabilities(logits).cumsum(dim=-1)
-        points = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]
-        return torch.searchsorted(ends, points, right=True)[:, 0].to(logits.device)
+        shape = (len(ends) // len(generators), 1)
+        points = torch.cat([torch.rand(*shape, dtype=ends.dtype, generator=generator) for generator in generators])
+        return torch.searchsorted(ends, points * ends[:, -1:], right=True)[:, 0].to(logits.device)
 
 
 GREEDY = Sampling()

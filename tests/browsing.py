@@ -71,7 +71,10 @@ def serve_lab(own: Path, root: Path, *more: str) -> Iterator[str]:
     """JupyterLab on the notebooks in `root`, its settings in `own`: the address, ending in a slash; TOKEN opens it."""
     settings = own / "jupyter_config_dir" / "labconfig"
     settings.mkdir(parents=True)
-    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    quiet = {
+        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+        "@jupyterlab/docmanager-extension:plugin": {"autosave": False},  # what is saved, a test has saved
+    }
     (settings / "default_setting_overrides.json").write_text(json.dumps(quiet), encoding="utf-8")
     port = free_port()
     options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--allow-root"]

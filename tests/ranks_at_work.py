@@ -37,6 +37,7 @@ def texts(model: NeoXModel) -> dict[str, list[int]]:
         "drawn": write(model, WARM),
         "no cache": write(model, GREEDY, use_cache=False),
         "stopped": write(model, GREEDY, stop=(greedy[5],)),
+        "padded": [step.token_ids[1] for step in stream_generate(model, [*PROMPT, [4, 8]], 8, stop_token_ids=())],
     }
 
 

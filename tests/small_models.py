@@ -9,6 +9,7 @@ from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
+from neox_lib.rope_scaling import RopeScaling
 
 WITH_TOKENIZER = NeoXConfig(  # room for a tokenizer of 300 tokens, and padding rows behind it
     vocab_size=384,
@@ -29,9 +30,12 @@ BASE = NeoXConfig(
     max_position_embeddings=64,
 )
 
+YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=16, beta_fast=4)
+
 
 def family(base: NeoXConfig) -> dict[str, NeoXConfig]:
-    """What GPT-NeoX models differ in, by name: activation, residual, tied or not, rotary share and base, epsilon."""
+    """What GPT-NeoX models differ in, by name: activation, residual, tied or not, biases, rotary share, base
+    and scaling, epsilon."""
     both = replace(base, tie_word_embeddings=True, use_parallel_residual=False, hidden_act="gelu", rotary_pct=0.5)
     return {
         "20b rules": base,
@@ -39,6 +43,11 @@ def family(base: NeoXConfig) -> dict[str, NeoXConfig]:
         "sequential residual": replace(base, use_parallel_residual=False),
         "tied": replace(base, tie_word_embeddings=True),
         "tied, sequential, exact, half rotary": both,
+        "no attention bias, linear rotary": replace(
+            base, attention_bias=False, rope_scaling=RopeScaling("linear", 3.0)
+        ),
+        "yarn": replace(base, rotary_pct=1.0, rope_scaling=YARN),
+        "dynamic rotary": replace(base, rotary_pct=0.5, rope_scaling=RopeScaling("dynamic", 2.0)),
         "rotary everywhere, another base and epsilon": replace(
             base, rotary_pct=1.0, rotary_emb_base=500, layer_norm_eps=1e-3
         ),

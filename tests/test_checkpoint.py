@@ -10,6 +10,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize
@@ -20,7 +21,7 @@ from torch import Tensor
 from neox_lib.checkpoints import build, files
 from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import CheckpointError, open_tensors
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import int8_tensors
 from neox_lib.checkpoints.slim import layout, reader
@@ -522,6 +523,18 @@ YML_DIALECT = {
     "sequential": ('"gpt_j_residual": true', '"gpt-j-residual": false', {"use_parallel_residual": False}),
     "gpt-neox turns all dimensions by default": ('"rotary_pct": 0.25,', "", {"rotary_pct": 1.0}),
     "no point in 1e-6": ('"norm"', '"layernorm-epsilon": 1e-6, "norm"', {"layer_norm_eps": 1e-6}),
+    "full attention by either kernel": (
+        '"norm"',
+        '"attention-config": [[["flash", "global"], "all"]], "sliding-window-width": 64, "norm"',
+        {},
+    ),
+    "what kernels do, and training": (
+        '"norm"',
+        '"scaled-upper-triang-masked-softmax-fusion": true, "rope_fusion": true, "attention-dropout": 0.1, '
+        '"apply_query_key_layer_scaling": true, "mup_init_scale": 1.0, "log_grad_norm": true, "moe_top_k": 1, '
+        '"mlp-multiple-of": 2, "num_kv_heads": 4, "use_mup": false, "pos_train_data_paths": ["a"], "logs": 3, "norm"',
+        {},
+    ),
     "another base": ('"norm"', '"rotary-emb-base": 500, "norm"', {"rotary_emb_base": 500}),
 }
 
@@ -541,6 +554,26 @@ BAD_YML = {
     "learned positions": ('"pos-emb": "rotary"', '"pos-emb": "learned"', "20B.yml: pos_emb is 'learned'"),
     "no positions named": ('"pos-emb": "rotary",', "", "20B.yml: pos_emb"),
     "another norm": ('"layernorm"', '"rmsnorm"', "20B.yml: norm is 'rmsnorm'"),
+    "a window": ('"norm"', '"sliding-window-width": 16, "norm"', "20B.yml: sliding_window_width is 16"),
+    "local layers": (
+        '"norm"',
+        '"attention_config": [[["local", "global"], 2]], "norm"',
+        "20B.yml: attention_config is",
+    ),
+    "sparse layers": ('"norm"', '"attention-config": [[["sparse_fixed"], "all"]], "norm"', "20B.yml: attention_config"),
+    "layers as a word": ('"norm"', '"attention-config": "flash", "norm"', "20B.yml: attention_config is 'flash'"),
+    "mup": ('"norm"', '"use-mup": true, "norm"', "20B.yml: use_mup is True; only False can be run"),
+    "a gated mlp": ('"norm"', '"mlp_type": "llama", "norm"', "20B.yml: mlp_type is 'llama'; only 'regular'"),
+    "another activation": ('"norm"', '"activation": "swiglu", "norm"', "20B.yml: activation is 'swiglu'"),
+    "no biases in the mlp": ('"norm"', '"use_bias_in_mlp": false, "norm"', "20B.yml: use_bias_in_mlp is False"),
+    "no biases in norms": ('"norm"', '"use_bias_in_norms": false, "norm"', "20B.yml: use_bias_in_norms is False"),
+    "norms of queries": ('"norm"', '"use-qk-layernorm": true, "norm"', "20B.yml: use_qk_layernorm is True; this lib"),
+    "fewer keys": ('"norm"', '"num-kv-heads": 2, "norm"', "20B.yml: num_kv_heads is 2"),
+    "experts": ('"norm"', '"moe-num-experts": 8, "norm"', "20B.yml: moe_num_experts is 8"),
+    "a learned prompt": ('"norm"', '"soft-prompt-tuning": {"enabled": true}, "norm"', "20B.yml: soft_prompt_tuning"),
+    "another engine's attention": ('"norm"', '"te_mha": true, "norm"', "20B.yml: te_mha is True; this library"),
+    "pairs of neighbours": ('"norm"', '"rotary_interleaved": true, "norm"', "20B.yml: rotary_interleaved is True"),
+    "what a fork may call it": ('"norm"', '"attn_logit_softcap": 30, "norm"', "attn_logit_softcap is 30; .*may change"),
     "no layers named": ('"num-layers": 3,', "", "20B.yml.*num_layers"),
     "text for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
     "heads that do not divide": ('"num-attention-heads": 4', '"num-attention-heads": 5', "20B.yml.*64.*5"),
@@ -555,6 +588,106 @@ def test_a_yml_that_does_not_fit_is_named(release, old, new, message):
     with pytest.raises(CheckpointError, match=message) as error:
         SlimCheckpoint(folder)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_attention_without_biases_is_read_as_its_yml_says_or_as_the_files_are(release, random_model):
+    folder, _ = release
+    for path in folder.glob("layer_*"):
+        edit(
+            path,
+            lambda tensors: [tensors.pop(key) for key in list(tensors) if key[:10] == "attention." and "bias" in key],
+        )
+    with pytest.raises(CheckpointError, match=r"layer_02-model_00.*lacks attention.query_key_value.bias"):
+        load(folder)
+    rewrite_yml(folder, '"norm"', '"use-bias-in-attn-linear": false, "norm"')
+    plain = replace(RELEASED, attention_bias=False)
+    assert load(folder).config == plain
+    shutil.rmtree(folder.parent / "configs")
+    assert load(folder).config == replace(plain, max_position_embeddings=2048)
+
+
+def without_a_pipeline(folder: Path, place: str = "") -> None:
+    """The layer files of a release as gpt-neox writes them for pipe-parallel-size 0: a file a rank, the state of
+    training beside the weights."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for index, paths in find_shards(folder).items():
+        for rank, path in enumerate(paths):
+            module = files.setdefault(f"mp_rank_{rank:02d}_model_states.pt", {})
+            module |= {f"{place}sequential.{index}.{key}": tensor for key, tensor in open_tensors(path).items()}
+    state = {"np_rng_state": np.random.default_rng(0).integers(9, size=5).astype("uint32"), "dp_world_size": 1}
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    for name, module in files.items():
+        torch.save(state | {"module": {key: tensor.clone() for key, tensor in module.items()}}, folder / name)
+
+
+@pytest.mark.parametrize("place", ["", "module."])
+def test_a_release_without_a_pipeline_is_the_same_model(release, place):
+    """All layers of a rank lie in one file then; whatever reads layer files reads them."""
+    folder, _ = release
+    merged = load(folder).state_dict()
+    without_a_pipeline(folder, place)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == RELEASED
+    assert all(torch.equal(merged[name], tensor) for name, tensor in checkpoint.tensors())
+    assert {len(parts) for _, parts in checkpoint.parts()} == {2}
+    rows = checkpoint.files()
+    assert [row.part for row in rows[:3]] == ["word embeddings", "word embeddings", "block 0"]
+    held = [tensor.nbytes for path in folder.glob("*.pt") for tensor in open_tensors(path).values()]
+    assert sum(row.nbytes for row in rows) == sum(held)
+
+
+WITHOUT_A_PIPELINE = {
+    "a rank is missing": (lambda folder: (folder / WHOLE.format(0)).unlink(), "mp_rank_00 is missing"),
+    "weights elsewhere": (
+        lambda folder: torch.save({"module": None}, folder / WHOLE.format(0)),
+        "holds no weights.*layer_00",
+    ),
+    "a layer is missing": (
+        lambda folder: keep(folder, lambda key: "sequential.3." not in key),
+        r"mp_rank_00_model_states.pt:sequential.3: missing; 3 layers need it",
+    ),
+    "names of transformers": (
+        lambda folder: keep(folder, lambda key: True, lambda key: key.replace("sequential", "gpt_neox.layers")),
+        r"mp_rank_00\S+: gpt_neox.layers.\S+ is not a key of gpt-neox.*the folder above",
+    ),
+    "a key is missing": (
+        lambda folder: keep(folder, lambda key: "3.mlp.dense_h_to_4h.bias" not in key),
+        r"mp_rank_00_model_states.pt:sequential.3: lacks mlp.dense_h_to_4h.bias",
+    ),
+}
+WHOLE = "mp_rank_{:02d}_model_states.pt"
+
+
+def keep(folder: Path, wanted, rename=lambda key: key) -> None:
+    for path in folder.glob("mp_rank_*"):
+        module = {rename(key): tensor.clone() for key, tensor in open_tensors(path).items() if wanted(key)}
+        torch.save({"module": module}, path)
+
+
+@pytest.mark.parametrize(("damage", "words"), WITHOUT_A_PIPELINE.values(), ids=WITHOUT_A_PIPELINE)
+def test_a_file_of_all_layers_that_cannot_be_used_is_named(release, damage, words):
+    folder, _ = release
+    without_a_pipeline(folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_stands_in_front_of_all_keys_is_no_part_of_them(release):
+    """A model that was wrapped when it was saved; a second one in the same file is not taken for it."""
+    folder, _ = release
+    merged = load(folder).state_dict()
+    for path in folder.glob("layer_*"):
+        edit(
+            path,
+            lambda tensors: [tensors.update({f"module._orig_mod.{key}": tensors.pop(key)}) for key in list(tensors)],
+        )
+    assert all(torch.equal(merged[name], tensor) for name, tensor in load(folder).state_dict().items())
+    edit(shard(folder, 7, 0), lambda tensors: tensors.update({"final_linear.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"layer_07\S+: module\S+ and final_linear.weight are both a model's"):
+        load(folder)
 
 
 def test_two_ymls_are_a_question(release):

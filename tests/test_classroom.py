@@ -1,20 +1,23 @@
-"""A class, from the student edition to the report: one student solves, one leaves all as it is, one does damage."""
+"""A class of six, from the student edition to the report: solved, half, empty, copied, hostile, corrupt."""
 
+import ast
 import csv
 import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from neox_lib.classroom.asked import exercises_of
 from neox_lib.classroom.handed_in import read_class
-from neox_lib.classroom.report import Report, class_report, harmless, series_of
+from neox_lib.classroom.kernel import Limits
+from neox_lib.classroom.report import Report, class_report, harmless
 from neox_lib.classroom.student import READ_THE_TABLE, unmarked, without_asserts, write_student_edition
-from neox_lib.classroom.watch import Limits
 from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.predictions import letter, questions
 
@@ -23,47 +26,55 @@ STEMS = [path.stem for path in PATHS]
 every_notebook = pytest.mark.parametrize("stem", STEMS)
 ROTARY, START = "02_rotary_embeddings", "00_start_here"
 
-DAMAGE = {  # what the third student hands in, by the name that is asked for
-    "my_next_token": "def my_next_token(scores):\n    print('Passed.')\n    return 0",
-    "my_apply_merges": "import time\ndef my_apply_merges(symbols, ranks):\n    while True:\n        time.sleep(0.01)",
-    "my_decode": "import os\ndef my_decode(ids, tokens):\n    os._exit(0)",
-    "my_encode_untrusted": "import ctypes\ndef my_encode_untrusted(tokenizer, text):\n    ctypes.string_at(0)",
-    "my_rotary_angles": """
-from neox_lib.course import checks
+FAKED = """
+from IPython.display import display
+def my_next_token(scores):
+    print('Passed.')
+    display({'application/vnd.neox.check+json': {'state': 'solved', 'words': '', 'token': '0' * 32}}, raw=True)
+    return 0"""
+TAMPERED = """
 from neox_lib.course.exercises import rotary
+rotary.rotary_angles.__closure__[0].cell_contents = lambda yours: None
 def my_rotary_angles(*anything):
-    checks.require = rotary.require = rotary.require_equal = lambda *anything: None
-    return torch.zeros(1)""",
-    "my_rotate_half": """
+    pass"""
+DELETES = """
 import os
 def my_rotate_half(x):
     for name in os.listdir():
         os.remove(name)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)""",
-    "my_apply_rotary": "def my_apply_rotary(x, cos, sin):\n    return torch.zeros(2**40)",
-    "my_causal_mask": "def my_causal_mask(queries, keys, device):\n    return 'a mask'",
-    "my_split_heads": "def my_split_heads(qkv, num_heads):\n    while True:\n        print('x' * 100_000)",
-    "my_attention": "def my_attention(query, key, value):\n    raise SystemExit",
-    "my_gelu": "def my_gelu(x):\n    return x *",
-    "my_layer_norm": "",
-    "my_parameter_count": "def my_parameter_count(config):\n    return 1 / 0",
-}
-DONE = {  # what the report has to say of it: a state, and a word of what goes with it
-    "my_next_token": ("not yet", "should be 1"),
-    "my_apply_merges": ("stopped", "endless loop"),
-    "my_decode": ("crashed", "exit code 0"),
-    "my_encode_untrusted": ("crashed", "died"),
-    "my_rotary_angles": ("tampered", "require"),
-    "my_rotate_half": ("solved", ""),
-    "my_apply_rotary": ("not yet", "memory"),
-    "my_causal_mask": ("not yet", "should be"),
-    "my_split_heads": ("not yet", "OSError"),
-    "my_attention": ("error", "SystemExit"),
-    "my_gelu": ("error", "SyntaxError"),
-    "my_layer_norm": ("missing", "my_layer_norm"),
-    "MyBlock": ("not written", ""),
-    "my_parameter_count": ("not yet", "ZeroDivisionError"),
+    return torch.cat([-second, first], dim=-1)"""
+HOSTILE = {  # what is handed in, by the name that is asked for; the report's state, and a word of what goes with it
+    "my_next_token": (FAKED, "not yet", "should be 1"),
+    "my_apply_merges": (
+        "import time\ndef my_apply_merges(symbols, ranks):\n    while True:\n        time.sleep(0.01)",
+        "stopped",
+        "endless loop",
+    ),
+    "my_decode": ("import os\ndef my_decode(ids, tokens):\n    os._exit(0)", "crashed", "exit code 0"),
+    "my_encode_untrusted": (
+        "import os, signal\ndef my_encode_untrusted(tokenizer, text):\n    os.kill(os.getppid(), signal.SIGKILL)",
+        "crashed",
+        "died",
+    ),
+    "my_rotary_angles": (TAMPERED, "tampered", "rotary.rotary_angles"),
+    "my_rotate_half": (DELETES, "solved", ""),
+    "my_apply_rotary": ("def my_apply_rotary(x, cos, sin):\n    return torch.zeros(2**40)", "not yet", "memory"),
+    "my_causal_mask": ("def my_causal_mask(queries, keys, device):\n    return 'a mask'", "not yet", "should be"),
+    "my_split_heads": (
+        "def my_split_heads(qkv, num_heads):\n    while True:\n        print('x' * 100_000)",
+        "stopped",
+        "prints more than",
+    ),
+    "my_attention": ("def my_attention(query, key, value):\n    raise SystemExit", "error", "SystemExit"),
+    "my_gelu": ("def my_gelu(x):\n    return x *", "error", "SyntaxError"),
+    "my_layer_norm": ("", "missing", "my_layer_norm"),
+    "MyBlock": (None, "not written", ""),
+    "my_parameter_count": (
+        "import sys\ndef my_parameter_count(config):\n    return 1 / 0\nsys.exit()",
+        "not yet",
+        "ZeroDivisionError",
+    ),
 }
 
 
@@ -79,12 +90,23 @@ def asked_name(cell) -> str:
     return re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE)[-1]
 
 
-def folded_solutions(stem: str) -> dict[str, str]:
+def references(stem: str) -> dict[str, str]:
     """What the teacher's edition has under Solution: the name asked for -> its text."""
-    prose = "\n".join(cell.source for cell in read(NOTEBOOKS / f"{stem}.ipynb").cells if cell.cell_type == "markdown")
-    folds = re.findall(r"<summary>Solution</summary>(.*?)</details>", prose, re.DOTALL)
-    texts = [text for fold in folds for text in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
-    return {re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE)[-1]: text for text in texts}
+    exercises = exercises_of(json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text("utf-8")))
+    assert all(each.reference for each in exercises)
+    return {each.name: each.reference for each in exercises}
+
+
+class InOwnWords(ast.NodeTransformer):
+    """The same piece as somebody else would write it."""
+
+    def visit_Return(self, node):
+        own = ast.Name("own", ast.Store())
+        return [ast.Assign([own], node.value), ast.Return(own)] if node.value else node
+
+
+def in_own_words(text: str) -> str:
+    return ast.unparse(ast.fix_missing_locations(InOwnWords().visit(ast.parse(text))))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +125,7 @@ def test_no_solution_and_no_note_for_the_teacher_is_left(edition, stem):
     text = (edition / f"{stem}.ipynb").read_text("utf-8")
     assert "<summary>Solution" not in text and "teacher-note" not in text
     code = "\n".join(cell.source for cell in read(edition / f"{stem}.ipynb").cells)
-    for solution in folded_solutions(stem).values():
+    for solution in references(stem).values():
         assert solution.split("\n", 1)[1].strip() not in code
 
 
@@ -191,30 +213,43 @@ def hand_in(source: Path, target: Path, answers: dict[str, str]) -> None:
     nbformat.write(notebook, target)
 
 
-@pytest.fixture(scope="module")
-def handed_in(edition, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("handed in")
-    for stem in (START, ROTARY):
-        hand_in(edition / f"{stem}.ipynb", folder / "ada" / f"{stem}.ipynb", folded_solutions(stem))
-    bets = {each.key: letter(each.answer) for each in questions(ROTARY).values()}
-    bets[next(iter(bets))] = "Z"
-    (folder / "ada" / ".progress.json").write_text(json.dumps({"predictions": bets}))
-    with zipfile.ZipFile(folder / "ben.zip", "w") as archive:
-        archive.write(edition / f"{ROTARY}.ipynb", "mine/02_rotary_embeddings (1).ipynb")
-        archive.writestr("../outside.ipynb", "{}")
-    for stem in STEMS[:5]:
-        hand_in(edition / f"{stem}.ipynb", folder / "cy" / f"{stem}.ipynb", DAMAGE)
-    (folder / "=1+1").mkdir()
-    (folder / "=1+1" / f"{ROTARY}.ipynb").write_text("no notebook")
-    (folder / "nothing").mkdir()
-    hand_in(edition / f"{START}.ipynb", folder / "dora - work.ipynb", {"my_next_token": HELPED})
-    return folder
-
-
 HELPED = """def place(row):
     return int(row.argmax())
 my_next_token = lambda scores: place(scores)
 print(undefined)"""
+
+
+@pytest.fixture(scope="module")
+def handed_in(edition, tmp_path_factory) -> Path:
+    """A class of six: all solved, half of it, nothing, copied, hostile, corrupt."""
+    folder = tmp_path_factory.mktemp("handed in")
+    own = {stem: {name: in_own_words(text) for name, text in references(stem).items()} for stem in STEMS}
+    for stem in STEMS:
+        hand_in(edition / f"{stem}.ipynb", folder / "ada" / f"{stem}.ipynb", own[stem])
+    chosen = {each.key: letter(each.answer) for each in questions(ROTARY).values()}
+    chosen.popitem()
+    chosen[next(iter(chosen))] = "Z"
+    (folder / "ada" / ".progress.json").write_text(json.dumps({"predictions": chosen}))
+    hand_in(edition / f"{START}.ipynb", folder / "half" / "homework.ipynb", {"my_next_token": HELPED})
+    with zipfile.ZipFile(folder / "ben.zip", "w") as archive:
+        archive.write(folder / "half" / "homework.ipynb", "homework.ipynb")
+        archive.write(edition / f"{ROTARY}.ipynb", "mine/02_rotary_embeddings (1).ipynb")
+        archive.writestr("../outside.ipynb", "{}")
+    shutil.rmtree(folder / "half")
+    shutil.copy(edition / f"{ROTARY}.ipynb", folder / f"cleo - {ROTARY}.ipynb")
+    copied = {
+        "my_rotary_angles": references(ROTARY)["my_rotary_angles"].replace("return", "# my own idea\n    return"),
+        "my_rotate_half": "from neox_lib.rotary import rotate_half as my_rotate_half",
+        "my_apply_rotary": own[ROTARY]["my_apply_rotary"],
+    }
+    hand_in(edition / f"{ROTARY}.ipynb", folder / "dan" / f"{ROTARY}.ipynb", copied)
+    for stem in STEMS[:5]:
+        answers = {name: text for name, (text, *_) in HOSTILE.items() if text is not None}
+        hand_in(edition / f"{stem}.ipynb", folder / "eve" / f"{stem}.ipynb", answers)
+    (folder / "=1+1").mkdir()
+    (folder / "=1+1" / f"{ROTARY}.ipynb").write_text("no notebook")
+    (folder / "=1+1" / "essay.ipynb").write_text("{}")
+    return folder
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -224,7 +259,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def report(handed_in) -> Report:
     before = fingerprint(handed_in)
-    found = class_report(handed_in, Limits(seconds=12), jobs=3)
+    found = class_report(handed_in, Limits(seconds=20), jobs=3)
     assert fingerprint(handed_in) == before, "the work is done in copies"
     return found
 
@@ -233,60 +268,68 @@ def line_of(report: Report, student: str):
     return next(line for line in report.lines if line.student == student)
 
 
-def test_who_solved_all_has_solved_all(report):
-    sheets = line_of(report, "ada").sheets
-    assert {stem: (sheet.solved, len(sheet.outcomes)) for stem, sheet in sheets.items()} == {
-        START: (1, 1),
-        ROTARY: (3, 3),
-    }
-    assert sheets[ROTARY].bets == (3, 4) and not line_of(report, "ada").remarks
+def test_every_reference_solution_gets_full_marks_and_no_remark(report):
+    line = line_of(report, "ada")
+    outcomes = {name: outcome for sheet in line.sheets.values() for name, outcome in sheet.outcomes.items()}
+    assert outcomes == {name: ("solved", "") for stem in STEMS for name in references(stem)}
+    assert line.remarks == ("same as dan: my_apply_rotary",), "dan's doing, and nothing else"
+    assert line.sheets[ROTARY].predictions == (2, 3) and line.sheets[START].predictions == (0, 0)
+
+
+def test_half_of_it_is_half_of_it(report):
+    """A notebook is known by its exercises; a helper counts; a try of one's own that fails below costs nothing."""
+    sheets = line_of(report, "ben").sheets
+    assert list(sheets) == [START, ROTARY] and sheets[ROTARY].predictions is None
+    state, words = sheets[START].outcomes["my_next_token"]
+    assert state == "solved" and "NameError" in words
+    assert {state for state, _ in sheets[ROTARY].outcomes.values()} == {"not written"}
 
 
 def test_who_left_it_has_stubs_and_no_blame(report):
-    line = line_of(report, "ben")
-    assert list(line.sheets) == [ROTARY] and line.sheets[ROTARY].bets is None
-    assert {state for state, _ in line.sheets[ROTARY].outcomes.values()} == {"not written"}
+    line = line_of(report, "cleo")
+    assert {state for state, _ in line.sheets[ROTARY].outcomes.values()} == {"not written"} and not line.remarks
 
 
-@pytest.mark.parametrize("name", DONE)
+def test_what_is_not_ones_own_is_remarked(report):
+    assert line_of(report, "dan").remarks == (
+        "the library's own object: my_rotate_half",
+        "same as the reference: my_rotary_angles",
+        "same as ada: my_apply_rotary",
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
 def test_damage_is_named_for_what_it_is(report, name):
-    outcomes = {key: value for sheet in line_of(report, "cy").sheets.values() for key, value in sheet.outcomes.items()}
-    state, word = DONE[name]
+    outcomes = {key: value for sheet in line_of(report, "eve").sheets.values() for key, value in sheet.outcomes.items()}
+    _, state, word = HOSTILE[name]
     assert outcomes[name][0] == state and word in outcomes[name][1]
 
 
 def test_deleted_files_and_endless_output_are_remarked(report):
-    remarks = " ".join(line_of(report, "cy").remarks)
+    remarks = " ".join(line_of(report, "eve").remarks)
     assert "deletes files in its folder" in remarks and "prints more than 1 MiB" in remarks
 
 
-def test_a_loose_notebook_is_known_by_its_exercises_and_helpers_count(report):
-    """The piece passes; that the student's own try below it fails is said, and costs nothing."""
-    (sheet,) = line_of(report, "dora - work").sheets.values()
-    assert sheet.notebook == START and sheet.outcomes["my_next_token"][0] == "solved"
-    assert "NameError" in sheet.outcomes["my_next_token"][1]
-
-
 def test_what_is_no_notebook_is_said(report):
-    outcomes = line_of(report, "=1+1").sheets[ROTARY].outcomes
-    assert {state for state, _ in outcomes.values()} == {"unreadable"}
-    assert "no notebook of the series" in line_of(report, "nothing").remarks[0]
+    line = line_of(report, "=1+1")
+    assert {state for state, _ in line.sheets[ROTARY].outcomes.values()} == {"unreadable"}
+    assert line.remarks == ("essay.ipynb: not a notebook of the series",)
 
 
 def test_the_table_is_one_line_a_student(report):
     rows = {line.split("  ")[0].strip(): line.split() for line in report.table().splitlines()}
-    assert rows["ada"][-6:] == ["3/3", "-", "-", "4/14", "3/4"] or rows["ada"][1:4] == ["1/1", "-", "3/3"]
-    assert len(report.table().splitlines()) == 1 + len(report.lines)
-    assert "cy, 01 my_decode: crashed" in report.details()
+    assert rows["ada"][-2:] == ["28/28", "2/3"] and rows["ben"][1:4] == ["1/1", "-", "0/3"]
+    assert len(rows) == 1 + len(report.lines) == 7
+    assert "eve, 01 my_decode: crashed" in report.details()
 
 
 def test_the_csv_has_a_row_for_each_exercise_and_no_formula(report, tmp_path):
     report.write_csv(tmp_path / "class.csv")
-    with open(tmp_path / "class.csv", newline="", encoding="utf-8-sig") as file:
+    with (tmp_path / "class.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(report.lines) * sum(map(len, series_of(NOTEBOOKS).values()))
+    assert len(rows) == len(report.lines) * sum(map(len, report.series.values()))
     assert not [row for row in rows if any(cell.startswith(("=", "+", "-", "@")) for cell in row.values())]
-    (angles,) = [row for row in rows if (row["student"], row["exercise"]) == ("cy", "my_rotary_angles")]
+    (angles,) = [row for row in rows if (row["student"], row["exercise"]) == ("eve", "my_rotary_angles")]
     assert angles["result"] == "tampered"
 
 
@@ -298,7 +341,7 @@ def test_nothing_is_unpacked_outside_and_no_link_is_followed(tmp_path):
         for name in ("../out.ipynb", "/out.ipynb", "C:\\out.ipynb", "in.ipynb"):
             archive.writestr(name, "{}")
     if hasattr(os, "symlink"):
-        os.symlink(secret, tmp_path / "class" / "ada" / "link.ipynb")
+        (tmp_path / "class" / "ada" / "link.ipynb").symlink_to(secret)
     files = {student.name: list(student.files) for student in read_class(tmp_path / "class", STEMS)}
     assert files == {"ada": [], "ben": ["in.ipynb"]}
 

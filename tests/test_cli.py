@@ -1,5 +1,6 @@
 """The command line: what a newcomer types, and what they read when something is wrong."""
 
+import io
 import os
 import re
 import signal
@@ -46,6 +47,44 @@ def test_packed_weights_write_a_text_of_the_same_length(checkpoint, capsys, dtyp
     assert main([*argv, "--dtype", dtype, "--pack"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("the") and "8 new tokens" in said.err and f", {dtype}, cpu" in said.err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbfthe fox", "\ufeffthe fox".encode("utf-16-le"), "\ufeffthe fox".encode("utf-16-be"), b"the fox"],
+    ids=["utf-8", "utf-16", "utf-16 big end first", "without"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(checkpoint, capsys, monkeypatch, content, encoding):
+    """Windows PowerShell puts one before what it pipes: the model would continue another text than the one typed."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding))
+    assert main(["generate", "-", "--model", str(checkpoint), "--tokens", "2", "--no-stop"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("the fox") and "prefill of 2 tokens" in told.err
+
+
+def test_what_the_terminal_cannot_spell_is_replaced_and_ends_nothing(checkpoint, monkeypatch):
+    """A prompt with an umlaut on a plain ASCII terminal: the answer is worth more than the one letter."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert main(["generate", "the f\u00f6x \u2192", "--model", str(checkpoint), "--tokens", "2", "--no-stop"]) == 0
+    assert shown.getvalue().startswith(b"the f?x ?")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--top-p", "0.9", "--seed", "3"], "--top-p, --seed: without effect at temperature 0"),
+        (["--top-k", "5"], "--top-k: without effect at temperature 0"),
+        (["--top-p", "0.9", "--seed", "3", "--temperature", "0.5"], None),
+        ([], None),
+    ],
+)
+def test_cuts_and_seeds_without_a_temperature_get_a_line(checkpoint, capsys, words, said):
+    """Two seeds that give one text look like a bug, and without a word nobody finds out why."""
+    assert main(["generate", "the", "--model", str(checkpoint), "--tokens", "2", *words]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("neox_lib: ")]
+    assert len(lines) == (said is not None) and all(said in line for line in lines)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(checkpoint, capsys):

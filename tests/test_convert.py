@@ -22,7 +22,7 @@ from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from tests.small_models import load
+from tests.small_models import YARN, load
 
 CONFIG = NeoXConfig(
     vocab_size=2048,
@@ -35,6 +35,7 @@ CONFIG = NeoXConfig(
 )
 TO = {"slim": lambda source, target: convert_to_slim(source, target, ranks=2), "huggingface": convert_to_huggingface}
 TOKENIZER = (SHIPPED_MODEL / "tokenizer.json").read_text()
+OTHER_RULES = {"tie_word_embeddings": True, "hidden_act": "gelu", "attention_bias": False, "rope_scaling": YARN}
 
 
 def make(folder: Path, layout: str, config: NeoXConfig = CONFIG) -> Path:
@@ -70,7 +71,7 @@ def assert_same(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("via", TO)
 @pytest.mark.parametrize("start", TO)
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True, "hidden_act": "gelu"}], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [{}, OTHER_RULES], ids=["untied", "tied and scaled"])
 def test_there_and_back_is_the_same_model(tmp_path, start, via, config):
     """To the bit, and its tokenizer comes along."""
     source = make(tmp_path / "a", start, replace(CONFIG, **config))

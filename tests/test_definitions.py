@@ -10,6 +10,7 @@ PROMOTED = [
     "tokenizer",
     "rotary",
     "attention",
+    "padding",
     "block",
     "model",
     "checkpoints.slim.partition",

@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from neox_lib.checkpoints.files import (
     open_tensors,
     save_tensors,
 )
+from neox_lib.checkpoints.tensor_files import open_safetensors
+from neox_lib.checkpoints.tokenizer_files import open_tokenizer
 
 
 def a_file(path: Path, zip_format: bool = True) -> dict[str, torch.Tensor]:
@@ -73,6 +76,26 @@ def test_a_module_state_opens(tmp_path):
     assert torch.equal(opened["weight"], module.weight) and not opened["weight"].requires_grad
 
 
+def test_a_file_of_deepspeed_opens(tmp_path):
+    """It holds the state of a run too, the random numbers of NumPy among it, which would be refused as code."""
+    state = {"np_rng_state": np.random.RandomState(0).get_state(), "dp_world_size": 1, "optimizer": None}
+    torch.save(state | {"module": {"a": torch.ones(2)}}, tmp_path / "x.pt")
+    assert open_tensors(tmp_path / "x.pt")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "open_file"),
+    [("x.pt", open_tensors), ("x.bin", open_tensors), ("x.safetensors", open_safetensors), ("x.json", open_tokenizer)],
+)
+def test_what_git_leaves_of_a_large_file_is_called_a_pointer(tmp_path, name, open_file):
+    """Without Git LFS a clone has three lines for each file of weights; "damaged" sends people to fetch these again."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=rf"{name}: a Git LFS pointer.*git lfs pull") as error:
+        open_file(tmp_path / name)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def truncated(path: Path) -> None:
     a_file(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -111,6 +134,7 @@ BAD_FILES = {
     "old format truncated": (old_format_truncated, "truncated"),
     "text": (lambda path: path.write_text("<html>404 not found</html>"), "expected"),
     "another zip": (zip_of_something_else, "expected"),
+    "a pipeline's rank": (lambda path: torch.save({"module": None, "iteration": 3}, path), "holds no weights"),
     "a list": (not_by_name, "something else than tensors"),
     "numbers among the tensors": (not_tensors, "something else than tensors"),
 }

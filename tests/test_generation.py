@@ -252,7 +252,7 @@ BAD_IDS = {
     "no row": (torch.empty(0, 3, dtype=torch.long), r"at least one token, got \[0, 3\]"),
     "fractions": (torch.tensor([[1.0]]), r"int64 or int32, got torch.float32"),
     "truth values": (torch.tensor([[True]]), r"int64 or int32, got torch.bool"),
-    "a list": ([[3, 4]], r"tensor .* got list"),
+    "one list": ([3, 4], r"\[batch, tokens\] .* got \[1\]"),
 }
 
 

@@ -31,6 +31,7 @@ NOT_RUN = {
         SERVER
     ),
     "make slides NOTEBOOK=02": SERVER,
+    "make slides LESSON=16": SERVER,
     "jupyter lab notebooks/mine": SERVER,
     "python -m neox_lib playground": SERVER,
     "python -m neox_lib slides 02": SERVER,

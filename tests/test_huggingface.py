@@ -5,14 +5,19 @@ import os
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import hugging_face_config, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.huggingface.layout import WHOLE
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import greedy_generate
@@ -91,6 +96,59 @@ def whole_bin(folder: Path, zip_format: bool = True) -> None:
 # What comes out
 
 
+@st.composite
+def rope_dialects(draw) -> dict:
+    """Fields of a config.json about rotary positions and biases, in the older words or the newer ones."""
+    kind = draw(st.sampled_from(["default", "linear", "dynamic", "yarn"]))
+    rope: dict[str, Any] = {} if kind == "default" else {"factor": draw(st.sampled_from([1.0, 1.5, 4, 16.0]))}
+    if kind == "yarn":
+        choices = {
+            "original_max_position_embeddings": [8, 32, 64],
+            "attention_factor": [0.8, 1.3, None],
+            "beta_fast": [2.0, 32, None],
+            "beta_slow": [0.5, 1, None],
+            "mscale": [0.7, None],
+            "mscale_all_dim": [1.2, 0.3],
+            "truncate": [True, False],
+        }
+        rope |= {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
+        if draw(st.booleans()) and rope.get("original_max_position_embeddings"):
+            rope["factor"] = draw(st.sampled_from([rope["factor"], None]))
+    # with a single pair transformers divides by zero in dynamic scaling
+    share, base = (
+        draw(st.sampled_from([0.5, 1.0] if kind == "dynamic" else [0.25, 0.5, 1.0])),
+        draw(st.sampled_from([10000, 500.0])),
+    )
+    fields: dict[str, Any] = {"attention_bias": draw(st.booleans())}
+    if kind == "yarn" and draw(st.booleans()):
+        fields["original_max_position_embeddings"] = 24
+    if draw(st.booleans()):
+        scaling = {} if kind == "default" else {"rope_scaling": {"type": kind, **rope}}
+        return fields | scaling | {"rotary_pct": share, "rotary_emb_base": base}
+    words = {"rope_type": kind, **rope, "partial_rotary_factor": share, "rope_theta": base}
+    return fields | {"rope_parameters": words}
+
+
+@settings(max_examples=25, deadline=None)
+@given(dialect=rope_dialects(), heads=st.sampled_from([1, 2, 4]))
+@torch.inference_mode()
+def test_rotary_positions_are_scaled_as_transformers_scales_them(tmp_path_factory, dialect, heads):
+    """In both dialects, with whatever may be left out: logits to 1e-5, and the text written after them."""
+    from transformers import GPTNeoXForCausalLM
+
+    folder = tmp_path_factory.mktemp("rope")
+    changed = replace(BASE, num_attention_heads=heads, attention_bias=dialect["attention_bias"])
+    hugging_face_model(changed, seed=heads).save_pretrained(folder)
+    edit_config(folder, rope_parameters=None)
+    edit_config(folder, **dialect)
+    theirs, ours = GPTNeoXForCausalLM.from_pretrained(folder).eval(), create_model(folder, dtype="float32")
+    expected = theirs(IDS).logits
+    assert (ours(IDS) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    written = theirs.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
+    assert greedy_generate(ours, IDS, 46)[0][: written.shape[1]] == written[0].tolist()
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 @torch.inference_mode()
 def test_a_folder_of_transformers_gives_its_logits_and_its_text(tmp_path, case):
@@ -144,6 +202,66 @@ def test_a_tied_base_model_is_enough(tmp_path):
     theirs.save_pretrained(tmp_path / "whole")
     theirs.gpt_neox.save_pretrained(tmp_path / "base")
     assert torch.equal(logits(tmp_path / "base"), logits(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "place", ["module.", "_orig_mod.", "base_model.model.", "transformer.", "a.trainer's._orig_mod."]
+)
+@pytest.mark.parametrize("rewrite", [lambda folder: None, lambda folder: shard(folder, "safetensors"), whole_bin])
+def test_what_stands_in_front_of_all_names_is_no_part_of_them(plain, folder, place, rewrite):
+    """DDP, torch.compile, PEFT and trainers save a model under the name that it has inside of theirs."""
+
+    def put_inside(tensors):
+        for key in list(tensors):
+            words = key.split(".")
+            if "_orig_mod" in place and "layers" in words:  # FSDP and compiled blocks
+                words.insert(words.index("layers") + 2, "_fsdp_wrapped_module")
+            tensors[place + ".".join(words)] = tensors.pop(key)
+
+    edit_weights(folder, put_inside)
+    rewrite(folder)
+    assert torch.equal(logits(folder), logits(plain))
+
+
+def test_a_base_model_inside_of_another(tmp_path):
+    """The body under a name of the owner's, without gpt_neox, and an output matrix beside it."""
+    theirs = hugging_face_model(BASE)
+    theirs.save_pretrained(tmp_path)
+    edit_weights(
+        tmp_path,
+        lambda tensors: [
+            tensors.update({"transformer." + key.removeprefix("gpt_neox."): tensors.pop(key)})
+            for key in list(tensors)
+            if "gpt_neox" in key
+        ],
+    )
+    with torch.inference_mode():
+        assert (logits(tmp_path) - theirs(IDS).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "head", ["v_head.summary.weight", "v_head.0.weight", "ilql_heads.target_q_heads.0.0.bias", "value_head.weight"]
+)
+def test_a_value_head_beside_the_model_is_left_out_with_a_note(plain, folder, caplog, head):
+    """PPO judges the model's texts with it; the texts are written without."""
+    edit_weights(folder, lambda tensors: tensors.update({head: torch.ones(1, 32)}))
+    assert torch.equal(logits(folder), logits(plain))
+    (message,) = caplog.messages
+    assert f"model.safetensors: {head}: a value head beside the model is left out" in message
+
+
+def test_a_quantization_config_over_plain_weights_is_passed_over_with_a_note(plain, folder, caplog):
+    """A model merged after QLoRA often keeps one. What counts is what lies in the files; those below are refused."""
+    caplog.set_level("INFO")
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert torch.equal(logits(folder), logits(plain))
+    assert any("quantization_config is passed over" in message for message in caplog.messages)
+
+
+def test_settings_of_gpt_neox_that_transformers_ignores_get_a_note(plain, folder, caplog):
+    edit_config(folder, use_mup=True, attention_config=[[["local"], 2]], sliding_window=None, sliding_window_width=64)
+    assert torch.equal(logits(folder), logits(plain))
+    assert [message.split(": ")[1].split(" is ")[0] for message in caplog.messages] == ["use_mup", "attention_config"]
 
 
 def test_old_buffers_are_passed_over(plain, folder):
@@ -364,6 +482,16 @@ def config_says(**changes):
     return lambda folder: edit_config(folder, **changes)
 
 
+def two_models(folder: Path) -> None:
+    put = {f"{name}.": load_file(folder / "model.safetensors") for name in ("module", "reference")}
+    save_file({prefix + key: tensors[key] for prefix, tensors in put.items() for key in tensors}, folder / WHOLE)
+
+
+def not_merged(folder: Path) -> None:
+    key = "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.default.weight"
+    edit_weights(folder, lambda tensors: tensors.update({key: torch.zeros(2, 32)}))
+
+
 def extra_tensor(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
 
@@ -377,18 +505,40 @@ REFUSED = {
     "config of a wrong type": (config_says(hidden_size="32"), r"config\.json: not a GPT-NeoX config: hidden_size"),
     "config of an impossible shape": (config_says(num_attention_heads=5), r"hidden_size 32 does not divide"),
     "relu": (config_says(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; it must be one of gelu, "),
-    "no attention bias": (config_says(attention_bias=False), r"config\.json: attention_bias is False"),
-    "another head size": (config_says(head_dim=16), r"head_dim is 16; 4 heads of it"),
-    "long rotary": (
-        config_says(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
-        r"config\.json: rope_parameters is of type 'yarn'",
+    "no attention bias in the config alone": (
+        config_says(attention_bias=False),
+        r"model\.safetensors: unexpected gpt_neox\.layers\.\d\.attention\.(dense|query_key_value)\.bias",
     ),
-    "scaled rotary of old": (config_says(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling .* 'linear'"),
+    "attention bias is a word": (config_says(attention_bias="no"), "attention_bias must be true or false, got 'no'"),
+    "another head size": (config_says(head_dim=16), r"head_dim is 16; 4 heads of it"),
+    "rotary of Llama 3": (
+        config_says(rope_parameters={"rope_type": "llama3", "factor": 4.0, "rope_theta": 1e4}),
+        r"config\.json: rope_parameters is of type 'llama3'; only one of default, linear, dynamic, yarn",
+    ),
+    "rotary of each kind of layer": (
+        config_says(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}),
+        r"config\.json: rope_parameters is settings for each kind of layer",
+    ),
+    "rotary scaled and plain": (
+        config_says(rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_scaling and rope_parameters contradict",
+    ),
+    "scaled by nothing": (
+        config_says(rope_parameters={"rope_type": "linear"}),
+        "rope_scaling of type linear has no factor",
+    ),
+    "scaled by a word": (
+        config_says(rope_parameters={"rope_type": "yarn", "factor": "2"}),
+        "rope_scaling: factor must be a positive number, got '2'",
+    ),
+    "a window": (config_says(sliding_window=16), r"config\.json: sliding_window is 16; only attention to all earlier"),
+    "chunks": (config_says(attention_chunk_size=16), r"config\.json: attention_chunk_size is 16"),
+    "layers with a window": (config_says(layer_types=["sliding_attention"] * 2), r"config\.json: layer_types is \["),
+    "not causal": (config_says(is_causal=False), r"config\.json: is_causal is False"),
     "rotary said twice": (
         config_says(rotary_pct=0.5),
         r"rotary_pct 0.5 and rope_parameters.partial_rotary_factor 0.25 contradict",
     ),
-    "quantized config": (config_says(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "config lies about a width": (
         config_says(intermediate_size=128),
         r"model\.safetensors: gpt_neox\.layers\.0\.mlp.* has shape \[96, 32\], expected \[128, 32\] from config\.json",
@@ -398,6 +548,11 @@ REFUSED = {
         r"model\.safetensors: lacks gpt_neox\.layers\.2\.input_layernorm\.weight",
     ),
     "config hides a layer": (config_says(num_hidden_layers=1), r"unexpected gpt_neox\.layers\.1\."),
+    "two models": (two_models, r"module\.\S+ and reference\.\S+ are both a model's"),
+    "an adapter that is not merged": (
+        not_merged,
+        r"model\.safetensors: unexpected base_model\.model\.gpt_neox\..*lora_A",
+    ),
     "a classifier": (extra_tensor, r"model\.safetensors: unexpected score\.weight"),
     "a base model": (base_model, r"lacks embed_out\.weight.*a model without its output matrix writes no text"),
     "tied, yet different": (tie_what_differs, r"embed_out\.weight differs from gpt_neox\.embed_in\.weight.*tied"),

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from neox_lib.generation import greedy_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.quantization.int8_linear import use_int8_linear
+from neox_lib.rope_scaling import RopeScaling
 from tests import small_models
 from tests.small_models import family
 
@@ -140,6 +141,15 @@ def test_shards_hold_at_most_the_limit_and_load_as_one_model(random_model, tmp_p
         assert (theirs(IDS).logits - ours(IDS)).abs().max() < 1e-4
 
 
+def rope_scalings():
+    factors = st.sampled_from([1.5, 2.0, 8])
+    plain = st.builds(RopeScaling, st.sampled_from(["linear", "dynamic"]), factors)
+    attention = st.none() | st.sampled_from([0.5, 1.2])
+    return plain | st.builds(
+        RopeScaling, st.just("yarn"), factors, st.integers(8, 64), attention, st.sampled_from([32, 4.0])
+    )
+
+
 @st.composite
 def configs(draw) -> NeoXConfig:
     heads, pairs = draw(st.integers(1, 8)), draw(st.integers(1, 16))
@@ -158,6 +168,8 @@ def configs(draw) -> NeoXConfig:
         hidden_act=draw(st.sampled_from(ACTIVATIONS)),
         use_parallel_residual=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        rope_scaling=draw(st.none() | rope_scalings()),
     )
 
 
@@ -173,6 +185,9 @@ def test_any_config_comes_back_from_its_json_and_means_the_same_to_transformers(
         assert getattr(theirs, name) == getattr(config, name), name
     rope = theirs.rope_parameters
     assert (rope["partial_rotary_factor"], rope["rope_theta"]) == (config.rotary_pct, config.rotary_emb_base)
+    scaling = {"rope_type": "default"} if config.rope_scaling is None else asdict(config.rope_scaling)
+    assert {name: value for name, value in rope.items() if name in scaling}.items() <= scaling.items()
+    assert theirs.attention_bias == config.attention_bias
     assert theirs.hidden_act == config.hidden_act and theirs.dtype == torch.float16
     shutil.rmtree(folder)
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import safetensors
 import torch
+from safetensors.torch import load_file, save_file
 
 from neox_lib import create_tokenizer
 from neox_lib.__main__ import main
@@ -19,6 +20,8 @@ from neox_lib.checkpoints.build import fill_model
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
 from neox_lib.checkpoints.convert import convert_to_int8
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.int8_stream import Int8Stream
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import (
     INT8_FILE,
@@ -35,6 +38,8 @@ from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import read_ahead
 from neox_lib.config import NeoXConfig, tiny
 from neox_lib.loading import create_model
+from neox_lib.rope_scaling import RopeScaling
+from tests.small_models import BASE
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
@@ -114,14 +119,32 @@ def test_damaged_weights_are_named_and_no_file_is_left(random_model, tmp_path, n
     assert find_int8(tmp_path / "i") is None
 
 
-def test_a_tied_model_has_one_embedding_and_no_output_matrix(random_model, tmp_path):
+def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other_rules(random_model, tmp_path):
     import dataclasses
 
-    model = random_model(dataclasses.replace(tiny(), tie_word_embeddings=True))
+    scaling = RopeScaling("linear", 2.0)
+    model = random_model(
+        dataclasses.replace(tiny(), tie_word_embeddings=True, attention_bias=False, rope_scaling=scaling)
+    )
     loaded = create_model(write_int8(ModelCheckpoint(model), tmp_path / "tied"), device="cpu")
-    assert loaded.final_linear.weight is loaded.word_embeddings.weight
+    assert loaded.final_linear.weight is loaded.word_embeddings.weight and loaded.config == model.config
     ids = torch.arange(2, 60)[None]
     assert (loaded(ids) - model(ids)).abs().mean() < 0.05 * model(ids).std()
+
+
+def test_a_stream_of_wrapped_shards_is_the_model_without_its_value_head(random_model, tmp_path):
+    """`download --to int8` reads what `create_model` reads: the names of a training script, a head beside the model."""
+    model = random_model(BASE).half()
+    write_huggingface(model, tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()} | {"v_head.summary.bias": torch.ones(1)}
+    save_file(wrapped, tmp_path / "shard.safetensors")
+    stream = Int8Stream(tmp_path, BASE, torch.float16)
+    stream.check_complete("the index", wrapped)
+    stream.add(tmp_path / "shard.safetensors")
+    stream.finish(tmp_path / "streamed.int8.safetensors")
+    expected = write_int8(ModelCheckpoint(model), tmp_path / "expected").read_bytes()
+    assert (tmp_path / "streamed.int8.safetensors").read_bytes() == expected
 
 
 def test_int8_is_no_source(folder, tmp_path, capsys):

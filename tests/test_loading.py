@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import neox_lib
-from neox_lib import loading, precision
+from neox_lib import loading, memory, precision
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError, open_tensors
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
@@ -147,23 +147,60 @@ def test_auto_device_is_cuda_else_cpu(monkeypatch):
         choose_device("abacus")
 
 
+@pytest.mark.parametrize("device", ["meta", "hpu", "xla", "cuda:77", torch.device("meta"), None])
+def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
+    """Each kind says in its own way that it is missing, some of them only when the first tensor is made."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"(can't be used here|no device is called).*use (device='auto'|auto)"
+    ) as error:
+        choose_device(device)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monkeypatch):
     """20B in fp32 on a 48 GiB machine: refused before reading, and told that fp16 fits."""
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=48 * 2**30))
+    monkeypatch.setattr(precision, "available_memory", lambda: 48 * 2**30)
     fp32 = Precision(torch.float32, torch.float32)
     with pytest.raises(CheckpointError, match=r"76\.6 GiB.*48\.0 GiB free.*float16 \(38\.3 GiB\)"):
         check_memory(neox_20b(), fp32, CPU)
     check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=24 * 2**30))
+    monkeypatch.setattr(precision, "available_memory", lambda: 24 * 2**30)
     with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
         check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16 * 2**30))
+    monkeypatch.setattr(precision, "available_memory", lambda: 16 * 2**30)
     with pytest.raises(CheckpointError, match="no dtype fits"):
         check_memory(neox_20b(), fp32, CPU)
 
 
+GROUP = {  # version: (own group as /proc says it, the limit's file, the usage's, what statistics' names begin with)
+    "v2": ("0::{}", "memory.max", "memory.current", ""),
+    "v1": ("4:cpu,memory:{}", "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
+}
+
+
+@pytest.mark.parametrize("own", ["/", "/jupyter/user", "/docker/of the host"])
+@pytest.mark.parametrize("version", GROUP)
+def test_the_limit_of_a_container_is_what_is_free(tmp_path, monkeypatch, version, own):
+    """JupyterHub, Binder and Docker end a process that takes more, whatever the machine has. Pages of files can be
+    given up and count as free; the limit may be on a group around our own."""
+    line, limit, used, total = GROUP[version]
+    (tmp_path / "own").write_text(f"1:name=systemd:/\n{line.format(own)}\n")
+    top = tmp_path / Path(limit).parent
+    (top / "jupyter" / "user").mkdir(parents=True)
+    for folder, most in ((top, 700_000), (top / "jupyter", 600_000), (top / "jupyter" / "user", "max")):
+        (folder / Path(limit).name).write_text(f"{most}\n")
+        (folder / Path(used).name).write_text("500000\n")
+        (folder / "memory.stat").write_text(f"inactive_file 1\n{total}inactive_file 30000\n{total}active_file 20000\n")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    assert precision.free_memory(CPU) == (150_000 if "user" in own else 250_000)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "none, as on macOS and Windows")
+    assert precision.free_memory(CPU) > 700_000
+
+
 def test_memory_is_checked_before_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    monkeypatch.setattr(precision, "available_memory", lambda: 1000)
     monkeypatch.setattr(loading, "build_model", lambda *_: pytest.fail("read weights that cannot fit"))
     with pytest.raises(CheckpointError, match="the weights need"):
         create_model(folder)

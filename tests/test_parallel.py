@@ -29,6 +29,7 @@ from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
 from tests import ranks_at_work
 from tests.conftest import randomize
+from tests.small_models import YARN
 
 PARALLEL = NeoXConfig(
     vocab_size=96,
@@ -43,7 +44,9 @@ PARALLEL = NeoXConfig(
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = {
     "parallel": PARALLEL,
-    "sequential": dataclasses.replace(PARALLEL, use_parallel_residual=False, hidden_act="gelu"),
+    "sequential": dataclasses.replace(
+        PARALLEL, use_parallel_residual=False, hidden_act="gelu", attention_bias=False, rope_scaling=YARN
+    ),
     "tied": dataclasses.replace(PARALLEL, tie_word_embeddings=True),
 }
 IDS = torch.randint(90, (2, 12), generator=torch.Generator().manual_seed(0))

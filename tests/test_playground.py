@@ -13,10 +13,10 @@ from jupyter_client.manager import start_new_kernel
 
 from neox_lib import create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
-from neox_lib.generation import prompt_ids, stream_generate
+from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
 from neox_lib.inspection.attention import attention_of_last, model_attention_weights
 from neox_lib.model import NeoXModel
-from neox_lib.playground import Playground, jobs
+from neox_lib.playground import Playground, jobs, saved
 from neox_lib.playground.costs import needs_of_20b
 from neox_lib.playground.recall import Recall
 from neox_lib.playground.settings import Settings
@@ -87,6 +87,25 @@ def test_going_on_is_the_same_as_writing_more_at_once(play, shipped):
     assert play.written == greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 24)
 
 
+def test_a_text_that_has_ended_goes_on_only_when_a_token_is_taken_after_its_end(play):
+    """Else a second story, about other people, follows the first; in a prompt an end is the person's own."""
+    assert done(play, do="generate", prompt="One.<|endoftext|>")["status"] == "Wrote 12 tokens."
+    branch = play.state.branches.branch
+    branch.add(ENDOFTEXT_ID, -0.1)
+    ended = list(branch.ids)
+    assert done(play, do="continue")["status"].startswith("The text has ended. Generate starts over")
+    assert branch.ids == ended and play.page.marks["chosen"] == len(ended)
+    done(play, do="take", token=play.page.bars["rows"][0][0])
+    assert branch.ids[: len(ended)] == ended and len(branch.ids) == len(ended) + 13
+
+
+def test_the_line_below_speaks_when_something_has_run(play):
+    assert play.page.speed == "" and "This text of 7 tokens" in play.page.needs
+    done(play, do="generate", prompt=PROMPT)
+    assert "tokens/s" in play.page.speed and "KV cache" in play.page.speed
+    assert "This text of 19 tokens" in play.page.needs
+
+
 def test_the_cache_changes_nothing_but_the_cost(play):
     done(play, do="generate", prompt=PROMPT)
     with_cache = play.written
@@ -126,7 +145,8 @@ def test_settings_changed_while_it_streams_are_for_the_next_run(play):
 def test_clear_while_it_streams_leaves_nothing_behind(play):
     play.act({"do": "generate", "prompt": PROMPT, "settings": {"tokens": 500}})
     wait_for(lambda: play.page.marks["phase"] == "writing")
-    done(play, do="clear")
+    play.act({"do": "clear"})
+    done(play, do="look", position=3)  # a look that comes late takes no other job's place
     assert shown_text(play) == "" and play.page.prompt == PROMPT and play.page.costs == {"with": [], "without": []}
 
 
@@ -262,6 +282,7 @@ def test_a_text_that_reaches_the_end_of_the_context_says_so(shipped):
         {"do": "settings", "settings": {"top_p": 2.0}},
         {"do": "settings", "settings": {"colour": 1}},
         {"do": "head", "layer": 99, "head": 0},
+        {"do": "restore", "saved": {"format": "another"}},
     ],
 )
 def test_a_message_that_makes_no_sense_is_answered_and_harmless(play, message):
@@ -387,10 +408,20 @@ def test_a_saved_playground_opens_as_it_was(play, shipped, tmp_path):
     done(play, do="look", position=9)
     done(play, do="take", token=play.page.bars["rows"][2][0])
     play.save(tmp_path / "play.json")
-    again = Playground.open(tmp_path / "play.json", *shipped)
-    assert again.state.branches == play.state.branches and again.state.settings == play.state.settings
-    assert again.written == play.written and again.page.prompt == PROMPT
-    assert done(again, do="continue")["error"] == ""
+    opened, reloaded = Playground.open(tmp_path / "play.json", *shipped), Playground(*shipped)
+    done(reloaded, do="restore", saved=json.loads(json.dumps(play.page.saved)))  # what the page kept
+    for again in (opened, reloaded):
+        assert again.state.branches == play.state.branches and again.state.settings == play.state.settings
+        assert again.written == play.written and again.page.prompt == PROMPT
+        assert done(again, do="continue")["error"] == ""
+
+
+def test_a_text_can_be_saved_while_it_is_written(play):
+    """The worker adds a token's probability first, then its id: a copy of both may come between the two."""
+    done(play, do="generate", prompt=PROMPT)
+    branch = play.state.branches.branch
+    branch.scores.append(-1.0)
+    assert [token["id"] for token in saved.content(play.state)["branches"][0]["tokens"]] == branch.ids
 
 
 def test_a_file_from_before_branches_had_that_name_opens(play, shipped, tmp_path):
@@ -468,12 +499,15 @@ def test_the_still_picture_reads_without_a_kernel_and_hides_nothing(play, monkey
 def test_what_20b_needs_is_its_arithmetic():
     """38.3 GiB are 20,554,567,680 weights of two bytes; two operations for each and token; 44 x 2 x 6144 x 2 bytes.
 
-    A token moves all but the embedding's 50,432 x 6,144 numbers, and the cache: 40,597,561,344 bytes.
+    A token moves all but the embedding's 50,432 x 6,144 numbers, and the cache: 40,597,561,344 bytes. Where reading the
+    text is little arithmetic, it takes as long as one token.
     """
     told = needs_of_20b(100)
     assert "38.3 GiB of weights" in told and "100 tokens: 103.1 MiB of KV cache" in told
-    assert "4.11 trillion operations" in told and "37.8 GiB to move" in told and "0.38 s at 100 GiB" in told
-    assert "this text of 1 token:" in needs_of_20b(1)
+    assert "4.11 trillion operations" in told and "new token after it: 37.8 GiB to move" in told
+    assert "Laptop (25 GB/s, 0.4 trillion operations per second): 10 s to read it, 1.6 s per new token" in told
+    assert "0.045 s to read it, 0.045 s per new token" in told
+    assert "This text of 1 token:" in needs_of_20b(1) and "3.5 minutes to read it" in needs_of_20b(2048)
 
 
 def test_its_name_is_the_same_in_every_run(play):

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -34,13 +35,19 @@ pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Iterator[str]:
-    """The address of a JupyterLab with one notebook, a playground in each cell; the third one's model reads slowly."""
-    folder = tmp_path_factory.mktemp("lab")
+def notebook(tmp_path_factory) -> Path:
+    """A notebook with a playground in each cell; the third one's model reads slowly."""
+    file = tmp_path_factory.mktemp("lab") / "play.ipynb"
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "play.ipynb")
-    with serve_lab(folder, folder, "--LabApp.expose_app_in_browser=True") as address:
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def lab(notebook) -> Iterator[str]:
+    """The address of the notebook in a JupyterLab."""
+    with serve_lab(notebook.parent, notebook.parent, "--LabApp.expose_app_in_browser=True") as address:
         yield f"{address}lab/tree/play.ipynb?token={TOKEN}"
 
 
@@ -72,6 +79,7 @@ quick, jobs.stream_generate = jobs.stream_generate, slowly
 def slow_model(visit) -> Iterator[None]:
     """A model that writes for half a minute and does not end its text: time enough to press buttons."""
     visit.execute(SLOW)
+    visit.page.locator(".np textarea").first.fill("The king said")  # of its own, it would not end either
     yield
     visit.execute("jobs.stream_generate = quick")
 
@@ -128,8 +136,33 @@ def test_a_token_can_be_looked_at_and_left_while_the_text_grows(visit):
     visit.page.locator(".np-text .np-token").nth(8).click()
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 8,')")
     assert visit.page.locator(".np").first.get_attribute("data-phase") == "writing"
-    visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
+    visit.page.locator(".np").first.locator(".np-bars button").first.click()
     visit.wait("document.querySelector('.np').querySelectorAll('.np-branches li').length === 2")
+    visit.button("Stop").click()
+    visit.settled()
+
+
+# Whether the newest token is what a person sees at its place, in the window and not below another part of the page.
+SEES_THE_END = """() => {
+    const newest = [...document.querySelector(".np-text").querySelectorAll(".np-token")].at(-1);
+    const {left, right, top, bottom} = newest.getBoundingClientRect();
+    return newest.contains(document.elementFromPoint((left + right) / 2, (top + bottom) / 2));
+}"""
+
+
+@pytest.mark.usefixtures("slow_model")
+def test_the_text_stays_in_view_below_a_long_prompt_and_a_reader_is_left_in_peace(visit):
+    """The newest token is in the window all the time, until somebody scrolls up to read."""
+    visit.set_tokens(1000)
+    visit.page.locator(".np textarea").first.fill(("The king said to a little fox that he was glad. " * 63)[:3000])
+    visit.button("Generate").click()
+    for count in (5, 60):
+        visit.wait(f"document.querySelector('.np-text').querySelectorAll('.np-token:not(.np-given)').length > {count}")
+        assert visit.page.evaluate(SEES_THE_END), f"after {count} tokens"
+    visit.page.evaluate("document.querySelector('.np-text').scrollTop = 0")
+    before = visit.tokens()
+    visit.wait(f"document.querySelector('.np-text').querySelectorAll('.np-token').length > {before + 20}")
+    assert visit.page.evaluate("document.querySelector('.np-text').scrollTop") == 0
     visit.button("Stop").click()
     visit.settled()
 
@@ -162,13 +195,48 @@ def test_another_branch_is_taken_from_a_bar(visit):
     visit.set_tokens(12)
     visit.generate("Once upon a time, a fox")
     visit.page.locator(".np-text .np-token").nth(9).click()
-    visit.wait("document.querySelectorAll('.np-bars button').length >= 10")
+    visit.wait("document.querySelectorAll('.np-bars .np-share').length >= 10")
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 9,')")
-    visit.page.locator(".np").first.locator(".np-bars button:not(.np-here)").first.click()
+    bars = visit.page.locator(".np").first.locator(".np-bars li")
+    assert bars.locator("button").count() == bars.count() - 1 == 9, "what stands there is no button"
+    for bar in bars.all():
+        width = bar.locator(".np-bar").evaluate("(bar) => bar.firstChild.offsetWidth / bar.offsetWidth")
+        said = bar.locator(".np-share").inner_text()
+        assert abs(100 * width - float(re.search(r"[\d.]+", said)[0])) < 1.5, f"a bar of {width:.0%} says {said}"
+    bars.locator("button").nth(2).focus()
+    visit.page.keyboard.press("Enter")
     visit.wait("document.querySelector('.np').querySelectorAll('.np-branches li').length === 2")
-    visit.phase("idle")
-    visit.page.locator(".np-branches button").first.click()
+    visit.settled()
+    held = "[...document.querySelectorAll('.np-bars button')].indexOf(document.activeElement)"
+    assert visit.page.evaluate(held) == 2, "the hand stays at the third bar"
+    branches = visit.page.locator(".np-branches").first.locator("button")
+    one, two = (branches.nth(number).bounding_box() for number in range(2))
+    assert one["y"] == two["y"] and one["x"] + one["width"] <= two["x"], "side by side"
+    branches.first.press("Enter")
     visit.wait("document.querySelector('.np-branches button').getAttribute('aria-pressed') === 'true'")
+    assert visit.page.evaluate("document.activeElement === document.querySelector('.np-branches button')")
+
+
+def test_an_emptied_field_keeps_its_last_value(visit):
+    """No value is not a value to write with."""
+    visit.set_tokens(7)
+    field = visit.page.get_by_label("tokens", exact=True).first
+    field.fill("")
+    field.press("Tab")
+    assert field.input_value() == "7"
+    field.fill("")
+    visit.generate("Anna had a kite")  # the press alone leaves the field
+    assert visit.page.locator(".np-status").first.inner_text() == "Wrote 7 tokens."
+
+
+def test_ctrl_s_saves_the_notebook_from_within_the_playground(visit, notebook):
+    """Whoever has learned it presses it where the hand is, and a reload then brings back what was saved."""
+    shown = "window.jupyterapp.shell.currentWidget"
+    for part in (".np textarea", ".np-text", ".np-tabs button"):
+        visit.page.evaluate(f"part => {shown}.model.setMetadata('saved_from', part)", part)
+        visit.page.locator(part).first.press("Control+s")
+        visit.wait(f"!{shown}.context.model.dirty")
+        assert nbformat.read(notebook, 4).metadata["saved_from"] == part
 
 
 def test_attention_by_keyboard_alone(visit):
@@ -300,8 +368,8 @@ def test_a_reloaded_page_finds_the_text_again_and_can_stop_it(visit):
     visit.set_tokens(1500)
     visit.button("Generate").click()
     visit.phase("writing")
-    visit.command("docmanager:save")
-    visit.page.wait_for_timeout(500)
+    visit.page.locator(".np-text").first.press("Control+s")
+    visit.wait("!window.jupyterapp.shell.currentWidget.context.model.dirty")
     visit.page.reload()
     visit.wait(IDLE)
     visit.page.wait_for_selector(".np-text .np-token")
@@ -341,6 +409,8 @@ def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_pict
 def test_after_a_restart_the_cells_make_it_play_again(visit):
     visit.run_cells(len(CELLS))
     visit.errors.clear()  # ipywidgets logs that the reopened notebook's widgets had no kernel
+    visit.page.get_by_text("Back as it was before the page was reloaded.").first.wait_for()
+    assert visit.page.locator(".np-text").first.inner_text().startswith("The king said")
     visit.set_tokens(5)
     visit.generate("Tom and Anna")
     assert visit.page.locator(".np-status").first.inner_text() == "Wrote 5 tokens."
@@ -349,6 +419,33 @@ def test_after_a_restart_the_cells_make_it_play_again(visit):
 def test_nothing_was_asked_of_another_machine_and_no_error_was_logged(visit):
     assert visit.outside == []
     assert visit.errors == []
+
+
+# Collects every text that a visitor can read while a page loads.
+READ = """const read = (window.read = new Set());
+const look = () => document.body && read.add(document.body.innerText);
+new MutationObserver(look).observe(document, {childList: true, subtree: true});
+"""
+
+
+def reload_and_compare(visit: PlaygroundVisit) -> None:
+    """A reload of the app starts another kernel, and brings text, branches and settings back all the same."""
+    visit.page.locator(".np-text .np-token").nth(7).click()
+    visit.page.get_by_text("Position 7,").wait_for()
+    visit.page.locator(".np-bars button").first.click()
+    visit.wait("document.querySelectorAll('.np-branches li').length === 2")
+    visit.settled()
+    written = [visit.page.locator(part).inner_text() for part in (".np-text", ".np-branches")]
+    visit.page.add_init_script(READ)
+    visit.page.reload()
+    visit.page.wait_for_selector(".np-branches li")
+    visit.settled()
+    assert [visit.page.locator(part).inner_text() for part in (".np-text", ".np-branches")] == written
+    assert visit.page.get_by_label("tokens", exact=True).input_value() == "6"
+    assert visit.page.locator(".np textarea").input_value() == "Tom went to the sea"
+    read = visit.page.evaluate("[...window.read]")
+    assert any("Loading the model" in text for text in read)
+    assert not [text for text in read if "un this cell" in text or "Executing" in text or "Running" in text]
 
 
 def test_the_app_gives_each_visitor_a_text_of_their_own(browser, app):
@@ -363,6 +460,8 @@ def test_the_app_gives_each_visitor_a_text_of_their_own(browser, app):
     two.generate("Anna had a kite")
     assert "Tom" in one.page.locator(".np-text").inner_text() and "Anna" in two.page.locator(".np-text").inner_text()
     assert one.page.locator("text=import").count() == 0
+    assert one.page.title() == one.page.get_by_role("heading", level=1).inner_text().rstrip("¶") == "Prompt playground"
+    reload_and_compare(one)
     for visit in (one, two):
         visit.set_tokens(1000)
         visit.button("Generate").click()

@@ -112,6 +112,18 @@ def test_positions_past_the_context_are_refused():
         RotaryTable(64, ROTARY, 10000).rows(60, 5, torch.zeros(1))
 
 
+def test_each_text_of_a_batch_has_rows_of_its_own():
+    """Padding is below 0, however far; the text that is furthest on meets the wall."""
+    table, like = RotaryTable(64, ROTARY, 10000), torch.zeros(1, dtype=torch.float16)
+    found = table.rows(torch.tensor([-2, 7, 60, -900]), 4, like)
+    for each, alone, first in zip(found, table.rows(7, 4, like), table.rows(0, 2, like), strict=True):
+        assert (each.shape, each.dtype) == ((4, 1, 4, ROTARY), torch.float16)
+        assert torch.equal(each[1, 0], alone)
+        assert torch.equal(each[0, 0, 2:], first)
+    with pytest.raises(ValueError, match="61 cached \\+ 4 new tokens exceed the context of 64"):
+        table.rows(torch.tensor([0, 61]), 4, like)
+
+
 def test_positions_may_come_in_half_precision():
     """Whole numbers up to 2048 are exact in fp16; the angles must still be fp32."""
     half = rotary_angles(torch.arange(2048).half(), ROTARY)

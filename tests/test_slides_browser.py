@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neox_lib.course import slides
 from neox_lib.course.learner_copy import NOTEBOOKS
 from neox_lib.course.present import FILES
+from neox_lib.course.slides import mark_new_cells
 from tests.browsing import TOKEN, Visit, needs_chromium, serve_lab
 from tests.browsing import browser as browser  # a fixture
 from tests.playground_page import PlaygroundVisit
@@ -47,8 +47,8 @@ def lab(folder, tmp_path_factory) -> Iterator[str]:
 def show(browser, lab) -> Iterator:
     visits = []
 
-    def start(name: str) -> Visit:
-        visit = Visit(browser, f"{lab}{name}.ipynb?token={TOKEN}")
+    def start(name: str, cell: int = 0) -> Visit:
+        visit = Visit(browser, f"{lab}{name}.ipynb?activeCellIndex={cell}&token={TOKEN}")
         visits.append(visit)
         visit.page.wait_for_selector(".slides section.present section.present .jp-Cell")
         visit.page.wait_for_selector(".reveal > .slide-number", state="attached")
@@ -83,27 +83,28 @@ def test_the_look_sees_a_slide_that_is_too_high_and_one_that_is_too_wide(show, f
         nbformat.v4.new_markdown_cell(text) for text in ("Short.\n\n" * 20, f"<p style='width:1500px'>{'a ' * 99}")
     ]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
-    slides.mark_slides(notebook)
     for cell in notebook.cells:
         cell.metadata["slideshow"] = {"slide_type": "slide"}
+    mark_new_cells(notebook)
     nbformat.write(notebook, folder / "wrong.ipynb")
-    found = "\n".join(show("wrong").page.evaluate(LOOK_AT_ALL, [SMALLEST])["found"])
+    page = show("wrong", cell=1).page
+    page.wait_for_function("document.querySelector('#slide-1-0.present')")  # as `make slides LESSON=16` asks for a cell
+    found = "\n".join(page.evaluate(LOOK_AT_ALL, [SMALLEST])["found"])
     assert "slide 0/0: is" in found and "pixels too high" in found
     assert "slide 1/0: P is cut off at the right" in found
 
 
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-HIDDEN = "hidden = 41\n" + "# a line of a long cell\n" * 20
 
 
 def test_cells_that_are_not_shown_run_too_and_the_show_stays_where_it_is(show, folder):
-    sources = [HIDDEN, "print(hidden + 1)", "print('the end')"]
+    sources = ["hidden = 41", "print(hidden + 1)", "print('the end')"]
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells.insert(0, nbformat.v4.new_markdown_cell("# A title"))
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
-    slides.mark_slides(notebook)
+    notebook.cells[1].metadata["slideshow"] = {"slide_type": "skip"}
     notebook.cells[-1].metadata["slideshow"] = {"slide_type": "slide"}
-    assert notebook.cells[1].metadata.slideshow.slide_type == "skip"
+    mark_new_cells(notebook)
     nbformat.write(notebook, folder / "hidden.ipynb")
     page = show("hidden").page
     page.keyboard.press("Alt+A")
@@ -137,6 +138,9 @@ def test_a_prediction_is_made_on_a_slide(playground_lesson):
     visit.page.locator(".jupyter-widgets input[type=radio]").first.click()
     visit.page.wait_for_function("/Right|Not so/.test(document.querySelector('.jupyter-widgets').innerText)")
     slide = "document.querySelector('section.present section.present')"
+    sizes = f"[...{slide}.querySelectorAll('.widget-vbox :is(p, label)')].map(part => getComputedStyle(part).fontSize)"
+    assert set(visit.page.evaluate(sizes)) == {"24px"}
+    assert not visit.page.locator("section.present section.present .jp-Cell-inputWrapper").first.is_visible()
     assert visit.page.evaluate(f"{slide}.scrollHeight - {slide}.clientHeight") <= 0
     assert unexpected(visit.errors) == []
 

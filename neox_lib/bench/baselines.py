@@ -80,8 +80,11 @@ def ctranslate2_spec(model: NeoXModel) -> Any:
     from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
 
     config = model.config
-    if config.tie_word_embeddings or not config.use_parallel_residual:
-        raise ValueError("CTranslate2 is compared only for untied models with a parallel residual")
+    plain = config.attention_bias and config.rope_scaling is None
+    if config.tie_word_embeddings or not config.use_parallel_residual or not plain:
+        raise ValueError(
+            "CTranslate2 is compared only for untied models with a parallel residual, attention biases, unscaled rotary"
+        )
     activations = {"gelu": Activation.GELU, "gelu_fast": Activation.GELUTanh}
     spec: Any = TransformerDecoderModelSpec.from_config(
         config.num_hidden_layers,

@@ -1,10 +1,13 @@
 """Files that hold weights: opened without trusting them, each once, and room on the disk for new ones."""
 
+import codecs
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,12 +17,53 @@ from neox_lib.checkpoints.atomic import write_atomically
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"  # the folder of the model that comes with the package
 # The dtypes of stored weights, by the name that a user types and a config.json says.
 WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of one
 # Endings of what old files hold beside the parameters: the causal mask, its fill value, the rotary frequencies.
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+# What a NumPy array is pickled with: DeepSpeed's files hold the state of NumPy's random numbers.
+NUMPY_ARRAYS: list[Any] = [
+    (np.array(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+]
+NUMPY_ARRAYS += [np.ndarray, np.dtype, type(np.dtype(np.uint32)), codecs.encode]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: says which file, what was expected, and what to do."""
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise CheckpointError when a file is what Git leaves in place of a large one that it didn't fetch."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: a Git LFS pointer, three lines in place of the file itself; run `git lfs pull` in its folder "
+                "or download the file"
+            )
+
+
+def unwrapped(key: str, first_words: Collection[str]) -> str:
+    """A tensor's key without what stands in front of it when a model was saved inside of another module, such as DDP,
+    torch.compile, FSDP or a trainer; `first_words` are those that a key may begin with.
+
+    >>> unwrapped("module._orig_mod.layers.0._fsdp_wrapped_module.mlp.bias", ("layers", "norm"))
+    'layers.0.mlp.bias'
+    """
+    words = [word for word in key.split(".") if not word.startswith("_")]
+    start = next((place for place, word in enumerate(words) if word in first_words), None)
+    return key if start is None else ".".join(words[start:])
+
+
+Value = TypeVar("Value")
+
+
+def unwrap_keys(path: Path, values: Mapping[str, Value], first_words: Collection[str]) -> dict[str, Value]:
+    """What is `unwrapped` from each key. Raises CheckpointError when two keys become one: there are two models."""
+    keys: dict[str, str] = {}
+    for key in values:
+        other = keys.setdefault(unwrapped(key, first_words), key)
+        if other != key:
+            raise CheckpointError(f"{path}: {other} and {key} are both a model's; keep the tensors of one model")
+    return {name: values[key] for name, key in keys.items()}
 
 
 def is_zip(path: Path) -> bool:
@@ -31,8 +75,9 @@ def is_zip(path: Path) -> bool:
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a .pt file, on the CPU, running nothing that the file may contain.
 
-    A file in the zip format is memory-mapped: a tensor's bytes are read from the disk when they are used and belong to
-    the page cache, not to this process. Raises CheckpointError, naming the file, for anything but such tensors.
+    DeepSpeed's files hold them under `module`, beside the state of a training run. A file in the zip format is
+    memory-mapped: a tensor's bytes are read from the disk when they are used and belong to the page cache, not to this
+    process. Raises CheckpointError, naming the file, for anything but such tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,7 +88,9 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path}: the file is empty; expected weights. Fetch it again")
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+        check_no_pointer(path)
+        with torch.serialization.safe_globals(NUMPY_ARRAYS):
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -57,6 +104,13 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path}: truncated, damaged or unreadable ({type(error).__name__}: {reason}); expected a "
             f"{path.suffix or '.pt'} file of weights. Fetch it again"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("module", 0), dict | None):
+        tensors = tensors["module"]
+        if not tensors:
+            raise CheckpointError(
+                f"{path}: holds no weights, expected some under `module`; those of a model that was trained in a "
+                "pipeline are in files like layer_00-model_00-model_states.pt, which belong beside it"
+            )
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(
             f"{path}: holds something else than tensors by name; expected a layer file of a checkpoint"

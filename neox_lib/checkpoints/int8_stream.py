@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from neox_lib.checkpoints.atomic import write_text_atomically
-from neox_lib.checkpoints.files import BUFFERS, CheckpointError
-from neox_lib.checkpoints.huggingface.layout import names_by_key, their_name
+from neox_lib.checkpoints.files import BUFFERS, CheckpointError, unwrapped
+from neox_lib.checkpoints.huggingface.layout import FIRST_WORDS, is_value_head, names_by_key, their_name
 from neox_lib.checkpoints.quantized import int8_metadata, int8_specs, quantized, scale_name
 from neox_lib.checkpoints.safetensors_writer import lay_out, reserve, write_each
 from neox_lib.checkpoints.tensor_files import Stored, TensorReader, describe_file
@@ -42,7 +42,7 @@ class Int8Stream:
     def check_complete(self, where: str, keys: Collection[str]) -> None:
         """Raise CheckpointError when keys of `where` leave out a parameter that the config asks for."""
         known = names_by_key(self.config)
-        names = {known.get(key) for key in keys}
+        names = {known.get(unwrapped(key, FIRST_WORDS)) for key in keys}
         for name in parameter_shapes(self.config):
             if name not in names:
                 raise CheckpointError(f"{where}: lacks {their_name(name)}, which config.json asks for")
@@ -72,7 +72,9 @@ class Int8Stream:
         """Where in a shard each of its parameters lies; raises what `add` does."""
         known, shapes, found = names_by_key(self.config), parameter_shapes(self.config), {}
         for stored in describe_file(shard, ignored=BUFFERS):
-            where, name = f"{shard.name}: {stored.key}", known.get(stored.key)
+            where, name = f"{shard.name}: {stored.key}", known.get(unwrapped(stored.key, FIRST_WORDS))
+            if is_value_head(where, stored.key):
+                continue
             if name is None:
                 raise CheckpointError(f"{where} is unexpected; this model has no place for it")
             if stored.shape != shapes[name]:

@@ -7,7 +7,7 @@ from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, is_huggingface
 from neox_lib.checkpoints.huggingface.reader import open_huggingface
 from neox_lib.checkpoints.quantized import INT8_ENDING, Int8Checkpoint, find_int8
-from neox_lib.checkpoints.slim.layout import UNFINISHED, is_slim
+from neox_lib.checkpoints.slim.layout import UNFINISHED, is_slim, is_whole
 from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
 
@@ -26,6 +26,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return open_huggingface(path)
     if (file := find_int8(path)) is not None:
         return Int8Checkpoint(file)
+    if is_whole(path):
+        return SlimCheckpoint(path)
     raise CheckpointError(describe_what_is_there(path))
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def int8_bytes(config: NeoXConfig, embedding: torch.dtype = torch.float16) -> in
 def int8_metadata(config: NeoXConfig, source: torch.dtype = torch.float16) -> dict[str, str]:
     """What the file says about itself; `source` is the dtype that was quantized."""
     dtype = str(source).removeprefix("torch.")
-    return {"format": FORMAT, "version": VERSION, "config": json.dumps(asdict(config)), "source_dtype": dtype}
+    return {"format": FORMAT, "version": VERSION, "config": json.dumps(config.stored_fields()), "source_dtype": dtype}
 
 
 def quantized(

@@ -5,13 +5,13 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, open_tensors
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, open_tensors
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
+from neox_lib.memory import available_memory
 
 READ_AHEAD = 64 * 2**20  # bytes asked of the disk at a time
 
@@ -63,6 +63,7 @@ def open_safetensors(path: Path):
     """A handle on a .safetensors file, to be used in `with`. Raises CheckpointError, naming a file that is damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected weights. Fetch it again")
+    check_no_pointer(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -107,7 +108,7 @@ def read_ahead(path: Path) -> threading.Thread | None:
     is free: its first pages would be gone when they are wanted.
     """
     size = path.stat().st_size
-    if not hasattr(os, "posix_fadvise") or size > psutil.virtual_memory().available:
+    if not hasattr(os, "posix_fadvise") or size > available_memory():
         return None
 
     def read() -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from neox_lib.checkpoints.files import check_no_pointer
+
 
 def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer file meant by a path: the file itself, or the one of a folder or of a file of weights.
@@ -26,6 +28,8 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
 
     Raises ValueError when the file is no tokenizer.
     """
+    if Path(file).is_file():
+        check_no_pointer(Path(file))
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions

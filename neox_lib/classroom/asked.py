@@ -1,6 +1,7 @@
 """What a notebook asks for, and which of its statements a student's answer needs to be run."""
 
 import ast
+import re
 import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from functools import cached_property
 from neox_lib.course.imports import free_names, plain_python
 
 EXERCISES = "neox_lib.course.exercises"
+LONG = 60  # parts of the syntax tree: shorter answers are alike by chance
+FOLDED_SOLUTION = re.compile(r"\s*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Exercise:
     module: str
     check: str
     stub: str  # the cell's text as it was handed out
+    reference: str  # the solution that the teacher's edition folds away
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,18 @@ def exercises_of(notebook: dict) -> list[Exercise]:
             owner, argument = node.func.value, node.args[0]
             if isinstance(owner, ast.Name) and isinstance(argument, ast.Name) and owner.id in modules:
                 checks.setdefault(argument.id, (modules[owner.id], node.func.attr))
-    return list(asked(notebook, checks))
+    return list(asked(notebook, checks, solutions_of(notebook)))
 
 
-def asked(notebook: dict, checks: dict[str, tuple[str, str]]) -> Iterator[Exercise]:
+def solutions_of(notebook: dict) -> dict[str, str]:
+    """The teacher's edition's folded solutions: the name that the last definition binds -> the text."""
+    prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    folds = "\n".join(FOLDED_SOLUTION.findall(prose))
+    texts = re.findall(r"```python\n(.*?)```", folds, re.DOTALL)
+    return {re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE)[-1]: text for text in texts}
+
+
+def asked(notebook: dict, checks: dict[str, tuple[str, str]], solutions: dict[str, str]) -> Iterator[Exercise]:
     for cell in notebook["cells"]:
         if "exercise" in cell.get("metadata", {}).get("tags", []):
             text = plain_python("".join(cell["source"]))
@@ -74,7 +86,7 @@ def asked(notebook: dict, checks: dict[str, tuple[str, str]]) -> Iterator[Exerci
                         raise ValueError(
                             f"no cell checks {node.name}: expected a call such as exercises.x({node.name})"
                         )
-                    yield Exercise(node.name, *checks[node.name], text)
+                    yield Exercise(node.name, *checks[node.name], text, solutions.get(node.name, ""))
 
 
 def statements(texts: list[str]) -> list[Statement]:
@@ -128,3 +140,17 @@ def needed(texts: list[str], cell: int, originals: list[str]) -> tuple[list[Stat
         bring(name, (cell, 0), True)
     ordered = [chosen[key] for key in sorted(chosen)]
     return [each for each in ordered if each in given], [each for each in ordered if each not in given]
+
+
+def without_comments(text: str, name: str) -> str | None:
+    """The definition of a name, without comments, docstrings and its layout; None where it is short or none is there.
+
+    >>> without_comments("def f(x): return x  # too short", "f")
+    """
+    for node in reversed(ast.parse(text).body):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            for each in ast.walk(node):
+                if isinstance(each, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(each) is not None:
+                    each.body = each.body[1:] or [ast.Pass()]
+            return ast.unparse(node) if sum(1 for _ in ast.walk(node)) >= LONG else None
+    return None

@@ -19,9 +19,13 @@ class Student:
     files: dict[str, bytes] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
+    def remark(self, words: str) -> None:
+        if words not in self.remarks:
+            self.remarks.append(words)
+
     def add(self, name: str, content: bytes) -> None:
         if sum(map(len, self.files.values())) + len(content) > LARGEST:
-            self.remarks.append(f"{name}: left out, the files are larger than {LARGEST >> 20} MiB together")
+            self.remark(f"{name}: left out, the files are larger than {LARGEST >> 20} MiB together")
         else:
             self.files[name] = content
 
@@ -37,10 +41,10 @@ class Student:
                     name, series
                 )
                 if stem is None:
-                    self.remarks.append(f"{name}: not a notebook of the series")
+                    self.remark(f"{name}: not a notebook of the series")
                     continue
                 if stem in found:  # the file with the notebook's own name comes last, and stays
-                    self.remarks.append(f"{found[stem]}: not looked at, {name} is the same notebook")
+                    self.remark(f"{found[stem]}: not looked at, {name} is the same notebook")
                 found[stem] = name
         return found
 
@@ -60,7 +64,7 @@ class Student:
                     chosen = None
                 if isinstance(chosen, dict):
                     return {str(key): str(value) for key, value in chosen.items()}
-                self.remarks.append(f"{name}: not a progress file that can be read")
+                self.remark(f"{name}: not a progress file that can be read")
         return None
 
 
@@ -81,7 +85,7 @@ def read_folder(folder: Path) -> Student:
         try:
             student.add(name, path.read_bytes() if path.stat().st_size <= LARGEST else bytes(LARGEST + 1))
         except OSError as error:
-            student.remarks.append(f"{name}: can't be read ({error.strerror})")
+            student.remark(f"{name}: can't be read ({error.strerror})")
     return student
 
 
@@ -95,7 +99,7 @@ def read_zip(path: Path) -> Student:
                     with archive.open(member) as file:
                         student.add(member.filename, bytes(LARGEST + 1) if too_large else file.read(LARGEST + 1))
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
-        student.remarks.append(f"{path.name}: can't be unpacked ({error})")
+        student.remark(f"{path.name}: can't be unpacked ({error})")
     return student
 
 

@@ -1,10 +1,9 @@
 """What a look at a student's machine can tell from Python alone: its version, memory, disk, a port.
 
-Nothing outside Python's own library is imported at the top: this must start where everything else is broken.
+Nothing outside Python's own library is needed at the top: this must start where everything else is broken.
 """
 
 import contextlib
-import os
 import platform
 import shutil
 import socket
@@ -13,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from neox_lib.memory import available_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SET_UP = (
@@ -53,7 +54,9 @@ def look_at_python(
 
 def look_at_memory(free: int | None = None) -> Finding:
     """A notebook with its kernel and a browser's page takes about 1 GiB."""
-    free = available_memory() if free is None else free
+    if free is None:
+        with contextlib.suppress(Exception):
+            free = available_memory()
     if free is None:
         return Finding("memory", "note", "can't be told", "psutil is missing; " + SET_UP)
     found = f"{free / GIB:.1f} GiB free"
@@ -64,16 +67,6 @@ def look_at_memory(free: int | None = None) -> Finding:
     if free < 2 * GIB:
         return Finding("memory", "note", found, "enough for one notebook: shut one down before you open the next")
     return Finding("memory", "ok", found)
-
-
-def available_memory() -> int | None:
-    with contextlib.suppress(Exception):
-        import psutil
-
-        return psutil.virtual_memory().available
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def look_at_disk(folder: Path = REPOSITORY, free: int | None = None) -> Finding:

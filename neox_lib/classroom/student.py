@@ -1,7 +1,7 @@
 """The student edition: the same notebooks without what a student is to find out. Nothing in it is written twice.
 
 Cell tags say what goes: `teacher-note` marks a cell for the teacher, `solution` a promoted cell that answers one,
-`reveal` a cell whose output settles a bet, `answer` prose that names the museum's answers.
+`reveal` a cell whose output settles a prediction, `answer` prose that names the museum's answers.
 Folded solutions and the teacher's boxes stand inside Markdown cells and are found by their `<details>`.
 """
 
@@ -14,11 +14,11 @@ import nbformat
 from nbconvert.preprocessors import Preprocessor, RegexRemovePreprocessor, TagRemovePreprocessor
 
 from neox_lib.checkpoints.atomic import write_bytes_atomically
+from neox_lib.classroom.asked import FOLDED_SOLUTION
 from neox_lib.course.imports import plain_python
 from neox_lib.course.learner_copy import NOTEBOOKS, lesson_files
 from neox_lib.course.promote import definitions
 
-FOLDED_SOLUTION = re.compile(r"\s*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 TEACHERS_BOX = re.compile(r'\s*<details class="[^"]*\bteacher-note\b[^"]*">.*?</details>', re.DOTALL)
 READ_THE_TABLE = (
     "**Read the table:** which check notices which piece, and which are blind to all of them? Write your answer here."
@@ -34,7 +34,7 @@ def tags_of(cell) -> set[str]:
 
 
 def without_asserts(source: str) -> str:
-    """A cell's text without its assert statements: what they claim is the answer to a bet.
+    """A cell's text without its assert statements: what they claim is the answer to a prediction.
 
     >>> print(without_asserts("found = 3\\nassert found == 3, 'three'\\nprint(found)"))
     found = 3
@@ -78,7 +78,7 @@ class WithoutSolutions(Preprocessor):
 
 
 class WithoutAnswers(Preprocessor):
-    """What settles a bet: explanations of a prediction, claims in code, and the prose about the museum's table."""
+    """What settles a prediction: its explanations, claims in code, and the prose about the museum's table."""
 
     def preprocess_cell(self, cell, resources, index):
         found, tags = resources["left_out"], tags_of(cell)

@@ -7,7 +7,7 @@ from pathlib import Path
 def add(commands) -> None:
     description = (
         "Run the checks of the exercises on what students wrote: a folder, a zip file or loose notebooks for each. "
-        "Each student's are checked in a copy, in a process of its own with bounds on time and memory. This is no "
+        "Each student's are checked in a copy, in a kernel with bounds on time, memory and output. This is no "
         "sandbox: what the students wrote runs with your rights, so don't check strangers' notebooks with it."
     )
     parser = commands.add_parser("class-report", help="check what a class has handed in", description=description)
@@ -20,8 +20,8 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from neox_lib.classroom.kernel import Limits
     from neox_lib.classroom.report import class_report
-    from neox_lib.classroom.watch import Limits
 
     if not (arguments.seconds > 0 and arguments.gib > 0 and (arguments.jobs or 1) > 0):
         raise ValueError("--seconds, --gib and --jobs must be more than 0")

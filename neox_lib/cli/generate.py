@@ -1,6 +1,7 @@
 """`generate`: continue a text, token by token."""
 
 import argparse
+import codecs
 import contextlib
 import functools
 import os
@@ -26,7 +27,7 @@ def add(commands) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach P")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same text (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="recompute every token, to see what the cache saves")
     parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
     parser.add_argument(
@@ -48,13 +49,22 @@ def run(arguments: argparse.Namespace) -> None:
         from neox_lib.distributed.loading import create_rank_model as create_model
         from neox_lib.distributed.ranks import as_rank, read_once
 
-        place, read = as_rank(arguments.device), functools.partial(read_once, sys.stdin)
+        place, read = as_rank(arguments.device), functools.partial(read_once, read_stdin)
     else:
         from neox_lib.loading import create_model
 
-        place, read = contextlib.nullcontext(), sys.stdin.read
+        place, read = contextlib.nullcontext(), read_stdin
     with place:
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed or 0)
+        idle = [
+            f"--{name}" for name in ("top-k", "top-p", "seed") if vars(arguments)[name.replace("-", "_")] is not None
+        ]
+        if arguments.temperature == 0 and idle:
+            print(
+                f"neox_lib: {', '.join(idle)}: without effect at temperature 0, which takes the likeliest token; give "
+                "--temperature too",
+                file=sys.stderr,
+            )
         text = read() if arguments.prompt == "-" else arguments.prompt or ""
         tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
         input_ids = prompt_ids(tokenizer, text)
@@ -76,6 +86,14 @@ def run(arguments: argparse.Namespace) -> None:
         finally:  # also after Ctrl-C: the text and its speed are kept
             print(flush=True)
             print(speed_line(model, input_ids.shape[1], seconds), file=sys.stderr)
+
+
+def read_stdin() -> str:
+    """All text of standard input. Windows PowerShell puts a byte order mark in front, which says how it is encoded."""
+    content = sys.stdin.buffer.read()
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((marks[mark] for mark in marks if content.startswith(mark)), sys.stdin.encoding)
+    return content.decode(encoding, sys.stdin.errors or "strict").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:

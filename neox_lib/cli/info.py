@@ -18,12 +18,11 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    import psutil
-
     from neox_lib.bench.measure import memory_bandwidth
     from neox_lib.checkpoints.files import SHIPPED_MODEL
     from neox_lib.checkpoints.opening import open_checkpoint
     from neox_lib.config import format_bytes, preset
+    from neox_lib.memory import available_memory
     from neox_lib.precision import format_needs
 
     if arguments.preset is not None and arguments.model is not None:
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if stored is not None:
         print(f"{'stored as':26} {stored}")
     print()
-    print(format_needs(config, tokens, psutil.virtual_memory().available, memory_bandwidth(128, repeats=3)))
+    print(format_needs(config, tokens, available_memory(), memory_bandwidth(128, repeats=3)))
     if files:
         print()
     width = max([24, *(len(row.part) for row in files)])

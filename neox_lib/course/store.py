@@ -9,7 +9,7 @@ import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from neox_lib.checkpoints.atomic import write_bytes_atomically
-from neox_lib.course.slides import mark_slides
+from neox_lib.course.slides import mark_new_cells
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -40,5 +40,5 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
     without_live_widgets(notebook)
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata.language_info = {"name": "python"}
-    mark_slides(notebook)  # whose height depends on the outputs
+    mark_new_cells(notebook)
     write_bytes_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode("utf-8"))

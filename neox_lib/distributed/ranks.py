@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,9 +137,9 @@ def as_rank(device: str | torch.device) -> Iterator[None]:
             os._exit(code)  # torch's own shutdown would wait for ranks that are gone
 
 
-def read_once(stream: TextIO) -> str:
-    """All text of a stream that the ranks share, such as standard input: rank 0 reads it and broadcasts it."""
-    text = [stream.read() if dist.get_rank() == 0 else ""]
+def read_once(read: Callable[[], str]) -> str:
+    """What `read` gives, such as standard input, which the ranks share: rank 0 reads it and broadcasts it."""
+    text = [read() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(text, src=0)
     return text[0]
 

@@ -73,8 +73,10 @@ class SplitBlock(Block):
     sequential MLP reads the finished sum of attention, and so needs an exchange before it.
     """
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None) -> Tensor:
-        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache)
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueStore | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        attended = self.attention(self.input_layernorm(hidden), cos, sin, cache, mask)
         if self.use_parallel_residual:
             return hidden + sum_over_ranks(attended + self.mlp(self.post_attention_layernorm(hidden)))
         hidden = hidden + sum_over_ranks(attended)

@@ -28,6 +28,8 @@ def perform(session: Session, message: dict) -> None:
             session.stop()
         case "clear":
             session.clear()
+        case "restore":
+            session.restore(expect(message, "saved", dict))
         case "look":
             session.look(expect(message, "position", int))
         case "take":

@@ -5,6 +5,7 @@ from statistics import median
 import torch
 
 from neox_lib.config import NeoXConfig, format_bytes, neox_20b
+from neox_lib.machines import MACHINES, format_seconds
 
 POINTS = 120  # at most this many points per curve: a screen shows no more
 
@@ -36,19 +37,24 @@ def describe_model(name: str, config: NeoXConfig, dtype: torch.dtype) -> str:
 
 
 def needs_of_20b(tokens: int) -> str:
-    """What GPT-NeoX-20B would need for a text of `tokens` tokens, in fp16 as released: computed, not measured.
+    """What GPT-NeoX-20B needs for a text of `tokens` tokens, in fp16 as released: computed, not measured.
 
     Reading it takes two operations per weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361;
-    attention adds 3 % at 2048 tokens). A new token reads every weight once (only one row of the input embedding), and
-    the cache.
+    attention adds 3 % at 2048 tokens), and takes at least as long as a new token, which reads every weight once (only
+    one row of the input embedding), and the cache.
     """
     config, half = neox_20b(), torch.float16
     weights, cache = config.weight_bytes(half), config.kv_cache_bytes(tokens, half)
     operations = 2 * config.parameter_count() * tokens
     moved = weights - config.vocab_size * config.hidden_size * half.itemsize + cache
-    return (
-        f"20B in fp16, by arithmetic: {format_bytes(weights)} of weights; this text of {tokens:,} "
-        f"token{'s' if tokens > 1 else ''}: {format_bytes(cache)} of KV cache, {operations / 1e12:.3g} trillion "
-        f"operations to read it, then {format_bytes(moved)} to move for each new token, {moved / (100 * 2**30):.2f} s "
-        "at 100 GiB per second"
-    )
+    lines = [
+        f"20B in fp16, by arithmetic: {format_bytes(weights)} of weights.",
+        f"This text of {tokens:,} token{'s' if tokens > 1 else ''}: {format_bytes(cache)} of KV cache, "
+        f"{operations / 1e12:.3g} trillion operations to read it.",
+        f"Each new token after it: {format_bytes(moved)} to move.",
+    ]
+    for name, machine in MACHINES.items():
+        token = moved / machine.memory
+        reading = format_seconds(max(token, operations / machine.operations))
+        lines.append(f"{name.capitalize()} ({machine}): {reading} to read it, {format_seconds(token)} per new token.")
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from neox_lib.generation import ENDOFTEXT_ID, Step, stream_generate
+from neox_lib.generation import Step, stream_generate
 from neox_lib.inspection.attention import attention_of_last
 from neox_lib.inspection.tokens import candidate, likeliest
 from neox_lib.model import Stopped
@@ -37,6 +37,14 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     Settings changed while it streams apply to the next run. What was written is kept, however the run ends.
     """
     settings, state.error = state.settings, ""
+    if prompt is None and state.ended:
+        state.chosen = len(state.branches.branch.ids)
+        state.forget_looks()
+        status = (
+            "The text has ended. Generate starts over from the prompt; a token taken after the end begins another text."
+        )
+        look(state, stopping, say, status) if settings.use_cache else say("idle", status)
+        return
     begins = state.branches.branch.ids if prompt is None else prompt
     room = state.context - len(begins)
     if room < 1:
@@ -64,12 +72,12 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
     moments = [time.perf_counter()]
 
     def take(step: Step) -> None:
-        at_end = state.chosen == len(branch.ids)
         if len(moments) > 1:  # the first one reads the prompt as well
             state.costs.add(settings.use_cache, len(branch.ids), step.seconds)
         moments.append(time.perf_counter())
         branch.add(step.token_id, step.log_probability)
-        state.chosen = len(branch.ids) if at_end else state.chosen
+        if state.chosen == len(branch.ids) - 1:  # else somebody has chosen a token of the text
+            state.chosen = len(branch.ids)
         if settings.use_cache:
             glance(state, stopping)
 
@@ -96,7 +104,7 @@ def finish(
         say("idle", "Stopped while reading the prompt; no token was written.")
         return
     amount = f"{written} token{'s' if written > 1 else ''}"
-    if state.branches.branch.ids[-1] == ENDOFTEXT_ID:
+    if state.ended:
         status = f"The model ended the text after {amount}."
     elif written < wanted:
         status = f"Stopped after {amount}."

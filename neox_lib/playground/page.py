@@ -8,11 +8,12 @@ from pathlib import Path
 import anywidget
 import traitlets
 
-from neox_lib.playground import views
+from neox_lib.playground import saved, views
 from neox_lib.playground.state import State
 
 FILES = Path(__file__).parents[1] / "assets" / "playground"
 COSTS_PAUSE = 0.5  # minimum seconds between redraws of the chart while it grows
+SAVED_PAUSE = 2.0  # and between copies of the whole text for a reload
 
 
 def synced(kind: type[traitlets.TraitType], default):
@@ -37,7 +38,9 @@ class Page(anywidget.AnyWidget):
     attention = synced(traitlets.Dict, {})
     branches = synced(traitlets.List, [])
     costs = synced(traitlets.Dict, {})
-    speed = synced(traitlets.List, [])
+    speed = synced(traitlets.Unicode, "")
+    needs = synced(traitlets.Unicode, "")
+    saved = synced(traitlets.Dict, {})  # everything, for the page to keep in case it is reloaded
     heard = synced(traitlets.Int, 0)  # the number of the last message received from the page
 
     on_closed: Callable[[], None] = staticmethod(lambda: None)  # called when either side closes the page
@@ -52,7 +55,7 @@ class Page(anywidget.AnyWidget):
         self.state = state
         self.shown = views.Text(state.tokenizer)
         self.publishing = threading.RLock()  # callbacks and the worker's thread both publish
-        self.costs_shown = 0.0
+        self.costs_shown = self.saved_at = 0.0
         self.facts = views.facts_view(state)
         self.publish()
 
@@ -82,11 +85,14 @@ class Page(anywidget.AnyWidget):
             if state.phase != "writing" or time.monotonic() - self.costs_shown > COSTS_PAUSE:
                 self.costs_shown = time.monotonic()
                 self.costs = views.costs_view(state)
+            if state.phase != "writing" or time.monotonic() - self.saved_at > SAVED_PAUSE:
+                self.saved_at = time.monotonic()
+                self.saved = saved.content(state)
             if state.phase != "writing":
                 self.attention = views.attention_view(state)
                 self.branches = views.branches_view(state)
                 self.settings = vars(state.settings) | {}
-                self.speed = views.speed_view(state)
+                self.speed, self.needs = views.speed_view(state), views.needs_view(state)
                 self.publish_prompt()
 
     def publish_prompt(self) -> None:

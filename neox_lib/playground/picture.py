@@ -60,7 +60,7 @@ def legend() -> str:
         f'<span style="background:{background};border-bottom:{underline};padding:1px 6px;color:#111">{label}</span>'
         for _, background, underline, label in LEVELS
     )
-    return f"<p>The model gave each token: {' '.join(samples)}</p>"
+    return f"<p>Probability of each token: {' '.join(samples)}</p>"
 
 
 def branch_html(state: State) -> str:
@@ -83,7 +83,8 @@ def candidates_html(state: State) -> str:
     rows = []
     for _, text, score, _ in map(candidate_row, state.candidates):
         share = math.exp(score)
-        bar = f'<div style="background:#0072B2;height:12px;width:{max(1, round(200 * share))}px"></div>'
+        bar = f'<div style="background:#0072B2;height:12px;width:{100 * share:.1f}%"></div>'
+        bar = f'<div style="background:#e9ecef;width:200px">{bar}</div>'
         rows.append(f"<tr><td><code>{visible(text)}</code></td><td>{bar}</td><td>{percent(share)}</td></tr>")
     if not rows:
         return ""

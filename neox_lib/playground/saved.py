@@ -1,10 +1,10 @@
-"""Saving a playground as a JSON file (prompt, settings, every branch with its probabilities), and reading it back."""
+"""A playground as plain values (prompt, settings, every branch with its probabilities), and as a JSON file of them."""
 
 import json
 from pathlib import Path
 
 from neox_lib.checkpoints.atomic import write_text_atomically
-from neox_lib.playground.branches import Branch
+from neox_lib.playground.branches import Branch, Branches
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.state import State
 from neox_lib.playground.token_text import spell, text_of
@@ -12,22 +12,23 @@ from neox_lib.playground.token_text import spell, text_of
 FORMAT = "neox playground 1"
 
 
-def to_json(state: State) -> str:
-    """Everything that `read_into` restores; the texts are there for human readers."""
+def content(state: State) -> dict:
+    """Everything that `read` restores; the texts are there for human readers."""
     branches = []
-    for branch in state.branches.branches:
-        tokens = spell(state.tokenizer, branch.ids)
+    for branch in list(state.branches.branches):
+        tokens = spell(state.tokenizer, list(branch.ids))  # a copy: the worker may be writing
         rows = [
             {"id": token.token_id, "text": token.text, "log_probability": score}
-            for token, score in zip(tokens, branch.scores, strict=True)
+            for token, score in zip(tokens, branch.scores, strict=False)
         ]
         place = {"given": branch.given, "parent": branch.parent, "fork": branch.fork}
         branches.append({"text": text_of(tokens)} | place | {"tokens": rows})
-    content = {"format": FORMAT, "model": state.name, "prompt": state.prompt, "settings": vars(state.settings)}
-    return (
-        json.dumps(content | {"current": state.branches.current, "branches": branches}, ensure_ascii=False, indent=1)
-        + "\n"
-    )
+    head = {"format": FORMAT, "model": state.name, "prompt": state.prompt, "settings": vars(state.settings) | {}}
+    return head | {"current": state.branches.current, "branches": branches}
+
+
+def to_json(state: State) -> str:
+    return json.dumps(content(state), ensure_ascii=False, indent=1) + "\n"
 
 
 def save(state: State, path: str | Path) -> None:
@@ -62,21 +63,20 @@ def branch_from(entry: dict, number: int, state: State) -> Branch:
     return Branch(ids, scores, given, parent, fork)
 
 
-def read_into(state: State, path: str | Path) -> None:
-    """Restore what `save` wrote. Raises ValueError naming the file and the place, and leaves the state unchanged."""
+def read(state: State, saved: object) -> tuple[str, Settings, Branches]:
+    """What `content` gave. Raises ValueError naming the place, for what this model can't have written."""
     place = ""
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(f'not a playground file: "format" should be "{FORMAT}"')
         place = "prompt and settings: "
-        settings = Settings().changed(content["settings"])
-        prompt, current = content["prompt"], content["current"]
+        settings = Settings().changed(saved["settings"])
+        prompt, current = saved["prompt"], saved["current"]
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt is {prompt!r}, expected text")
         branches = []
-        saved = content["roads"] if "roads" in content else content["branches"]  # "roads" in older files
-        for number, entry in enumerate(saved):
+        entries = saved["roads"] if "roads" in saved else saved["branches"]  # "roads" in older files
+        for number, entry in enumerate(entries):
             place = f"branch {number}: "
             branches.append(branch_from(entry, number, state))
         place = ""
@@ -84,8 +84,20 @@ def read_into(state: State, path: str | Path) -> None:
             raise ValueError(f"current is {current!r}, but there are {len(branches)} branches")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {place}{what}") from error
-    state.prompt, state.settings = prompt, settings
-    state.branches.branches, state.branches.current = branches, current
-    state.chosen = len(branches[current].ids) if branches else 0
+        raise ValueError(f"{place}{what}") from error
+    return prompt, settings, Branches(branches, current)
+
+
+def restore(state: State, prompt: str, settings: Settings, branches: Branches) -> None:
+    state.prompt, state.settings, state.branches = prompt, settings, branches
+    state.chosen = len(branches.branch.ids) if len(branches) else 0
     state.forget_looks()
+
+
+def read_into(state: State, path: str | Path) -> None:
+    """Restore what `save` wrote. Raises ValueError naming the file and the place, and leaves the state unchanged."""
+    try:
+        found = read(state, json.loads(Path(path).read_text("utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    restore(state, *found)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from neox_lib.generation import prompt_ids
 from neox_lib.model import NeoXModel
-from neox_lib.playground import jobs
+from neox_lib.playground import jobs, saved
 from neox_lib.playground.costs import Costs
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Worker
@@ -35,9 +35,15 @@ class Session:
         self.show()
 
     def _ask(self, kind: str, job: Job) -> None:
-        """Run a job now or next. A second "write" is ignored; any job interrupts a look, and "change" any job."""
+        """Run a job now or next. A second "write" is ignored; any job interrupts a look, and "change" any job.
+
+        A look never takes the place of another job that waits, which looks at its end: two messages may come in two
+        threads, and the earlier one may be slower.
+        """
         with self.lock:
             if self.worker.busy and self.running == kind == "write":
+                return
+            if kind == "look" and self.waiting is not None:
                 return
             self.waiting = (kind, job)
             if not self.worker.busy:
@@ -102,6 +108,16 @@ class Session:
             state.costs, state.chosen, state.error = Costs(), 0, ""
             state.prefill_seconds = state.tokens_per_second = 0.0
             self.say("idle", "Cleared; the prompt is kept.")
+
+        self._ask("change", job)
+
+    def restore(self, content: dict) -> None:
+        """Bring back what a page kept before it was reloaded. Raises ValueError for what does not fit the model."""
+        found = saved.read(self.state, content)
+
+        def job(_: threading.Event) -> None:
+            saved.restore(self.state, *found)
+            self.say("idle", "Back as it was before the page was reloaded.")
 
         self._ask("change", job)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from neox_lib.generation import ENDOFTEXT_ID
 from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
 from neox_lib.playground.branches import Branches
@@ -51,6 +52,12 @@ class State:
     def context(self) -> int:
         """The model's context, in tokens."""
         return self.model.config.max_position_embeddings
+
+    @property
+    def ended(self) -> bool:
+        """Whether the current branch has come to the end of a text; an end that the prompt holds does not count."""
+        branch = self.branches.branch
+        return len(branch.ids) > branch.given and branch.ids[-1] == ENDOFTEXT_ID
 
     def forget_looks(self) -> None:
         self.candidates, self.taken, self.scored, self.attention = [], None, None, None

@@ -1,5 +1,6 @@
 """A State as plain values for a page: JSON values, small enough to be sent 20 times a second."""
 
+import json
 import math
 import time
 
@@ -62,6 +63,7 @@ def facts_view(state: State) -> dict:
         "heads": config.num_attention_heads,
         "vocabulary": config.tokenizer_vocab_size,
         "prompts": list(READY_PROMPTS.items()),
+        "kind": json.dumps([state.name, state.prompt, vars(state.settings)]),  # the same for the same cell run again
     }
 
 
@@ -126,17 +128,25 @@ def costs_view(state: State) -> dict:
     return {"with": state.costs.curve(True), "without": state.costs.curve(False)}
 
 
-def speed_view(state: State) -> list[str]:
-    """The lines below the text: this model's speed and memory, and what 20B would need."""
-    tokens = len(state.branches.branch.ids) if len(state.branches) else 0
-    lines = []
+def tokens_in_hand(state: State) -> int:
+    return len(state.branches.branch.ids) if len(state.branches) else 0
+
+
+def speed_view(state: State) -> str:
+    """The line below everything: this model's speed and memory; empty while there is no text."""
+    parts = []
     if state.prefill_seconds:
-        lines.append(f"prompt and first token {1e3 * state.prefill_seconds:,.0f} ms")
+        parts.append(f"prompt and first token {1e3 * state.prefill_seconds:,.0f} ms")
     if state.tokens_per_second:
-        lines.append(f"{state.tokens_per_second:,.1f} tokens/s")
-    if tokens:
+        parts.append(f"{state.tokens_per_second:,.1f} tokens/s")
+    if tokens := tokens_in_hand(state):
         cache = state.model.config.kv_cache_bytes(tokens, state.model.norm.weight.dtype)
         kept = format_bytes(cache) if state.settings.use_cache else f"off ({format_bytes(cache)} if it were on)"
-        lines.append(f"KV cache {kept}")
-    needed = tokens or max(1, len(encode_text(state.tokenizer, state.prompt)))  # type: ignore[arg-type]
-    return [" · ".join(lines), needs_of_20b(needed)]
+        parts.append(f"KV cache {kept}")
+    return " · ".join(parts)
+
+
+def needs_view(state: State) -> str:
+    """What 20B would need for this text, or for the prompt before there is one."""
+    prompt = len(encode_text(state.tokenizer, state.prompt))  # type: ignore[arg-type]
+    return needs_of_20b(tokens_in_hand(state) or max(1, prompt))

@@ -172,7 +172,7 @@ def train(
     if plan.dropout:
         add_dropout(model, plan.dropout)
     optimizer = make_optimizer(model, plan)
-    identity = json.dumps([dataclasses.asdict(config), dataclasses.asdict(plan)])
+    identity = json.dumps([config.stored_fields(), dataclasses.asdict(plan)])
     history, step, seconds = restore(folder / "state.pt", identity, model, optimizer)
     saved_at = last = time.monotonic()
     losses = []

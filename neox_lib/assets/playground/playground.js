@@ -1,5 +1,6 @@
-// The playground's page. Values flow down from the kernel (model.get), wishes go up as messages (model.send): the page
-// keeps nothing of its own that a reload could lose, except what is being typed. All text is set as textContent.
+// The playground's page. Values flow down from the kernel (model.get), requests go up as messages (model.send). A reload
+// loses only what is being typed: the kernel has the rest, and where it ends with its page, the tab. All text is set as
+// textContent.
 
 const LEVELS = [
   [0.5, "50 % or more"],
@@ -38,6 +39,39 @@ function makeSvg(tag, attributes, text) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   if (text !== undefined) node.textContent = text;
   return node;
+}
+
+// Fills a list anew and keeps the keyboard's focus at its place in it: on the list itself while that is empty.
+function filler(list) {
+  let place = 0;
+  return (nodes) => {
+    const held = list.contains(document.activeElement);
+    if (held && document.activeElement !== list) place = [...list.querySelectorAll("button")].indexOf(document.activeElement);
+    list.replaceChildren(...nodes);
+    const buttons = list.querySelectorAll("button");
+    if (held) (buttons[Math.min(place, buttons.length - 1)] ?? list).focus({ preventScroll: true });
+  };
+}
+
+// What the tab keeps for a reload. A notebook's kernel outlives its page; that of an app does not, and an output that
+// was never saved is gone. Running a cell again on the same page starts afresh.
+function keepForReload(model, root, ask) {
+  const { kind } = model.get("facts");
+  const number = [...document.querySelectorAll(".np")].filter((other) => other.dataset.kind === kind).length;
+  const key = `playground ${number} ${(root.dataset.kind = kind)}`;
+  const page = performance.timeOrigin;
+  const keep = () => {
+    try {
+      sessionStorage.setItem(key, JSON.stringify({ page, saved: model.get("saved") }));
+    } catch {} // forbidden or full: then a reload starts empty
+  };
+  let kept = null;
+  try {
+    kept = JSON.parse(sessionStorage.getItem(key));
+  } catch {}
+  if (kept && kept.page !== page && !model.get("saved").branches.length) ask("restore", { saved: kept.saved });
+  else keep();
+  model.on("change:saved", keep);
 }
 
 const heading = (id, text) => make("h3", { id, class: "np-heading" }, text);
@@ -113,6 +147,7 @@ function promptPart(model, id, post, generate) {
       }),
     );
     if (total > tokens.length) spans.append(` … and ${total - tokens.length} more`);
+    if (typed && field.selectionEnd === field.value.length) spans.scrollTop = spans.scrollHeight;
     spans.setAttribute("aria-label", `The prompt's tokens with their ids: ${tokens.slice(0, 60).map(([token, text]) => `${text || "part of a character"} ${token}`).join(", ")}`);
   };
   model.on("change:prompt_view", update);
@@ -152,7 +187,7 @@ function settingsPart(model, id, post) {
     for (const [name, field] of Object.entries(fields)) {
       if (field.type === "checkbox") read[name] = field.checked;
       else if (field === choice) read[name] = choice.value !== "";
-      else read[name] = Number.isFinite(field.valueAsNumber) ? field.valueAsNumber : null;
+      else read[name] = Number.isFinite(field.valueAsNumber) ? field.valueAsNumber : model.get("settings")[name];
     }
     return read;
   };
@@ -166,8 +201,9 @@ function settingsPart(model, id, post) {
     }
     drawn.hidden = choice.value === "";
   };
-  for (const field of Object.values(fields)) {
+  for (const [name, field] of Object.entries(fields)) {
     field.addEventListener("change", () => {
+      if (field.value === "" && field !== choice) field.value = model.get("settings")[name];
       drawn.hidden = choice.value === "";
       post.send("settings", { settings: values() });
     });
@@ -177,36 +213,34 @@ function settingsPart(model, id, post) {
   return { values, row, drawn };
 }
 
-// The text as a list of tokens in which the arrow keys walk; the last place stands for the token still to come.
+// The text as a list of tokens in which the arrow keys walk; the last place stands for the next token.
 function textPart(model, id, post, ask) {
   const list = make("div", { class: "np-text", role: "listbox", tabindex: 0, "aria-label": "Text, token by token: arrow keys choose one" });
-  const end = make("span", { class: "np-end", role: "option", "aria-label": "the token still to come" });
+  const end = make("span", { class: "np-end", role: "option", "aria-label": "the next token" });
   const told = make("p", { class: "np-told np-note", "aria-hidden": "true" });
   let rows = [];
   let nodes = [];
   let cursor = 0;
   let timer = null;
   const describe = (index) => {
-    if (index >= rows.length) return "the token still to come";
+    if (index >= rows.length) return "the next token";
     const [token, text, control, score] = rows[index];
     const share = score === null ? "of the prompt" : percent(Math.exp(score));
     return `${control ? text : text === "" ? "part of a character" : visible(text)}, ${share}, id ${token}, position ${index}`;
   };
-  const mark = (scroll) => {
+  let follow = ""; // what the next run brings into view: "page" for Generate, "list" for a token taken beside it
+  const atEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+  const mark = () => {
     cursor = Math.max(0, Math.min(cursor, rows.length));
     for (const node of list.querySelectorAll('[aria-selected="true"]')) node.setAttribute("aria-selected", "false");
     const node = nodes[cursor] ?? end;
     node.setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", node.id);
     told.textContent = rows.length ? describe(cursor) : "";
-    if (scroll) {
-      const place = node.offsetTop - list.offsetTop;
-      if (place < list.scrollTop || place > list.scrollTop + list.clientHeight - 30) list.scrollTop = place - list.clientHeight / 2;
-    }
+    return node;
   };
   const draw = () => {
     const next = [...(model.get("text").rows ?? []), ...model.get("tail")];
-    const given = model.get("text").given ?? 0;
     let same = 0;
     while (same < rows.length && same < next.length && rows[same][0] === next[same][0] && rows[same][3] === next[same][3]) same += 1;
     for (const node of nodes.splice(same)) node.remove();
@@ -225,12 +259,12 @@ function textPart(model, id, post, ask) {
       nodes[index].title = describe(index);
       nodes[index].setAttribute("aria-label", describe(index));
     }
-    list.classList.toggle("np-empty", rows.length === 0);
-    if (given > rows.length) return;
   };
   const choose = (index) => {
     cursor = Math.max(0, Math.min(index, rows.length));
-    mark(true);
+    const [box, frame] = [mark().getBoundingClientRect(), list.getBoundingClientRect()];
+    if (box.top < frame.top || box.bottom > frame.bottom) list.scrollTop += box.top - frame.top - list.clientHeight / 2;
+    follow = "";
     clearTimeout(timer);
     timer = setTimeout(() => {
       timer = null;
@@ -265,21 +299,33 @@ function textPart(model, id, post, ask) {
     return best;
   };
   const update = () => {
+    const following = follow !== "" || atEnd(); // whoever has scrolled up to read is left there
     draw();
     if (timer === null && post.answered()) cursor = model.get("marks").chosen;
-    mark(model.get("marks").phase === "writing" || cursor === rows.length);
+    mark();
+    if (following && cursor === rows.length) {
+      list.scrollTop = list.scrollHeight;
+      if (follow === "page") list.scrollIntoView({ block: "nearest" });
+    }
+    if (post.answered() && ["writing", "idle"].includes(model.get("marks").phase)) follow = "";
   };
-  model.on("change:text change:tail change:marks", update);
+  model.on("change:text change:tail change:marks change:heard", update);
   update();
+  new ResizeObserver((_, self) => {
+    if (!list.clientHeight) return;
+    list.scrollTop = list.scrollHeight; // a reloaded page shows the end of its text
+    self.disconnect();
+  }).observe(list);
   const samples = LEVELS.map(([, name], level) => make("span", { class: `np-token np-level${level} np-sample` }, name));
-  const legend = make("p", { class: "np-legend np-note" }, "the model gave it: ", ...samples);
-  return { choose, cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
+  const legend = make("p", { class: "np-legend np-note" }, "probability: ", ...samples);
+  return { choose, follow: (what) => (follow = what), cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
 }
 
 // The ten likeliest tokens; each is a button that takes that token.
 function nextPart(model, ask) {
   const title = make("p", { class: "np-note" });
-  const list = make("ol", { class: "np-bars" });
+  const list = make("ol", { class: "np-bars", tabindex: -1, "aria-label": "The likeliest tokens" });
+  const fill = filler(list);
   const rest = make("p", { class: "np-note" });
   let drawn = null; // while text streams past, bars that stay keep the keyboard's focus
   const update = () => {
@@ -292,19 +338,20 @@ function nextPart(model, ask) {
       if (model.get("settings").use_cache) return "Choose a token of the text, even while it grows: the model looks between two tokens.";
       return "Without the cache a look would read the whole text again: the bars come when the writing stops.";
     };
-    title.textContent = looked ? `Position ${position}, after “…${visible(before)}”. Take another token, and a branch forks off:` : hint();
+    const use = taken ? "Take another token, and a branch forks off:" : "Take a token, and the text goes on with it:";
+    title.textContent = looked ? `Position ${position}, after “…${visible(before)}”. ${use}` : hint();
     if (drawn === model.get("bars")) return;
     drawn = model.get("bars");
-    const most = Math.max(...rows.map(([, , score]) => Math.exp(score)), 0.01);
-    list.replaceChildren(...rows.map(([token, text, score, rank]) => {
+    fill(rows.map(([token, text, score, rank]) => {
       const share = Math.exp(score);
       const here = taken && taken[0] === token;
       const name = make("span", { class: "np-name" });
       name.textContent = visible(text);
-      const bar = make("span", { class: "np-bar" }, make("span", { style: `width: ${(100 * share) / most}%` }));
-      const chip = make("span", { class: "np-chip" }, here ? "is here" : "take");
-      const button = make("button", { type: "button", "data-token": token, class: here ? "np-here" : "", "aria-label": `${here ? "Stands here" : "Take"}: ${visible(text)}, ${percent(share)}, rank ${rank}` });
-      button.append(name, bar, make("span", { class: "np-share" }, percent(share)), chip);
+      const bar = make("span", { class: "np-bar" }, make("span", { style: `width: ${100 * share}%` }));
+      const cells = [name, bar, make("span", { class: "np-share" }, percent(share))];
+      if (here) return make("li", {}, make("div", { class: "np-here" }, ...cells, "is here"));
+      const label = `Take: ${visible(text)}, ${percent(share)}, rank ${rank}`;
+      const button = make("button", { type: "button", "data-token": token, "aria-label": label }, ...cells, make("span", { class: "np-chip" }, "take"));
       button.addEventListener("click", () => ask("take", { token }));
       return make("li", {}, button);
     }));
@@ -326,6 +373,7 @@ function attentionPart(model, id, post, text) {
   const title = make("p", { class: "np-note" });
   const heat = make("div", { class: "np-heat", role: "img" });
   const list = make("ol", { class: "np-strongest" });
+  let drawn = null;
   const tell = () => post.send("head", { layer: Number(layer.value), head: Number(head.value) });
   layer.addEventListener("change", tell);
   head.addEventListener("change", tell);
@@ -334,6 +382,8 @@ function attentionPart(model, id, post, text) {
     const { layer: ofLayer = 0, head: ofHead = 0, weights = [] } = model.get("attention");
     if (document.activeElement !== layer) layer.value = ofLayer;
     if (document.activeElement !== head) head.value = ofHead;
+    if (drawn === model.get("attention") && weights.length) return;
+    drawn = model.get("attention");
     const rows = text.rows();
     const named = (index) => (rows[index] ? visible(rows[index][1]) : "");
     const order = weights.map((weight, index) => [weight, index]).sort(([a], [b]) => b - a).slice(0, 5);
@@ -349,6 +399,7 @@ function attentionPart(model, id, post, text) {
       if (place.has(index)) node.append(make("sup", {}, String(place.get(index))));
       return node;
     }));
+    heat.scrollTop = heat.scrollHeight; // to the token that looks
     list.replaceChildren(...order.map(([weight, index]) => {
       const name = make("span", { class: "np-name" });
       name.textContent = named(index);
@@ -367,6 +418,7 @@ function attentionPart(model, id, post, text) {
 function costPart(model) {
   const chart = makeSvg("svg", { viewBox: "0 0 440 230", class: "np-chart", role: "img" });
   const summary = make("p", { class: "np-note" });
+  const needs = make("p", { class: "np-note np-needs" });
   const update = () => {
     const costs = model.get("costs");
     const curves = [["with", "with cache", "np-with"], ["without", "without: all is read again", "np-without"]];
@@ -375,10 +427,10 @@ function costPart(model) {
     const ordered = all.map(([, value]) => value).sort((a, b) => a - b);
     const top = Math.max(1, 1.15 * (ordered[Math.floor(0.98 * (ordered.length - 1))] ?? 1));
     const x = (position) => 46 + (380 * position) / right;
-    const y = (value) => 190 - (165 * Math.min(value, top)) / top;
+    const y = (value) => 190 - (142 * Math.min(value, top)) / top;
     const label = (attributes, text) => makeSvg("text", attributes, text);
     const nodes = [
-      makeSvg("path", { d: "M46 20V190H430", class: "np-axis" }),
+      makeSvg("path", { d: "M46 44V190H430", class: "np-axis" }),
       label({ x: 6, y: 14 }, "ms per token"),
       label({ x: 40, y: 194, "text-anchor": "end" }, "0"),
       label({ x: 40, y: y(top / 1.15) + 4, "text-anchor": "end" }, (top / 1.15).toFixed(top > 11 ? 0 : 1)),
@@ -400,9 +452,12 @@ function costPart(model) {
     chart.setAttribute("aria-label", `Milliseconds per token by position. ${summary.textContent}`);
     chart.replaceChildren(...nodes);
   };
+  const tell = () => (needs.textContent = model.get("needs"));
   model.on("change:costs", update);
+  model.on("change:needs", tell);
   update();
-  return [chart, summary];
+  tell();
+  return [chart, summary, needs];
 }
 
 function tabs(id, pages, onChange) {
@@ -434,22 +489,24 @@ function tabs(id, pages, onChange) {
 
 function branchesPart(model, id, ask) {
   const title = heading(`${id}-branches`, "Branches, side by side");
-  const list = make("ol", { class: "np-branches", "aria-labelledby": `${id}-branches` });
+  const list = make("ol", { class: "np-branches", tabindex: -1, "aria-labelledby": `${id}-branches` });
+  const fill = filler(list);
   const update = () => {
     const branches = model.get("branches");
     title.hidden = list.hidden = branches.length < 2;
-    list.replaceChildren(...branches.map((branch, number) => {
+    fill(branches.map((branch, number) => {
       const at = make("b", {}, visible(branch.at).replace(/^·/, ""));
       const button = make("button", { type: "button", "aria-pressed": String(branch.current), class: `np-branch np-branch${number % 4}` });
       const sure = branch.mean === null ? "" : `, ${percent(branch.mean)} per token`;
-      button.append(make("span", { class: "np-told" }, `…${branch.before} `), at, make("span", {}, branch.after), make("span", { class: "np-note" }, ` (${branch.tokens} tokens${sure})`));
+      const before = make("span", { class: "np-told" }, `…${branch.before} `);
+      button.append(make("span", {}, before, at, branch.after, make("span", { class: "np-note" }, ` (${branch.tokens} tokens${sure})`)));
       button.addEventListener("click", () => ask("branch", { branch: number }));
       return make("li", {}, button);
     }));
   };
   model.on("change:branches", update);
   update();
-  return [title, list];
+  return make("div", {}, title, list);
 }
 
 function download(text) {
@@ -478,15 +535,24 @@ function render({ model, el }) {
   const silence = make("p", { class: "np-warning", hidden: true }, "The kernel has not answered yet: it is busy with another cell, or gone. If it was restarted, run this cell again.");
   const post = messenger(model, root, (silent) => (silence.hidden = !silent));
   const ask = (action, more) => post.send(action, more);
-  let prompt = null;
-  let settings = null;
-  const write = (action) => ask(action, { prompt: prompt.field.value, settings: settings.values() });
-  prompt = promptPart(model, id, post, () => write("generate"));
-  settings = settingsPart(model, id, post);
+  const write = () => {
+    text.follow("page");
+    ask("generate", { prompt: prompt.field.value, settings: settings.values() });
+  };
+  const goOn = () => {
+    text.follow("page");
+    ask("continue", { settings: settings.values() });
+  };
+  const take = (action, more) => {
+    text.follow("list");
+    ask(action, { ...more, settings: settings.values() });
+  };
+  const prompt = promptPart(model, id, post, write);
+  const settings = settingsPart(model, id, post);
   const button = (label, action, kind = "") => make("button", { type: "button", class: kind, onclick: action }, label);
   const stop = button("Stop", () => ask("stop"), "np-stop");
-  const generate = button("Generate", () => write("generate"), "np-main");
-  const go = button("Continue", () => ask("continue", { settings: settings.values() }));
+  const generate = button("Generate", write, "np-main");
+  const go = button("Continue", goOn);
   const buttons = make("div", { class: "np-row np-buttons" }, generate, stop, go, button("Clear", () => ask("clear")), settings.row);
   const text = textPart(model, id, post, ask);
   const all = () => text.rows().map((row) => row[1]).join("");
@@ -518,12 +584,15 @@ function render({ model, el }) {
       before = phase;
     }
   };
-  const figures = () => (speed.textContent = [model.get("facts").model, ...model.get("speed")].filter(Boolean).join(" · "));
+  const figures = () => {
+    speed.textContent = `${model.get("facts").model} · ${model.get("speed")}`;
+    speed.hidden = model.get("speed") === ""; // nothing has run
+  };
   model.on("change:marks", marks);
   model.on("change:speed", figures);
   model.on("msg:custom", (message) => message?.file && download(message.file));
   const views3 = tabs(id, [
-    ["Next token", nextPart(model, (action, more) => ask(action, { ...more, settings: settings.values() }))],
+    ["Next token", nextPart(model, take)],
     ["Attention", attentionPart(model, id, post, text)],
     ["Cost", costPart(model)],
   ], (index) => started && ask("watch", { on: index === 1 }));
@@ -531,13 +600,24 @@ function render({ model, el }) {
   views3.select(0);
   started = true;
   const textTop = make("div", { class: "np-row np-spread" }, heading(`${id}-text`, "Text"), make("span", { class: "np-row" }, said, copied, saved));
-  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...branchesPart(model, id, ask));
+  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node);
   const right = make("div", { class: "np-right" }, ...views3.node);
-  root.append(make("div", { class: "np-columns" }, left, right), speed, spoken);
+  root.append(make("div", { class: "np-columns" }, left, right), branchesPart(model, id, ask), speed, spoken);
   root.addEventListener("keydown", (event) => event.key === "Escape" && ask("stop"));
+  // Ctrl or Cmd with S, and with other letters that edit no text, are the notebook's: for them the mark is taken off.
+  const letThrough = (event) => {
+    const node = event.target;
+    if (!(event.ctrlKey || event.metaKey) || event.altKey || !/^[bd-uw]$/i.test(event.key)) return;
+    if (!root.contains(node) || !node.dataset.lmSuppressShortcuts) return;
+    delete node.dataset.lmSuppressShortcuts;
+    setTimeout(() => (node.dataset.lmSuppressShortcuts = "true"));
+  };
+  window.addEventListener("keydown", letThrough, true); // before Lab, which listens on the document
   marks();
   figures();
+  keepForReload(model, root, ask);
   el.append(root);
+  return () => window.removeEventListener("keydown", letThrough, true);
 }
 
 export default { render };

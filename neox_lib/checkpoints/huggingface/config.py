@@ -1,7 +1,9 @@
 """Hugging Face's `config.json`, read and written: the same model under the names of `transformers`, old and new."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ import torch
 
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.slim.config import real_tokens
+from neox_lib.checkpoints.slim.settings import COMPUTED, HARMLESS_WHEN, unusual_settings
 from neox_lib.checkpoints.tokenizer_files import open_tokenizer
 from neox_lib.config import NeoXConfig
+from neox_lib.rope_scaling import ROPE_TYPES, RopeScaling, yarn_attention_factor
+
+logger = logging.getLogger(__name__)
 
 # What `transformers` fills in for a key that is not there (its GPTNeoXConfig), and the name of each activation here:
 # gelu_new, gelu_pytorch_tanh and the rest of them are the same tanh formula as gelu_fast, written down differently.
@@ -24,10 +30,19 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "use_parallel_residual": True,
     "tie_word_embeddings": False,
+    "attention_bias": True,
 }
 ACTIVATION_OF = dict.fromkeys(("gelu", "gelu_python"), "gelu") | dict.fromkeys(
     ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_fast"
 )
+
+# What `transformers` hands to the attention of any model, and when it changes nothing in a context of that many tokens.
+WINDOWS: dict[str, Callable[[Any, int], bool]] = {
+    "sliding_window": lambda value, context: value == 0 or value >= context,
+    "attention_chunk_size": lambda value, context: value == 0 or value >= context,
+    "layer_types": lambda value, context: set(value) == {"full_attention"},
+    "is_causal": lambda value, context: value is True,
+}
 
 
 def read_huggingface_config(folder: Path) -> NeoXConfig:
@@ -44,11 +59,12 @@ def read_huggingface_config(folder: Path) -> NeoXConfig:
         raise CheckpointError(f"{path}: missing; a Hugging Face checkpoint needs it. Fetch it again") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: not a config that can be read ({' '.join(str(error).split())})") from error
-    check_computable(path, fields)
     try:
+        check_computable(path, fields)
         ours = {name: fields.get(name, default) for name, default in DEFAULTS.items()}
         ours["rotary_pct"] = rotary_setting(path, fields, "rotary_pct", "partial_rotary_factor", 0.25)
         ours["rotary_emb_base"] = rotary_setting(path, fields, "rotary_emb_base", "rope_theta", 10000)
+        ours["rope_scaling"] = read_rope_scaling(path, fields)
         ours["hidden_act"] = ACTIVATION_OF[fields.get("hidden_act", "gelu")]
         vocab_size = NeoXConfig(**ours, tokenizer_vocab_size=1).vocab_size
         return NeoXConfig(**ours, tokenizer_vocab_size=count_tokens(folder, fields, vocab_size))
@@ -69,10 +85,6 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
     found = fields.get("model_type")
     if found != "gpt_neox":
         raise CheckpointError(f'{path}: model_type is {found!r}; only models of type "gpt_neox" can be run here')
-    if not fields.get("attention_bias", True):
-        raise CheckpointError(f"{path}: attention_bias is {fields['attention_bias']!r}; only true can be run")
-    if fields.get("quantization_config"):
-        raise CheckpointError(f"{path}: quantization_config: quantized weights are not read; fetch those in float16")
     activation = fields.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATION_OF:
         names = ", ".join(ACTIVATION_OF)
@@ -83,11 +95,15 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: head_dim is {head_dim!r}; {heads} heads of it do not make a hidden_size of {hidden_size}"
         )
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            raise CheckpointError(f"{path}: {key} is of type {kind!r}; only plain rotary angles can be run")
+    context = fields.get("max_position_embeddings", DEFAULTS["max_position_embeddings"])
+    for key, harmless in WINDOWS.items():
+        if (value := fields.get(key)) is not None and not harmless(value, context):
+            raise CheckpointError(f"{path}: {key} is {value!r}; only attention to all earlier tokens can be run")
+    if fields.get("quantization_config"):
+        logger.info("%s: quantization_config is passed over; weights are read as they lie in the files", path)
+    for name, value in unusual_settings(fields):
+        if name in (*COMPUTED, *HARMLESS_WHEN):
+            logger.warning("%s: %s is %r, which transformers passes over, and so do we", path, name, value)
 
 
 def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, default: float) -> float:
@@ -100,6 +116,50 @@ def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, de
         said = " and ".join(f"{name} {value!r}" for name, value in given.items())
         raise CheckpointError(f"{path}: {said} contradict each other; keep the one that the model was trained with")
     return next(iter(given.values()), default)
+
+
+def read_rope_scaling(path: Path, fields: Mapping[str, Any]) -> RopeScaling | None:
+    """How rotary frequencies are scaled, as `rope_scaling` or `rope_parameters` says; None where they are plain.
+
+    Raises CheckpointError, naming the key, for a kind that can't be run, for a setting of each layer's own, and when
+    the two contradict each other.
+    """
+    said: dict[str, RopeScaling | None] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(key)
+        if not rope:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+        if nested or kind not in ("default", *ROPE_TYPES):
+            found = "settings for each kind of layer" if nested else f"of type {kind!r}"
+            raise CheckpointError(f"{path}: {key} is {found}; only one of default, {', '.join(ROPE_TYPES)} can be run")
+        said[key] = None if kind == "default" else rope_scaling_of(kind, rope, fields)
+    if len(set(said.values())) > 1:
+        raise CheckpointError(
+            f"{path}: rope_scaling and rope_parameters contradict each other; keep the one that the model was trained "
+            "with"
+        )
+    return next(iter(said.values()), None)
+
+
+def rope_scaling_of(kind: str, rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling:
+    """The scaling that a dictionary describes, as `transformers` fills in what is absent. Raises ValueError."""
+    if "factor" not in rope:
+        raise ValueError(f"rope_scaling of type {kind} has no factor")
+    factor = rope["factor"]
+    if kind != "yarn":
+        return RopeScaling(kind, factor)
+    context = fields.get("max_position_embeddings", DEFAULTS["max_position_embeddings"])
+    # transformers lets the one outside of the dictionary count first
+    original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
+    if factor is None:
+        factor = context / original
+    grown, weight, divisor = (rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if grown is None and weight and divisor:
+        grown = yarn_attention_factor(factor, weight) / yarn_attention_factor(factor, divisor)
+    betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    return RopeScaling(kind, factor, original, grown, *betas, rope.get("truncate", True))
 
 
 def count_tokens(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> int:
@@ -132,16 +192,25 @@ def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         **{name: getattr(config, name) for name in names},
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": float(config.rotary_emb_base),
-            "partial_rotary_factor": config.rotary_pct,
-        },
-        "attention_bias": True,
+        **rope_fields(config),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
+    }
+
+
+def rope_fields(config: NeoXConfig) -> dict[str, Any]:
+    """The rotary settings in both dialects; the older one says the kind of a scaling under `type`."""
+    plain = {"rope_theta": float(config.rotary_emb_base), "partial_rotary_factor": config.rotary_pct}
+    if config.rope_scaling is None:
+        return {"rope_parameters": {"rope_type": "default", **plain}}
+    said = {name: value for name, value in dataclasses.asdict(config.rope_scaling).items() if value is not None}
+    kind = said.pop("rope_type")
+    numbers = said if kind == "yarn" else {"factor": said["factor"]}
+    return {
+        "rope_scaling": {"type": kind, **numbers},
+        "rope_parameters": {"rope_type": kind, **numbers, **plain},
     }

@@ -1,12 +1,16 @@
 """Hugging Face's layout: which files a folder has, under which names they hold our parameters."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from neox_lib.checkpoints.files import BUFFERS, CheckpointError
+from neox_lib.checkpoints.files import BUFFERS, CheckpointError, unwrap_keys
 from neox_lib.checkpoints.tensor_files import Stored, describe_file
 from neox_lib.config import NeoXConfig, parameter_shapes
+
+logger = logging.getLogger(__name__)
 
 # In the order in which `transformers` looks for them: a whole model in one file, or an index of its shards.
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -14,6 +18,9 @@ WEIGHT_FILES = (WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json
 PREFIX = "gpt_neox."  # a causal model's; a bare base model's file lacks it
 THEIR_NAME = {"word_embeddings": "embed_in", "norm": "final_layer_norm"}
 OUTPUT_NAMES = ("embed_out.weight", "lm_head.weight")
+FIRST_WORDS = ("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out", "lm_head")
+# What reinforcement learning puts beside a model to judge its texts (trl, trlx): v_head, ilql_heads, value_head.
+VALUE_HEAD = re.compile(r"(\w+\.)*(\w+_)?(v|q|value|critic|reward|ilql)_?heads?\..+")
 
 
 def is_huggingface(folder: str | Path) -> bool:
@@ -80,8 +87,17 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / file for file in files], places
 
 
+def is_value_head(where: str, key: str) -> bool:
+    """Whether a tensor is a value head's; if so, a warning says that it is left out."""
+    if not VALUE_HEAD.fullmatch(key):
+        return False
+    logger.warning("%s: a value head beside the model is left out", where)
+    return True
+
+
 def find_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's weights by its key, buffers left out. Raises CheckpointError as `find_files` and
+    """Every tensor of a folder's weights by its key, `unwrapped`; buffers and a value head are left out. Raises
+    CheckpointError as `find_files` and
     `describe_file` do, and when a shard lacks a key that the index promises or has one that it says elsewhere.
     """
     files, places = find_files(folder)
@@ -93,7 +109,8 @@ def find_stored(folder: Path) -> dict[str, Stored]:
     for key, file in places.items():
         if key not in found and not key.endswith(BUFFERS):
             raise CheckpointError(f"{folder / file}: lacks {key}, which the index promises; fetch the file again")
-    return found
+    found = {key: stored for key, stored in found.items() if not is_value_head(f"{stored.path}: {key}", key)}
+    return unwrap_keys(folder, found, FIRST_WORDS)
 
 
 def match_names(folder: Path, config: NeoXConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -119,6 +136,8 @@ def match_names(folder: Path, config: NeoXConfig, found: Mapping[str, Stored]) -
     if config.tie_word_embeddings:
         rest.pop(output, None)
     if rest:
-        key, stored = next(iter(rest.items()))
-        raise CheckpointError(f"{stored.path}: unexpected {key}; a GPT-NeoX model of this config has no such tensor")
+        stored = next(iter(rest.values()))
+        raise CheckpointError(
+            f"{stored.path}: unexpected {stored.key}; a GPT-NeoX model of this config has no such tensor"
+        )
     return matched

@@ -3,11 +3,13 @@
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.slim.layout import Shards, check_layers
+from neox_lib.checkpoints.slim.settings import unusual_settings, what_can_be_run
 from neox_lib.config import NeoXConfig
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def find_yml(folder: Path) -> Path | None:
     return None
 
 
-def sizes_in(shards: Shards) -> dict[str, int]:
+def sizes_in(shards: Shards) -> dict[str, Any]:
     """The sizes that the shards themselves tell: hidden size, and vocabulary and MLP width summed over the ranks."""
     try:
         embeddings = [shards.look(path)["word_embeddings.weight"] for path in shards.paths[0]]
@@ -75,11 +77,8 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
     """
     try:
         fields = {str(key).replace("-", "_"): value for key, value in yaml.safe_load(path.read_text("utf-8")).items()}
-        needed = {"norm": "layernorm", "pos_emb": "rotary", "activation": "gelu", "gpt_j_tied": False}
-        found = {"norm": "layernorm", "pos_emb": "learned", "activation": "gelu", "gpt_j_tied": False} | fields
-        for name, value in needed.items():
-            if found[name] != value:
-                raise CheckpointError(f"{path}: {name} is {found[name]!r}; only {value!r} can be run")
+        for name, value in unusual_settings({"pos_emb": "learned"} | fields):
+            raise CheckpointError(f"{path}: {name} is {value!r}; {what_can_be_run(name)}")
         sizes = sizes_in(shards)
         if fields["hidden_size"] != sizes["hidden_size"]:
             where = f"{shards.paths[0][0]}: word_embeddings.weight"
@@ -98,6 +97,7 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
             hidden_act="gelu_fast" if fields.get("bias_gelu_fusion", False) else "gelu",
             use_parallel_residual=fields.get("gpt_j_residual", False),
             tie_word_embeddings=not fields.get("no_weight_tying", False),
+            attention_bias=fields.get("use_bias_in_attn_linear", True),
         )
     except CheckpointError:
         raise
@@ -136,4 +136,5 @@ def config_from_inv_freq(shards: Shards) -> NeoXConfig:
         tokenizer_vocab_size=real_tokens(sizes["vocab_size"]),
         num_hidden_layers=max(shards.paths) - 4,
         num_attention_heads=sizes["hidden_size"] // head_dim,
+        attention_bias="attention.dense.bias" in shards.look(shards.paths[2][0]),
     )

@@ -6,10 +6,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neox_lib.checkpoints.files import CheckpointError, open_tensors
+from neox_lib.checkpoints.files import CheckpointError, open_tensors, unwrap_keys
 from neox_lib.config import NeoXConfig, parameter_shapes
 
 LAYER_FILE = re.compile(r"layer_(\d{2,})-model_(\d{2,})-model_states\.pt")
+WHOLE_FILE = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")  # of a model that was trained without a pipeline
+SECTION = re.compile(
+    r"(?:.*\.)?sequential\.(\d+)\.(.+)"
+)  # a key in such a file: a layer file's index, and the key there
+FIRST_WORDS = (
+    "word_embeddings",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "attention",
+    "mlp",
+    "norm",
+    "final_linear",
+)
 UNFINISHED = "unfinished_save.txt"  # stands in a folder from a save's first byte to its last
 
 
@@ -77,27 +90,75 @@ def find_shards(folder: str | Path) -> dict[int, list[Path]]:
     return {index: [folder / layer_file_name(index, rank) for rank in range(ranks)] for index in indices}
 
 
-class Shards:
-    """The layer files of a folder: their paths by index and rank, and each file opened once.
+def is_whole(folder: str | Path) -> bool:
+    """Whether a folder holds files with all layers of a rank. Beside layer files they hold no weights."""
+    folder = Path(folder)
+    return folder.is_dir() and any(WHOLE_FILE.fullmatch(path.name) for path in folder.iterdir())
 
-    A file that was looked into stays open, mapped into memory, until its tensors are taken. Raises CheckpointError as
-    `find_shards` and `open_tensors` do.
+
+def open_sections(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    """What would be layer files, had there been a pipeline: the tensors of each, by a path that says where they lie.
+
+    Raises CheckpointError as `open_tensors` does, for a rank that is missing, and for keys that are not gpt-neox's.
+    """
+    ranks = {int(match[1]): path for path in folder.iterdir() if (match := WHOLE_FILE.fullmatch(path.name))}
+    sections: dict[Path, dict[str, Tensor]] = {}
+    for rank in range(max(ranks) + 1):
+        if rank not in ranks:
+            raise CheckpointError(f"{folder}: ranks 0 to {max(ranks)} are needed, and mp_rank_{rank:02d} is missing")
+        for key, tensor in open_tensors(ranks[rank]).items():
+            match = SECTION.fullmatch(key)
+            if match is None:
+                raise CheckpointError(
+                    f"{ranks[rank]}: {key} is not a key of gpt-neox, expected names like "
+                    "sequential.0.word_embeddings.weight; of a run of Hugging Face's trainer, give the folder above"
+                )
+            path = ranks[rank].with_name(f"{ranks[rank].name}:sequential.{int(match[1])}")
+            sections.setdefault(path, {})[match[2]] = tensor
+    return sections
+
+
+class Shards:
+    """The layer files of a folder, or the files with all layers of a rank, as if they were layer files: their paths by
+    index and rank, and each file opened once.
+
+    A file that was looked into stays open, mapped into memory, until its tensors are taken; files with all layers stay
+    so. Raises CheckpointError as `find_shards`, `open_sections` and `open_tensors` do.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute()
-        self.paths = find_shards(folder)
         self.opened: dict[Path, dict[str, Tensor]] = {}
+        self.sections: dict[Path, dict[str, Tensor]] = {}
+        if is_slim(folder) or not is_whole(folder):
+            self.paths = find_shards(folder)
+            return
+        self.sections, self.paths = open_sections(self.folder), {}
+        for path in sorted(self.sections):
+            self.paths.setdefault(int(path.name.rpartition(".")[2]), []).append(path)
+
+    def path_of(self, index: int) -> Path:
+        """Where rank 0's part of a layer lies, or ought to."""
+        for path in self.sections:
+            return path.with_name(f"{path.name.rpartition('.')[0]}.{index}")
+        return self.folder / layer_file_name(index, 0)
+
+    def nbytes(self, path: Path) -> int:
+        """The bytes that a file takes on the disk, or a layer in its file."""
+        section = self.sections.get(path)
+        return path.stat().st_size if section is None else sum(tensor.nbytes for tensor in section.values())
 
     def look(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file that will be wanted again."""
         if path not in self.opened:
-            self.opened[path] = open_tensors(path)
+            self.opened[path] = self.take(path)
         return self.opened[path]
 
     def take(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, which is let go of with the last of them."""
-        return self.opened.pop(path) if path in self.opened else open_tensors(path)
+        if path in self.opened:
+            return self.opened.pop(path)
+        return unwrap_keys(path, self.sections.get(path) or open_tensors(path), FIRST_WORDS)
 
 
 def check_layers(shards: Shards, config: NeoXConfig) -> None:
@@ -109,7 +170,7 @@ def check_layers(shards: Shards, config: NeoXConfig) -> None:
     expected = {place_of(name, layers)[0] for name in parameter_shapes(config)}
     allowed = expected | ({layers + 4} if config.tie_word_embeddings else set())
     for index in sorted(expected | shards.paths.keys()):
-        path = shards.folder / layer_file_name(index, 0)
+        path = shards.path_of(index)
         if index not in shards.paths:
             raise CheckpointError(f"{path}: missing; {layers} layers need it ({part_of_file(index, layers)})")
         if index not in allowed:

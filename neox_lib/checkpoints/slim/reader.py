@@ -21,7 +21,7 @@ from neox_lib.config import NeoXConfig, parameter_shapes
 def inventory(shards: Shards, num_layers: int) -> list[LayerFile]:
     """Which file holds what, and its size; reads no weights."""
     return [
-        LayerFile(path.name, rank, part_of_file(index, num_layers), path.stat().st_size)
+        LayerFile(path.name, rank, part_of_file(index, num_layers), shards.nbytes(path))
         for index, paths in shards.paths.items()
         for rank, path in enumerate(paths)
     ]
@@ -90,7 +90,7 @@ class SlimCheckpoint:
             check_tied(self.shards, self.config)
         with reading_bar(sum(row.nbytes for row in self.files())) as bar:
             for index, names, shapes in self.layers():
-                bar.update(sum(path.stat().st_size for path in self.shards.paths[index]))
+                bar.update(sum(self.shards.nbytes(path) for path in self.shards.paths[index]))
                 yield names, open_layer(self.shards, index, shapes)
 
     def parts(self) -> Iterator[tuple[str, list[Tensor]]]:

@@ -22,7 +22,7 @@ class YourChoice(Sampling):
 
     pick: Callable[[Tensor], int] = lambda scores: int(scores.argmax())
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+    def choose(self, logits: Tensor, *generators: torch.Generator) -> Tensor:  # noqa: ARG002
         return torch.tensor([self.pick(row) for row in logits], device=logits.device)
 
 

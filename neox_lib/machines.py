@@ -1,0 +1,32 @@
+"""The machines that the series and the playground assume when they compute a time: round numbers for a rule of thumb.
+
+`python -m neox_lib info` measures the memory of yours.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory` is read in bytes per second; `operations` are the floating-point ones per second, of the kind named below."""
+
+    memory: float
+    operations: float
+
+    def __str__(self) -> str:
+        return f"{self.memory / 1e9:.0f} GB/s, {self.operations / 1e12:.3g} trillion operations per second"
+
+
+MACHINES = {
+    "laptop": Machine(25e9, 0.4e12),  # two channels of DDR4 in practice; a handful of CPU cores in fp32
+    "graphics card": Machine(900e9, 100e12),  # a large one for consumers, in fp16
+}
+
+
+def format_seconds(seconds: float) -> str:
+    """A time in two digits, in minutes from 90 seconds on.
+
+    >>> format_seconds(0.0452), format_seconds(1.63), format_seconds(210.5)
+    ('0.045 s', '1.6 s', '3.5 minutes')
+    """
+    return f"{seconds:.2g} s" if seconds < 90 else f"{seconds / 60:.2g} minutes"

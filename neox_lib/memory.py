@@ -1,0 +1,47 @@
+"""How much memory is free: what the system has, and no more than the limit of the container that we are in.
+
+JupyterHub, Binder and Docker give each user a control group (cgroup) with a limit, and end what goes past it without a
+word; the system's own figures know nothing of that.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes that a program can still take."""
+    import psutil  # late: the doctor reads this file before anything is installed
+
+    return min([psutil.virtual_memory().available, *free_in_groups()])
+
+
+def free_in_groups() -> Iterator[int]:
+    """Bytes left in each control group with a limit that this process is in, its own and those around it.
+
+    Pages of files count as free, as they do for the system: they are given up when memory is short. The two versions of
+    cgroups differ in the names of the files; a container may see its own group at the root, or under the host's path.
+    """
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = OWN_GROUPS.read_text("utf-8").splitlines()
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if not controllers:
+            top, limit, used, files = GROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, files = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = top / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or "max": without a limit
+                most = int((folder / limit).read_text("utf-8"))
+                statistics = dict(row.split() for row in (folder / "memory.stat").read_text("utf-8").splitlines())
+                cached = sum(int(statistics.get(f"{files}{kind}_file", 0)) for kind in ("inactive", "active"))
+                yield max(0, most - max(0, int((folder / used).read_text("utf-8")) - cached))
