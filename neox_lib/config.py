@@ -23,6 +23,9 @@ WHOLE_NUMBERS = (
     "max_position_embeddings",
 )
 NUMBERS = ("rotary_pct", "rotary_emb_base", "layer_norm_eps")
+# Past these a file is damaged, and would take the memory before it shows that it has no such weights.
+MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**24}
+MOST_OF_ANY = 10**9
 FLAGS = ("use_parallel_residual", "tie_word_embeddings", "attention_bias")
 # What most models have none of is absent in their files, so that these stay as they were before it could be said.
 UNSAID = {"attention_bias": True, "rope_scaling": None}
@@ -66,10 +69,12 @@ class NeoXConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+            if value > (most := MOST.get(name, MOST_OF_ANY)):
+                raise ValueError(f"{name} must be {most:,} at most, got {value}")
         for name in NUMBERS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            if type(value) not in (int, float) or not 1e-18 < value < 1e18:
+                raise ValueError(f"{name} must be a positive number, from 1e-18 to 1e18, got {value!r}")
         for name in FLAGS:
             value = getattr(self, name)
             if type(value) is not bool:
@@ -131,7 +136,7 @@ class NeoXConfig:
             if missing:
                 raise ValueError(f"missing {', '.join(sorted(missing))}")
             return cls(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a NeoX config: {error}") from error
 
 

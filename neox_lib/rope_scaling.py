@@ -41,10 +41,10 @@ class RopeScaling:
         numbers = {"factor": self.factor, "beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
         numbers["attention_factor"] = 1 if self.attention_factor is None else self.attention_factor
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"rope_scaling: {name} must be a positive number, got {value!r}")
+            if type(value) not in (int, float) or not 1e-18 < value < 1e18:
+                raise ValueError(f"rope_scaling: {name} must be a positive number, from 1e-18 to 1e18, got {value!r}")
         length = self.original_max_position_embeddings
-        if self.rope_type == "yarn" and (type(length) is not int or length < 1):
+        if self.rope_type == "yarn" and (type(length) is not int or not 1 <= length < 1e18):
             raise ValueError(
                 f"rope_scaling: original_max_position_embeddings must be a positive whole number, got {length!r}"
             )

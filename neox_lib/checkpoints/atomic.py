@@ -11,8 +11,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then move it to `path` in one step.
 
     Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to the disk
-    before the move. Raises what `write` raises, after removing the temporary file.
+    before the move. Raises what `write` raises, after removing the temporary file, and the folder if it was new.
     """
+    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -26,6 +27,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+            if new:
+                path.parent.rmdir()
         raise
 
 

@@ -1,7 +1,9 @@
 """Files that hold weights: opened without trusting them, each once, and room on the disk for new ones."""
 
 import codecs
+import json
 import pickle
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -39,6 +41,25 @@ def check_no_pointer(path: Path) -> None:
                 f"{path}: a Git LFS pointer, three lines in place of the file itself; run `git lfs pull` in its folder "
                 "or download the file"
             )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a small JSON file holds. Raises CheckpointError, naming the file, for anything else."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a folder or a device")
+        check_no_pointer(path)
+        fields = json.loads(path.read_text("utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object, found {type(fields).__name__}")
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; fetch it again") from None
+    except (ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: can't be read ({reason}); expected JSON. Fetch it again") from error
+    return fields
 
 
 def unwrapped(key: str, first_words: Collection[str]) -> str:
@@ -94,6 +115,11 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        if objects := re.search(r"GLOBAL (deepspeed\.\S+)", str(error)):
+            raise CheckpointError(
+                f"{path}: refused, since it holds {objects[1]} and not only tensors; where DeepSpeed is installed and you "
+                "trust the file, load it with torch.load(weights_only=False) and save what is under `module` alone"
+            ) from error
         raise CheckpointError(
             f"{path}: refused, and nothing in it was run: expected tensors only, found damage or a pickle that may run "
             "code. Fetch the file again from a source that you trust"
@@ -115,7 +141,15 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: holds something else than tensors by name; expected a layer file of a checkpoint"
         )
-    return {str(key): tensor.detach() for key, tensor in tensors.items()}
+    # not tensor.detach(): a file can give its tensors attributes of that name
+    return {str(key): Tensor.detach(tensor) for key, tensor in tensors.items()}
+
+
+def kind_of(tensor: Tensor) -> torch.dtype | str:
+    """The dtype of plain numbers in memory; in words what a tensor is instead."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        return f"{tensor.dtype} ({'nested' if tensor.is_nested else tensor.layout}, {tensor.device.type})"
+    return tensor.dtype
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -127,11 +161,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
         if key not in shapes:
             raise CheckpointError(f"{path}: unexpected {key}; expected {', '.join(sorted(shapes))}")
         tensor = tensors[key]
-        if tensor.dtype not in WEIGHT_DTYPES.values() or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(
-                f"{path}: {key} is {tensor.dtype} ({tensor.layout}, {tensor.device.type}); expected a plain tensor in "
-                "float16, bfloat16 or float32"
-            )
+        if (kind := kind_of(tensor)) not in WEIGHT_DTYPES.values():
+            raise CheckpointError(f"{path}: {key} is {kind}; expected a plain tensor in float16, bfloat16 or float32")
         if tuple(tensor.shape) != tuple(shapes[key]):
             raise CheckpointError(
                 f"{path}: {key} has shape {list(tensor.shape)}, expected {list(shapes[key])} from the config and the "

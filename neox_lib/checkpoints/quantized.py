@@ -133,7 +133,7 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, 
     try:
         config = NeoXConfig(**json.loads(metadata["config"]))
         return config, WEIGHT_DTYPES[metadata["source_dtype"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged metadata ({error}); convert the checkpoint anew") from error
 
 

@@ -1,15 +1,17 @@
 """One file of weights as `transformers` writes it, .safetensors or .bin: what it holds, and its tensors."""
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, open_tensors
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, kind_of, open_tensors
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 from neox_lib.memory import available_memory
 
@@ -44,8 +46,8 @@ def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
                 found[key] = (SAFETENSORS_DTYPES.get(dtype, dtype), tuple(part.get_shape()))
     else:
         for key, tensor in open_tensors(path).items():
-            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-            found[key] = (tensor.dtype if plain else f"{tensor.layout} on {tensor.device}", tuple(tensor.shape))
+            kind = kind_of(tensor)
+            found[key] = (kind, tuple(tensor.shape) if isinstance(kind, torch.dtype) else ())
     stored = []
     for key, (dtype, shape) in found.items():
         if key.endswith(ignored):
@@ -59,13 +61,17 @@ def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
     return stored
 
 
-def open_safetensors(path: Path):
-    """A handle on a .safetensors file, to be used in `with`. Raises CheckpointError, naming a file that is damaged."""
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A handle on a .safetensors file. Raises CheckpointError, naming the file, where it or a tensor can't be read."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected weights. Fetch it again")
-    check_no_pointer(path)
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        check_no_pointer(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

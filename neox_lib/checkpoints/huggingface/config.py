@@ -1,7 +1,6 @@
 """Hugging Face's `config.json`, read and written: the same model under the names of `transformers`, old and new."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, read_object
 from neox_lib.checkpoints.slim.config import real_tokens
 from neox_lib.checkpoints.slim.settings import COMPUTED, HARMLESS_WHEN, unusual_settings
 from neox_lib.checkpoints.tokenizer_files import open_tokenizer
@@ -51,33 +50,26 @@ def read_huggingface_config(folder: Path) -> NeoXConfig:
     Raises CheckpointError, naming file and key, for another architecture and for what NeoXModel does not compute.
     """
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"expected an object, found {type(fields).__name__}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a Hugging Face checkpoint needs it. Fetch it again") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not a config that can be read ({' '.join(str(error).split())})") from error
+    fields = read_object(path)
     try:
         check_computable(path, fields)
         ours = {name: fields.get(name, default) for name, default in DEFAULTS.items()}
+        ours["rope_scaling"] = read_rope_scaling(path, fields)
         ours["rotary_pct"] = rotary_setting(path, fields, "rotary_pct", "partial_rotary_factor", 0.25)
         ours["rotary_emb_base"] = rotary_setting(path, fields, "rotary_emb_base", "rope_theta", 10000)
-        ours["rope_scaling"] = read_rope_scaling(path, fields)
         ours["hidden_act"] = ACTIVATION_OF[fields.get("hidden_act", "gelu")]
         vocab_size = NeoXConfig(**ours, tokenizer_vocab_size=1).vocab_size
         return NeoXConfig(**ours, tokenizer_vocab_size=count_tokens(folder, fields, vocab_size))
     except CheckpointError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: not a GPT-NeoX config: {error}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the weights as `config.json` says it, in either dialect; fp16 where it says nothing."""
-    fields = json.loads((folder / "config.json").read_text("utf-8"))
-    return WEIGHT_DTYPES.get(fields.get("torch_dtype") or fields.get("dtype"), torch.float16)
+    fields = read_object(folder / "config.json")
+    return WEIGHT_DTYPES.get(str(fields.get("torch_dtype") or fields.get("dtype")), torch.float16)
 
 
 def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
@@ -91,7 +83,7 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: hidden_act is {activation!r}; it must be one of {names} to be run")
     head_dim = fields.get("head_dim")
     hidden_size, heads = (fields.get(name, DEFAULTS[name]) for name in ("hidden_size", "num_attention_heads"))
-    if head_dim is not None and head_dim * heads != hidden_size:
+    if head_dim is not None and (type(head_dim) is not int or type(heads) is not int or head_dim * heads != hidden_size):
         raise CheckpointError(
             f"{path}: head_dim is {head_dim!r}; {heads} heads of it do not make a hidden_size of {hidden_size}"
         )

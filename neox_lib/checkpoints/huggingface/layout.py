@@ -1,12 +1,11 @@
 """Hugging Face's layout: which files a folder has, under which names they hold our parameters."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from neox_lib.checkpoints.files import BUFFERS, CheckpointError, unwrap_keys
+from neox_lib.checkpoints.files import BUFFERS, CheckpointError, read_object, unwrap_keys
 from neox_lib.checkpoints.tensor_files import Stored, describe_file
 from neox_lib.config import NeoXConfig, parameter_shapes
 
@@ -55,14 +54,10 @@ def read_index(path: Path) -> dict[str, str]:
     """Which file beside it holds which key, as an index of shards says. Raises CheckpointError for one that can't be
     read or that names anything but a file of weights beside it.
     """
-    try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-        places = {str(key): str(file) for key, file in weight_map.items()}
-        if not places:
-            raise ValueError("it names no tensor")
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CheckpointError(f"{path}: not an index of shards ({reason}); fetch it again") from error
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: not an index of shards, its weight_map names no tensor; fetch it again")
+    places = {key: str(file) for key, file in weight_map.items()}
     for file in places.values():
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{path}: names {file!r}; expected .safetensors or .bin files beside it")

@@ -7,12 +7,21 @@ from typing import Any
 
 import yaml
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import CheckpointError, check_no_pointer
 from neox_lib.checkpoints.slim.layout import Shards, check_layers
 from neox_lib.checkpoints.slim.settings import unusual_settings, what_can_be_run
 from neox_lib.config import NeoXConfig
 
 logger = logging.getLogger(__name__)
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Plain data without aliases, with which a small file could stand for more than memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases, such as *name, are not read; write out what they stand for")
+        return super().compose_node(parent, index)
 
 
 def read_config(shards: Shards) -> NeoXConfig:
@@ -23,6 +32,7 @@ def read_config(shards: Shards) -> NeoXConfig:
     folder = shards.folder
     try:
         if (folder / "config.json").is_file():
+            check_no_pointer(folder / "config.json")
             config = NeoXConfig.from_json(folder / "config.json")
         elif yml := find_yml(folder):
             config = config_from_yml(yml, shards)
@@ -39,7 +49,8 @@ def read_config(shards: Shards) -> NeoXConfig:
 def find_yml(folder: Path) -> Path | None:
     """The gpt-neox config of a release: beside the shards or one level up, there or in `configs/`."""
     for place in (folder, folder / "configs", folder.parent, folder.parent / "configs"):
-        found = [path for path in sorted(place.glob("*.yml")) if re.search(rb"hidden[-_]size", path.read_bytes())]
+        files = [path for path in sorted(place.glob("*.yml")) if path.is_file()]
+        found = [path for path in files if re.search(rb"hidden[-_]size", path.read_bytes())]
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise CheckpointError(f"{place}: {names} each describe a model; copy the right one beside the shards")
@@ -76,7 +87,8 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
     The vocabulary with its padding comes from the shards. Raises CheckpointError for what NeoXModel does not compute.
     """
     try:
-        fields = {str(key).replace("-", "_"): value for key, value in yaml.safe_load(path.read_text("utf-8")).items()}
+        content = yaml.load(path.read_text("utf-8"), PlainLoader)
+        fields = {str(key).replace("-", "_"): value for key, value in content.items()}
         for name, value in unusual_settings({"pos_emb": "learned"} | fields):
             raise CheckpointError(f"{path}: {name} is {value!r}; {what_can_be_run(name)}")
         sizes = sizes_in(shards)
@@ -101,7 +113,7 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
         )
     except CheckpointError:
         raise
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: not a gpt-neox config that can be read ({type(error).__name__}: {reason})"

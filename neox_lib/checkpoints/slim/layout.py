@@ -12,7 +12,7 @@ from neox_lib.config import NeoXConfig, parameter_shapes
 LAYER_FILE = re.compile(r"layer_(\d{2,})-model_(\d{2,})-model_states\.pt")
 WHOLE_FILE = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")  # of a model that was trained without a pipeline
 SECTION = re.compile(
-    r"(?:.*\.)?sequential\.(\d+)\.(.+)"
+    r"(?:.*\.)?sequential\.(\d{1,6})\.(.+)"
 )  # a key in such a file: a layer file's index, and the key there
 FIRST_WORDS = (
     "word_embeddings",
