@@ -82,6 +82,7 @@ OLDER_TEXTS = """
     79b0c640 759e9e99 12d338f3 fee23aa6 78387467 38979cb0 3b35c4ec 7c77c584 3c0be8db 754ea05a 825acf87
     730458d3 1503f2a2 eed272fd 8c7bd3f8 b168c0e2 9992fdaf
     4b0fc4f1 3b134a2e
+    7a805121
 """
 
 
