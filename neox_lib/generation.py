@@ -65,7 +65,9 @@ def prefill(
     chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
     layers = len(chunks) * model.config.num_hidden_layers
     progress = None if on_progress is None else Progress(on_progress, layers)
-    logits = [model(chunk, cache, last_only=True, padding=padding, on_layer=progress) for chunk in chunks]
+    logits = []
+    for chunk in chunks:
+        logits.append(model(chunk, cache, last_only=True, padding=padding, on_layer=progress))
     return next_token_scores(logits[-1], model.config)
 
 

@@ -33,9 +33,9 @@ class RotaryTable(nn.Module):
     """cos and sin of every position of a model's context: two buffers `[max_positions, rotary_ndims]`, always fp32.
 
     Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
-    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32, so that a model that is turned to half
-    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table. `table`
-    computes it: another one than `rotary_table` for the few models whose frequencies are scaled (`rope_scaling.py`).
+    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32: a model turned to half precision and
+    back has lost nothing. `fill` gives a model built on the meta device its table. `table` computes it: in the few
+    models whose frequencies are scaled, another one (`rope_scaling.py`).
     """
 
     cos: Tensor
@@ -45,8 +45,7 @@ class RotaryTable(nn.Module):
         super().__init__()
         self.max_positions, self.rotary_ndims, self.base, self.table = max_positions, rotary_ndims, base, table
         for name in ("cos", "sin"):
-            room = torch.empty(max_positions, rotary_ndims, dtype=torch.float32)
-            self.register_buffer(name, room, persistent=False)
+            self.register_buffer(name, torch.empty(max_positions, rotary_ndims, dtype=torch.float32), persistent=False)
         if not self.cos.is_meta:
             self.fill(self.cos.device)
 
@@ -74,9 +73,8 @@ class RotaryTable(nn.Module):
             raise ValueError(f"{latest} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
         if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
             self.fill(like.device)
-        if isinstance(start, int):
-            positions = slice(start, start + tokens)
-        else:
+        positions = slice(start, start + tokens)
+        if isinstance(start, Tensor):
             positions = (start[:, None, None] + torch.arange(tokens, device=like.device)).clamp(min=0)  # [B, 1, T]
         return self.cos[positions].to(like.dtype), self.sin[positions].to(like.dtype)
 
