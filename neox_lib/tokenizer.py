@@ -256,9 +256,9 @@ def read_tokenizer(path: str | Path) -> BPETokenizer:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
         special = {token["content"] for token in data["added_tokens"] if token["special"]}
-        lacking = {*CHARACTER_TO_BYTE, *(left + right for left, right in merges)} - model["vocab"].keys()
+        lacking = {left + right for left, right in merges} - model["vocab"].keys()
         if lacking:
-            raise ValueError(f"its vocab lacks {sorted(lacking)[0]!r}, a byte or the result of a merge")
+            raise ValueError(f"its vocab lacks {min(lacking)!r}, which its merges make")
         tokenizer = BPETokenizer(model["vocab"], [(left, right) for left, right in merges], added, special)
         tokenizer.to_nfc = data.get("normalizer") is not None
         return tokenizer
@@ -281,7 +281,7 @@ def save_tokenizer(tokenizer: BPETokenizer, path: str | Path) -> None:
 
 
 def encode_text(tokenizer: Tokenizer | BPETokenizer, text: str) -> list[int]:
-    """Token ids of a text from either tokenizer. Raises ValueError for a lone surrogate, and where the tokenizer fails."""
+    """Token ids of a text from either tokenizer. Raises ValueError for a lone surrogate, and where that fails."""
     utf8_bytes(text)
     try:
         encoded = tokenizer.encode(text)

@@ -117,8 +117,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if objects := re.search(r"GLOBAL (deepspeed\.\S+)", str(error)):
             raise CheckpointError(
-                f"{path}: refused, since it holds {objects[1]} and not only tensors; where DeepSpeed is installed and you "
-                "trust the file, load it with torch.load(weights_only=False) and save what is under `module` alone"
+                f"{path}: refused, since to open its {objects[1]} would run code; if you trust the file, load it where "
+                "DeepSpeed is installed with torch.load(weights_only=False), and save what is under `module` alone"
             ) from error
         raise CheckpointError(
             f"{path}: refused, and nothing in it was run: expected tensors only, found damage or a pickle that may run "
@@ -141,15 +141,12 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: holds something else than tensors by name; expected a layer file of a checkpoint"
         )
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise CheckpointError(f"{path}: {key} is {layout} on {tensor.device.type}; expected plain numbers")
     # not tensor.detach(): a file can give its tensors attributes of that name
     return {str(key): Tensor.detach(tensor) for key, tensor in tensors.items()}
-
-
-def kind_of(tensor: Tensor) -> torch.dtype | str:
-    """The dtype of plain numbers in memory; in words what a tensor is instead."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
-        return f"{tensor.dtype} ({'nested' if tensor.is_nested else tensor.layout}, {tensor.device.type})"
-    return tensor.dtype
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -161,8 +158,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
         if key not in shapes:
             raise CheckpointError(f"{path}: unexpected {key}; expected {', '.join(sorted(shapes))}")
         tensor = tensors[key]
-        if (kind := kind_of(tensor)) not in WEIGHT_DTYPES.values():
-            raise CheckpointError(f"{path}: {key} is {kind}; expected a plain tensor in float16, bfloat16 or float32")
+        if tensor.dtype not in WEIGHT_DTYPES.values():
+            raise CheckpointError(f"{path}: {key} is {tensor.dtype}; expected float16, bfloat16 or float32")
         if tuple(tensor.shape) != tuple(shapes[key]):
             raise CheckpointError(
                 f"{path}: {key} has shape {list(tensor.shape)}, expected {list(shapes[key])} from the config and the "

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, kind_of, open_tensors
+from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, open_tensors
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 from neox_lib.memory import available_memory
 
@@ -46,8 +46,7 @@ def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
                 found[key] = (SAFETENSORS_DTYPES.get(dtype, dtype), tuple(part.get_shape()))
     else:
         for key, tensor in open_tensors(path).items():
-            kind = kind_of(tensor)
-            found[key] = (kind, tuple(tensor.shape) if isinstance(kind, torch.dtype) else ())
+            found[key] = (tensor.dtype, tuple(tensor.shape))
     stored = []
     for key, (dtype, shape) in found.items():
         if key.endswith(ignored):

@@ -66,7 +66,8 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.decode(tokenizer.encode("a text").ids)
+        for ids in ([], tokenizer.encode("a text").ids):
+            tokenizer.decode(ids)
     except CheckpointError:
         raise
     except BaseException as error:  # the library raises bare Exceptions, and a panic of Rust is not even one

@@ -82,9 +82,7 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: hidden_act is {activation!r}; it must be one of {names} to be run")
     head_dim = fields.get("head_dim")
     hidden_size, heads = (fields.get(name, DEFAULTS[name]) for name in ("hidden_size", "num_attention_heads"))
-    if head_dim is not None and (
-        type(head_dim) is not int or type(heads) is not int or head_dim * heads != hidden_size
-    ):
+    if head_dim is not None and not (type(head_dim) is type(heads) is int and head_dim * heads == hidden_size):
         raise CheckpointError(
             f"{path}: head_dim is {head_dim!r}; {heads} heads of it do not make a hidden_size of {hidden_size}"
         )

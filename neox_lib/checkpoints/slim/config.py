@@ -111,15 +111,7 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
         )
     except CheckpointError:
         raise
-    except (
-        yaml.YAMLError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # yaml raises whatever the text leads it to
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: not a gpt-neox config that can be read ({type(error).__name__}: {reason})"
