@@ -582,6 +582,14 @@ BAD_YML = {
     "text for numbers": ('"num-layers": 3', '"num-layers": "many"', "20B.yml.*num_hidden_layers"),
     "heads that do not divide": ('"num-attention-heads": 4', '"num-attention-heads": 5', "20B.yml.*64.*5"),
     "not yaml": ("{", "{ ] :", "20B.yml"),
+    "an alias, of which ten times ten in a row are more than memory": (
+        '"norm"',
+        '"a": &a [1, 2], "num-kv-heads": *a, "norm"',
+        r"20B.yml.*aliases, such as \*name, are not read",
+    ),
+    "an empty number": ('"num-layers": 3', '"num-layers": !!int ""', "20B.yml.*IndexError"),
+    "a number past all": ('"norm"', f'"rotary-emb-base": 1{"0" * 400}, "norm"', "20B.yml.*OverflowError"),
+    "brackets without an end": ('"norm"', f'"a": {"[" * 1500}, "norm"', "20B.yml"),
 }
 
 
@@ -708,6 +716,7 @@ def test_ymls_of_other_things_do_not_matter(release):
     folder, _ = release
     (folder / "docker-compose.yml").write_text("services: {web: {image: x}}")
     (folder / "broken.yml").write_text("{ ] :")
+    (folder / "folder.yml").mkdir()
     assert SlimCheckpoint(folder).config == RELEASED
 
 

@@ -190,6 +190,9 @@ def test_every_field_is_checked_whatever_its_annotation_is(monkeypatch, module, 
         ({"rotary_emb_base": float("inf")}, "rotary_emb_base"),
         ({"rotary_emb_base": None}, "rotary_emb_base"),
         ({"layer_norm_eps": -1e-5}, "layer_norm_eps"),
+        ({"rotary_emb_base": 10**400}, "rotary_emb_base must be a positive number, from 1e-18 to 1e18"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be 10,000 at most, got 1000000000"),
+        ({"max_position_embeddings": 10**9}, "max_position_embeddings must be 16,777,216 at most"),
         ({"tokenizer_vocab_size": 50433}, "tokenizer_vocab_size 50433 exceeds vocab_size 50432"),
         ({"hidden_act": "relu"}, "hidden_act must be one of gelu_fast, gelu, got 'relu'"),
         ({"use_parallel_residual": "false"}, "use_parallel_residual must be true or false"),
@@ -227,7 +230,7 @@ def test_from_json_refuses_what_is_no_whole_config(tmp_path, change, message):
         NeoXConfig.from_json(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", "{", '{"model_type": "gpt_neox"}', "\udc80"])
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", '{"model_type": "gpt_neox"}', "\udc80", "[" * 100_000])
 def test_from_json_names_the_file_whatever_it_holds(tmp_path, content):
     """A truncated or foreign file gives one line with its name, not a traceback."""
     path = tmp_path / "config.json"

@@ -501,8 +501,8 @@ REFUSED = {
     "another architecture": (other_architecture, r"config\.json: model_type is 'llama'; only .*gpt_neox"),
     "no model type": (config_says(model_type=None), "config.json: model_type is None"),
     "no config": (without("config.json"), r"config\.json: missing"),
-    "damaged config": (config_is("{"), r"config\.json: not a config that can be read"),
-    "config is a list": (config_is("[]"), r"config\.json: not a config.*expected an object, found list"),
+    "damaged config": (config_is("{"), r"config\.json: can't be read"),
+    "config is a list": (config_is("[]"), r"config\.json: can't be read.*expected an object, found list"),
     "config of a wrong type": (config_says(hidden_size="32"), r"config\.json: not a GPT-NeoX config: hidden_size"),
     "config of an impossible shape": (config_says(num_attention_heads=5), r"hidden_size 32 does not divide"),
     "relu": (config_says(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; it must be one of gelu, "),
@@ -530,7 +530,25 @@ REFUSED = {
     ),
     "scaled by a word": (
         config_says(rope_parameters={"rope_type": "yarn", "factor": "2"}),
-        "rope_scaling: factor must be a positive number, got '2'",
+        "rope_scaling: factor must be a positive number, from 1e-18 to 1e18, got '2'",
+    ),
+    "rotary is a list": (config_says(rope_parameters=[1]), r"rope_parameters is of type \[1\]; only one of default"),
+    "scaled from no context": (
+        config_says(
+            rope_parameters={
+                "rope_type": "yarn",
+                "factor": None,
+                "original_max_position_embeddings": 0,
+                "rope_theta": 1e4,
+            }
+        ),
+        "config.json: not a GPT-NeoX config: division by zero",
+    ),
+    "a head size in words": (config_says(head_dim="x", num_attention_heads=10**12), "head_dim is 'x'"),
+    "a billion layers": (config_says(num_hidden_layers=10**9), "num_hidden_layers must be 10,000 at most"),
+    "an end past all ids": (
+        lambda folder: (folder / "generation_config.json").write_text(f'{{"eos_token_id": 1{"0" * 30}}}'),
+        "eos_token_id is 10{30}; expected a token's id",
     ),
     "a window": (config_says(sliding_window=16), r"config\.json: sliding_window is 16; only attention to all earlier"),
     "chunks": (config_says(attention_chunk_size=16), r"config\.json: attention_chunk_size is 16"),
@@ -559,7 +577,7 @@ REFUSED = {
     "tied, yet different": (tie_what_differs, r"embed_out\.weight differs from gpt_neox\.embed_in\.weight.*tied"),
     "missing shard": (lose_shard, r"model-00002-of-00002\.safetensors: missing; model\.safetensors\.index\.json names"),
     "a shard lacks a key": (lose_key_of_shard, r"model-00001-of-00002.*lacks gpt_neox\.embed_in\.weight, which the"),
-    "index damaged": (index_that_says("{"), r"index\.json: not an index of shards"),
+    "index damaged": (index_that_says("{"), r"index\.json: can't be read"),
     "index without a map": (index_that_says("{}"), r"index\.json: not an index of shards.*weight_map"),
     "index is empty": (index_that_says('{"weight_map": {}}'), r"index\.json: not an index.*names no tensor"),
     "index leads elsewhere": (

@@ -388,6 +388,10 @@ REFUSED = {
     "merges by chance": (lambda data: data["model"].update(dropout=0.1), "dropout is 0.1"),
     "no added tokens": (lambda data: data.pop("added_tokens"), "added_tokens"),
     "no merges": (lambda data: data["model"].pop("merges"), "merges"),
+    "a merge into nothing": (
+        lambda data: data["model"]["merges"].append(["z", "q"]),
+        "its vocab lacks 'zq', which its",
+    ),
     "control token in NFC": (
         lambda data: data["added_tokens"][0].update(normalized=True),
         "normalized of '<.endoftext.>'",
@@ -411,7 +415,7 @@ def test_another_kind_of_file_is_refused(trained, tmp_path, change, words):
         read_tokenizer(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000])
 def test_a_broken_file_is_named_by_both_readers(tmp_path, content):
     """Half a download is the usual case."""
     path = tmp_path / "tokenizer.json"
@@ -419,6 +423,37 @@ def test_a_broken_file_is_named_by_both_readers(tmp_path, content):
     for read in (read_tokenizer, create_tokenizer):
         with pytest.raises(ValueError, match=r"tokenizer\.json: not a .*tokenizer file"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"post_processor": {"type": "TemplateProcessing", "single": ["[X]:0"], "pair": [], "special_tokens": {}}},
+        {"decoder": {"type": "Strip", "content": "x", "start": 0, "stop": 9}},
+        {
+            "model": {
+                "type": "WordPiece",
+                "vocab": {},
+                "unk_token": "?",
+                "continuing_subword_prefix": "",
+                "max_input_chars_per_word": 9,
+            }
+        },
+    ],
+    ids=["an unknown special", "more to strip than there is", "no unknown token"],
+)
+def test_a_file_that_reads_no_text_is_named(trained, tmp_path, change):
+    """The library opens it; the first text ends in a bare exception or in a panic of Rust."""
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(trained, path)
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), "utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer file"):
+        create_tokenizer(path)
+
+
+def test_a_text_that_a_tokenizer_cannot_read_is_an_error_of_ours():
+    with pytest.raises(ValueError, match=r"the tokenizer can't read this text: .*UNK"):
+        encode_text(Tokenizer(models.WordPiece({"a": 0}, unk_token="?")), "b")
 
 
 def test_create_tokenizer_says_what_to_give(tmp_path):

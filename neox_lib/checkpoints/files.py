@@ -117,8 +117,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if objects := re.search(r"GLOBAL (deepspeed\.\S+)", str(error)):
             raise CheckpointError(
-                f"{path}: refused, since to open its {objects[1]} would run code; if you trust the file, load it where "
-                "DeepSpeed is installed with torch.load(weights_only=False), and save what is under `module` alone"
+                f"{path}: expected tensors only, and opening its {objects[1]} runs code; if you trust it, load it "
+                "where DeepSpeed is installed, with torch.load(weights_only=False), and save its `module` alone"
             ) from error
         raise CheckpointError(
             f"{path}: refused, and nothing in it was run: expected tensors only, found damage or a pickle that may run "

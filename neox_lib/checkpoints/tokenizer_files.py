@@ -73,7 +73,7 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
     except BaseException as error:  # the library raises bare Exceptions, and a panic of Rust is not even one
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{file}: not a tokenizer file: {error}") from error
+        raise ValueError(f"{file}: not a tokenizer file: {' '.join(str(error).split())[:200]}") from error
     return tokenizer
 
 
