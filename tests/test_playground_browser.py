@@ -217,16 +217,18 @@ def test_another_branch_is_taken_from_a_bar(visit):
     assert visit.page.evaluate("document.activeElement === document.querySelector('.np-branches button')")
 
 
-def test_an_emptied_field_keeps_its_last_value(visit):
-    """No value is not a value to write with."""
+def test_an_emptied_field_keeps_its_last_value_and_a_prompt_is_never_lost_to_another_field(visit):
+    """No value is not a value to write with; and whoever types fast changes a setting before the kernel has heard."""
     visit.set_tokens(7)
     field = visit.page.get_by_label("tokens", exact=True).first
     field.fill("")
     field.press("Tab")
     assert field.input_value() == "7"
+    visit.page.locator(".np textarea").first.fill("Anna had a kite")
     field.fill("")
-    visit.generate("Anna had a kite")  # the press alone leaves the field
+    visit.generate()  # at once: the press alone leaves the field, and the prompt was not heard yet
     assert visit.page.locator(".np-status").first.inner_text() == "Wrote 7 tokens."
+    assert visit.page.locator(".np-text").first.inner_text().startswith("Anna had a kite")
 
 
 def test_ctrl_s_saves_the_notebook_from_within_the_playground(visit, notebook):
