@@ -6,8 +6,6 @@ Built in notebook 02.
 import torch
 from torch import Tensor, nn
 
-from neox_lib.rope_scaling import RopeScaling
-
 
 def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
     """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
@@ -35,20 +33,19 @@ class RotaryTable(nn.Module):
     """cos and sin of every position of a model's context: two buffers `[max_positions, rotary_ndims]`, always fp32.
 
     Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
-    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32, so that a model that is turned to half
-    precision and back has lost nothing. `fill` gives a model that was built on the meta device its table. With a
-    `scaling`, which few models have, some pairs turn slower (`rope_scaling.py`).
+    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32: a model turned to half precision and
+    back has lost nothing. `fill` gives a model built on the meta device its table. `table` computes it: in the few
+    models whose frequencies are scaled, another one (`rope_scaling.py`).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_positions: int, rotary_ndims: int, base: float, scaling: RopeScaling | None = None):
+    def __init__(self, max_positions: int, rotary_ndims: int, base: float, table=rotary_table):
         super().__init__()
-        self.max_positions, self.rotary_ndims, self.base, self.scaling = max_positions, rotary_ndims, base, scaling
+        self.max_positions, self.rotary_ndims, self.base, self.table = max_positions, rotary_ndims, base, table
         for name in ("cos", "sin"):
-            room = torch.empty(max_positions, rotary_ndims, dtype=torch.float32)
-            self.register_buffer(name, room, persistent=False)
+            self.register_buffer(name, torch.empty(max_positions, rotary_ndims, dtype=torch.float32), persistent=False)
         if not self.cos.is_meta:
             self.fill(self.cos.device)
 
@@ -56,10 +53,7 @@ class RotaryTable(nn.Module):
         """Compute both buffers on `device`."""
         length, rotary_ndims = self.max_positions, self.rotary_ndims
         with torch.inference_mode(False):  # the table outlives the call, and training may use it next
-            if self.scaling is None:
-                self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
-            else:
-                self.cos, self.sin = self.scaling.table(length, rotary_ndims, self.base, device)
+            self.cos, self.sin = self.table(length, rotary_ndims, self.base, device, torch.float32)
 
     def _apply(self, fn, recurse: bool = True):
         """What `to`, `half`, `cuda` and their like do to a module: only a new device matters here, never a dtype."""
@@ -79,9 +73,8 @@ class RotaryTable(nn.Module):
             raise ValueError(f"{latest} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
         if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
             self.fill(like.device)
-        if isinstance(start, int):
-            positions = slice(start, start + tokens)
-        else:
+        positions = slice(start, start + tokens)
+        if isinstance(start, Tensor):
             positions = (start[:, None, None] + torch.arange(tokens, device=like.device)).clamp(min=0)  # [B, 1, T]
         return self.cos[positions].to(like.dtype), self.sin[positions].to(like.dtype)
 
