@@ -7,8 +7,9 @@ FILES = Path(__file__).parents[1] / "assets" / "playground"
 
 
 def only_from_here(handler) -> None:
-    """Let a closed page end its kernel. It says goodbye by a beacon, which can't carry the token that Voila 0.5 asks for:
-    each closed or reloaded page would leave a kernel behind. That a page of this server sent it, its referrer shows.
+    """Let a closed page end its kernel, as Voila means it to: its referrer shows that it is a page of this server.
+
+    It asks by a beacon, which can't carry the token that Voila 0.5 wants, and the kernel would be left running.
     """
     if not handler.check_referer():
         from tornado.web import HTTPError
