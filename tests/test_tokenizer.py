@@ -428,7 +428,14 @@ def test_a_broken_file_is_named_by_both_readers(tmp_path, content):
 @pytest.mark.parametrize(
     "change",
     [
-        {"post_processor": {"type": "TemplateProcessing", "single": ["[X]:0"], "pair": [], "special_tokens": {}}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
         {"decoder": {"type": "Strip", "content": "x", "start": 0, "stop": 9}},
         {
             "model": {
