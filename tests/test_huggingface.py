@@ -548,7 +548,7 @@ REFUSED = {
         r"model\.safetensors: lacks gpt_neox\.layers\.2\.input_layernorm\.weight",
     ),
     "config hides a layer": (config_says(num_hidden_layers=1), r"unexpected gpt_neox\.layers\.1\."),
-    "two models": (two_models, r"module\.\S+ and reference\.\S+ are both a model's"),
+    "two models": (two_models, r"module\.\S+ and reference\.\S+ name the same parameter"),
     "an adapter that is not merged": (
         not_merged,
         r"model\.safetensors: unexpected base_model\.model\.gpt_neox\..*lora_A",
@@ -607,7 +607,7 @@ def test_what_cannot_be_used_is_one_line_that_names_it(folder, tmp_path, monkeyp
 def test_a_pickle_of_something_else_than_tensors(folder):
     (folder / "model.safetensors").unlink()
     torch.save([1, 2, 3], folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: holds something else than tensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: holds something other than tensors"):
         open_checkpoint(folder)
 
 
