@@ -100,7 +100,8 @@ class Attention(nn.Module):
             attended = fused_attention(query, key, value)
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.dense(attended.transpose(1, 2).flatten(start_dim=2))  # [B, T, C]
+        merged = attended.transpose(1, 2).flatten(start_dim=2)  # [B, T, C]
+        return self.dense(merged)
 
     def weights(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The attention weights of a whole sequence, to look at: `[B, T, C]` -> `[B, H, T, T]`, fp32."""

@@ -34,7 +34,8 @@ class NeoXConfig:
 
     The defaults are GPT-NeoX-20B (EleutherAI/gpt-neox, `configs/20B.yml`). Field names are those of a Hugging Face
     `config.json`; `tokenizer_vocab_size` is ours: token ids from there up to `vocab_size` are padding rows that stand
-    for no token, and generation never emits them.
+    for no token, and generation never emits them. `eos_token_ids` are ours too: each of them ends a text, and there may
+    be none.
 
     `hidden_act` is "gelu_fast" (the tanh approximation, as 20B was trained) or "gelu" (exact, as Pythia was).
     Without `attention_bias` the two layers of attention have no biases. `rope_scaling` may be given as a dict.
@@ -56,8 +57,13 @@ class NeoXConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = True
     rope_scaling: RopeScaling | None = None
+    eos_token_ids: tuple[int, ...] = (0,)
 
     def __post_init__(self):
+        ends = self.eos_token_ids
+        if not isinstance(ends, list | tuple) or not all(type(each) is int and each >= 0 for each in ends):
+            raise ValueError(f"eos_token_ids must be token ids, got {ends!r}")
+        object.__setattr__(self, "eos_token_ids", tuple(ends))  # JSON has lists
         if isinstance(self.rope_scaling, dict):  # as a file has it
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         elif not isinstance(self.rope_scaling, RopeScaling | None):
@@ -127,7 +133,8 @@ class NeoXConfig:
             model_type = fields.pop("model_type", "gpt_neox")
             if model_type != "gpt_neox":
                 raise ValueError(f'model_type is {model_type!r}, expected "gpt_neox"')
-            missing = {field.name for field in dataclasses.fields(cls)} - fields.keys() - UNSAID.keys()
+            needed = {field.name for field in dataclasses.fields(cls)} - UNSAID.keys() - {"eos_token_ids"}
+            missing = needed - fields.keys()
             if missing:
                 raise ValueError(f"missing {', '.join(sorted(missing))}")
             return cls(**fields)

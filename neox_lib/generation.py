@@ -18,9 +18,8 @@ from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel, Stopped, check_token_ids
 from neox_lib.padding import pad_left, without_padding
 from neox_lib.sampling import GREEDY, Sampling
-from neox_lib.tokenizer import ENDOFTEXT, PADDING, encode_text, token_to_bytes
-
-ENDOFTEXT_ID = 0  # the release's own; Hugging Face's class default, 2, is another token
+from neox_lib.spelling import spelling_of
+from neox_lib.tokenizer import ENDOFTEXT, encode_text
 
 
 def next_token_scores(logits: Tensor, config: NeoXConfig) -> Tensor:
@@ -66,7 +65,9 @@ def prefill(
     chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
     layers = len(chunks) * model.config.num_hidden_layers
     progress = None if on_progress is None else Progress(on_progress, layers)
-    logits = [model(chunk, cache, last_only=True, padding=padding, on_layer=progress) for chunk in chunks]
+    logits = []
+    for chunk in chunks:
+        logits.append(model(chunk, cache, last_only=True, padding=padding, on_layer=progress))
     return next_token_scores(logits[-1], model.config)
 
 
@@ -76,7 +77,7 @@ def generate_tokens(
     prompts: list[list[int]],
     max_new_tokens: list[int],
     sampling: Sampling = GREEDY,
-    stop_token_ids: tuple[int, ...] = (ENDOFTEXT_ID,),
+    stop_token_ids: tuple[int, ...] = (),
     cache: KVCache | None = None,
     chunk_size: int = 1024,
     on_progress: Callable[[int, int], bool | None] | None = None,
@@ -131,22 +132,18 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.silent = {tokenizer.token_to_id(token) for token in (ENDOFTEXT, PADDING)}
+        self.spelling = spelling_of(tokenizer)  # token ids to bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.ended = False
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; none for a control token, or once the text has ended."""
-        token = self.tokenizer.id_to_token(token_id)
-        if self.ended or token_id in self.silent or token is None:
-            return ""
-        return self.utf8.decode(token_to_bytes(token))
+        return "" if self.ended else self.utf8.decode(self.spelling.push(token_id))
 
-    def end(self) -> str:
-        """End the text: what still waits, as U+FFFD."""
+    def flush(self) -> str:
+        """End the text: what still waits, half a character as U+FFFD."""
         self.ended = True
-        return self.utf8.decode(b"", final=True)
+        return self.utf8.decode(self.spelling.flush(), final=True)
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def decode_text(tokens: Iterator[tuple[Tensor, Tensor, Tensor]], decoders: Seque
         token_ids, log_probabilities, ended = (each.tolist() for each in step)
         texts = [""] * len(token_ids)
         for row, decoder in enumerate(decoders):
-            texts[row] = decoder.push(token_ids[row]) + (decoder.end() if ended[row] else "")
+            texts[row] = decoder.push(token_ids[row]) + (decoder.flush() if ended[row] else "")
         yield Step(token_ids, texts, log_probabilities, time.perf_counter() - started, ended)
 
 
@@ -228,7 +225,7 @@ def stream_generate(
     attention_mask: Tensor | None = None,
     tokenizer=None,
     sampling: Sampling = GREEDY,
-    stop_token_ids: tuple[int, ...] = (ENDOFTEXT_ID,),
+    stop_token_ids: tuple[int, ...] | None = None,
     use_cache: bool | None = None,
     cache: KVCache | None = None,
     chunk_size: int = 1024,
@@ -238,13 +235,14 @@ def stream_generate(
 
     Prompts are ids `[B, T]`, a list of lists of any lengths, or ids with an `attention_mask` `[B, T]` that is 0 for
     padding on the left. Each row gives what it gives alone; only of equal prompts the second draws with `seed` + 1, the
-    third with `seed` + 2. Ends when every row has given a token of `stop_token_ids` (pass () to go on past them).
-    `use_cache` defaults to the model's own. A `cache` that already holds the first tokens of the rows, and padding
-    before them, saves computing them again, and is used whatever `use_cache` says. `on_progress(done, total)` is called
-    between layers during prefill; when it returns False the stream ends without a step. Raises ValueError, before any
-    work, for bad ids or masks, when a prompt and its new tokens exceed the context, and for a cache that does not fit;
-    and at a step whose scores are no numbers.
+    third with `seed` + 2. Ends when every row has given a token of `stop_token_ids`: by default the model's own; ()
+    goes on past them. `use_cache` defaults to the model's own. A `cache` that already holds the first
+    tokens of the rows, and padding before them, saves computing them again, and is used whatever `use_cache` says.
+    `on_progress(done, total)` is called between layers during prefill; when it returns False the stream ends without a
+    step. Raises ValueError, before any work, for bad ids or masks, when a prompt and its new tokens exceed the context,
+    and for a cache that does not fit; and at a step whose scores are no numbers.
     """
+    stop_token_ids = model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
     prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
     most = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
     if len(most) != len(prompts):
@@ -269,9 +267,19 @@ def stream_generate(
     return decode_text(tokens, [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in prompts])
 
 
-def prompt_ids(tokenizer, text: str) -> Tensor:
-    """Token ids of a prompt, `[1, T]`; an empty one becomes endoftext, which stood before every text in training."""
-    return torch.tensor([encode_text(tokenizer, text) or [ENDOFTEXT_ID]])
+def prompt_ids(tokenizer, text: str, config: NeoXConfig | None = None) -> Tensor:
+    """Token ids of a prompt, `[1, T]`; an empty one becomes the token that stood before every text in training.
+
+    That is the one that ends a text for a model of this `config`; without it, `<|endoftext|>`. Raises ValueError for an
+    empty prompt where there is none.
+    """
+    ids = encode_text(tokenizer, text)
+    if not ids:
+        ends = config.eos_token_ids if config else (tokenizer.token_to_id(ENDOFTEXT),)
+        if not ends or ends[0] is None:
+            raise ValueError("the prompt is empty, and no token is known to stand before a text; give a word")
+        ids = [ends[0]]
+    return torch.tensor([ids])
 
 
 def greedy_generate(
@@ -283,7 +291,7 @@ def greedy_generate(
     """Continue each prompt with its likeliest tokens until it is `max_seq_len` long, prompt included, or ends.
 
     Prompts as in `stream_generate` -> B lists of ids that start with the prompt as given. Its padding is no part of its
-    length. A row that ends early closes with endoftext. Raises ValueError as `stream_generate` does.
+    length. A row that ends early closes with its end token. Raises ValueError as `stream_generate` does.
     """
     prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
     most = [max(0, max_seq_len - len(prompt)) for prompt in prompts]
@@ -306,7 +314,7 @@ def greedy_generate_text(model: NeoXModel, tokenizer, text: Text, max_seq_len: i
     A list of texts gives a list, each continued as it is alone.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    prompts = [prompt_ids(tokenizer, each)[0].tolist() for each in texts]
+    prompts = [prompt_ids(tokenizer, each, model.config)[0].tolist() for each in texts]
     most = [max(0, max_seq_len - len(prompt)) for prompt in prompts]
     for step in stream_generate(model, prompts, most, tokenizer=tokenizer):
         texts = [before + piece for before, piece in zip(texts, step.texts, strict=True)]

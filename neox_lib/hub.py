@@ -24,12 +24,13 @@ from neox_lib.checkpoints.huggingface.config import read_huggingface_config, sto
 from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, find_files, read_index
 from neox_lib.checkpoints.int8_stream import Int8Stream
 from neox_lib.checkpoints.quantized import INT8_FILE
+from neox_lib.checkpoints.tokenizer_files import GENERATION, TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".yml")
-SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+SMALL_FILES = (*TOKENIZER_FILES, GENERATION, "config.json")
 
 
 class DownloadError(OSError):

@@ -1,6 +1,7 @@
 """From any checkpoint to a model that is ready to run, and its tokenizer."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision, shrink_to_fit
+from neox_lib.spelling import count_ids
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,12 @@ def create_model(
         model = build_model(checkpoint, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
     return use_fast_linear(model) if chosen_device.type == "cpu" else model
+
+
+def use_tokenizer(model: NeoXModel, tokenizer: Tokenizer) -> None:
+    """Let a tokenizer that does not lie beside the model's weights say which of its rows stand for tokens."""
+    rows = min(count_ids(tokenizer), model.config.vocab_size)
+    model.config = replace(model.config, tokenizer_vocab_size=rows)
 
 
 def create_tokenizer(path: str | Path | None = None) -> Tokenizer:

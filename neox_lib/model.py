@@ -13,7 +13,7 @@ from neox_lib.attention import KeyValueStore
 from neox_lib.block import Block
 from neox_lib.config import NeoXConfig
 from neox_lib.padding import padding_mask
-from neox_lib.rotary import RotaryTable
+from neox_lib.rotary import RotaryTable, rotary_table
 
 
 class SequenceCache(KeyValueStore, Protocol):
@@ -70,8 +70,8 @@ class NeoXModel(nn.Module):
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.final_linear.weight = self.word_embeddings.weight
-        length, base, scaling = config.max_position_embeddings, config.rotary_emb_base, config.rope_scaling
-        self.rotary = RotaryTable(length, config.rotary_ndims, base, scaling)
+        table = config.rope_scaling.table if config.rope_scaling else rotary_table
+        self.rotary = RotaryTable(config.max_position_embeddings, config.rotary_ndims, config.rotary_emb_base, table)
 
     def forward(
         self,

@@ -80,11 +80,11 @@ class RopeScaling:
             return self.attention_factor
         return yarn_attention_factor(self.factor)
 
-    def table(self, length: int, rotary_ndims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the first `length` positions, each `[length, rotary_ndims]`, fp32, as in `rotary_table`."""
+    def table(self, length: int, rotary_ndims: int, base: float, device: torch.device, dtype: torch.dtype):
+        """cos and sin of the first `length` positions, each `[length, rotary_ndims]`, in place of `rotary_table`'s."""
         frequencies = self.inverse_frequencies(rotary_ndims, base).to(device)
         angles = torch.outer(torch.arange(length, device=device).float(), frequencies).repeat(1, 2)
-        return angles.cos() * self.size(), angles.sin() * self.size()
+        return (angles.cos() * self.size()).to(dtype), (angles.sin() * self.size()).to(dtype)
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1) -> float:

@@ -6,8 +6,6 @@ Built in notebook 02.
 import torch
 from torch import Tensor, nn
 
-from neox_lib.rope_scaling import RopeScaling
-
 
 def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
     """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
@@ -36,19 +34,18 @@ class RotaryTable(nn.Module):
 
     They follow the model to another device, where they are computed again. They are not persistent: no checkpoint holds
     them. `half()` and `to(dtype)` leave them in fp32, so a model cast to half precision and back loses nothing. `fill`
-    computes them for a model built on the meta device. With a `scaling`, which few models have, some pairs turn more
-    slowly (`rope_scaling.py`).
+    computes them for a model built on the meta device. `table` is the function that computes them; the few models with
+    scaled frequencies bring another one (`rope_scaling.py`).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_positions: int, rotary_ndims: int, base: float, scaling: RopeScaling | None = None):
+    def __init__(self, max_positions: int, rotary_ndims: int, base: float, table=rotary_table):
         super().__init__()
-        self.max_positions, self.rotary_ndims, self.base, self.scaling = max_positions, rotary_ndims, base, scaling
+        self.max_positions, self.rotary_ndims, self.base, self.table = max_positions, rotary_ndims, base, table
         for name in ("cos", "sin"):
-            room = torch.empty(max_positions, rotary_ndims, dtype=torch.float32)
-            self.register_buffer(name, room, persistent=False)
+            self.register_buffer(name, torch.empty(max_positions, rotary_ndims, dtype=torch.float32), persistent=False)
         if not self.cos.is_meta:
             self.fill(self.cos.device)
 
@@ -56,10 +53,7 @@ class RotaryTable(nn.Module):
         """Compute both buffers on `device`."""
         length, rotary_ndims = self.max_positions, self.rotary_ndims
         with torch.inference_mode(False):  # the table outlives the call, and training may use it next
-            if self.scaling is None:
-                self.cos, self.sin = rotary_table(length, rotary_ndims, self.base, device, torch.float32)
-            else:
-                self.cos, self.sin = self.scaling.table(length, rotary_ndims, self.base, device)
+            self.cos, self.sin = self.table(length, rotary_ndims, self.base, device, torch.float32)
 
     def _apply(self, fn, recurse: bool = True):
         """Called by `to`, `half`, `cuda` and the like: follows a new device, ignores a new dtype."""
@@ -79,9 +73,8 @@ class RotaryTable(nn.Module):
             raise ValueError(f"{latest} cached + {tokens} new tokens exceed the context of {self.max_positions} tokens")
         if self.cos.device != like.device:  # a loader that put the parameters in one by one left the table behind
             self.fill(like.device)
-        if isinstance(start, int):
-            positions = slice(start, start + tokens)
-        else:
+        positions = slice(start, start + tokens)
+        if isinstance(start, Tensor):
             positions = (start[:, None, None] + torch.arange(tokens, device=like.device)).clamp(min=0)  # [B, 1, T]
         return self.cos[positions].to(like.dtype), self.sin[positions].to(like.dtype)
 

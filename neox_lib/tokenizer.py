@@ -168,6 +168,7 @@ class BPETokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int], special: set[str]):
         self.vocab, self.merges, self.added, self.special = vocab, merges, added, special
+        self.to_nfc = True  # else a text is read as it is
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.tokens = {token_id: token for token, token_id in (vocab | added).items()}
         self.special_pattern = pattern_of_any(special)
@@ -180,13 +181,13 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; specials in it become their ids. Raises ValueError for a lone surrogate.
 
-        Added tokens go first: specials are cut out of the raw text, space runs out of its NFC form; the merges then
-        see only what lies between them, which is why "  a" is a two-space token and an "a" without its space.
+        Added tokens go first: specials are cut out of the raw text, space runs out of its NFC form. The merges see only
+        what lies between: "  a" is a two-space token and an "a" without its space.
         """
         ids: list[int] = []
         for part in self.special_pattern.split(text):
-            spans = [part] if part in self.special else self.added_pattern.split(unicodedata.normalize("NFC", part))
-            for span in spans:
+            normal = unicodedata.normalize("NFC", part) if self.to_nfc else part
+            for span in [part] if part in self.special else self.added_pattern.split(normal):
                 if span in self.added:
                     ids.append(self.added[span])
                 else:
@@ -197,10 +198,10 @@ class BPETokenizer:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id of no token."""
         parts = []
         for token_id in ids:
-            if token_id not in self.tokens:
+            if (token := self.tokens.get(token_id)) is None:
                 raise ValueError(f"token id {token_id} stands for no token: ids run from 0 to {max(self.tokens)}")
-            if not (skip_special_tokens and self.tokens[token_id] in self.special):
-                parts.append(token_to_bytes(self.tokens[token_id]))
+            if not (skip_special_tokens and token in self.special):
+                parts.append(token.encode("utf-8") if token in self.added else token_to_bytes(token))
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -223,28 +224,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(vocab, merges, {ENDOFTEXT: 0, PADDING: 1} | runs, {ENDOFTEXT, PADDING})
 
 
+def check_settings(data: dict) -> None:
+    """Raise ValueError, naming the setting, for one by which `BPETokenizer` would read or write another text."""
+    model, before = data["model"], data.get("pre_tokenizer") or {}
+    after = data.get("post_processor") or {"type": "ByteLevel"}  # a template without tokens of its own adds nothing
+    found = {
+        "model": (model["type"], "BPE"),
+        "normalizer": ((data.get("normalizer") or {"type": "NFC"})["type"], "NFC"),
+        "pre_tokenizer": (before.get("type"), "ByteLevel"),
+        "add_prefix_space": (before.get("add_prefix_space"), False),
+        "use_regex": (before.get("use_regex", True), True),
+        "post_processor": (after["type"] if after.get("special_tokens", True) else "ByteLevel", "ByteLevel"),
+        "decoder": ((data.get("decoder") or {}).get("type"), "ByteLevel"),
+    }
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback"):
+        found[name] = (model.get(name) or None, None)
+    for token in data["added_tokens"]:
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word"), False) | {"normalized": not token["special"]}
+        found |= {f"{name} of {token['content']!r}": (token.get(name, flag), flag) for name, flag in flags.items()}
+    for name, (value, expected) in found.items():
+        if value != expected:
+            raise ValueError(f"{name} is {value!r}, expected {expected!r}; create_tokenizer reads such a file")
+
+
 def read_tokenizer(path: str | Path) -> BPETokenizer:
     """Read a `tokenizers` JSON of this family. Raises ValueError naming what it lacks or does differently."""
     try:
         data = json.loads(Path(path).read_text("utf-8"))
+        check_settings(data)
         model = data["model"]
-        kinds = (model["type"], data["pre_tokenizer"]["type"], data["normalizer"]["type"])
-        if kinds != ("BPE", "ByteLevel", "NFC"):
-            raise ValueError(f"expected BPE with ByteLevel pretokens and NFC, found {kinds}")
-        if data["pre_tokenizer"]["add_prefix_space"]:
-            raise ValueError("add_prefix_space is true, expected false")
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
         special = {token["content"] for token in data["added_tokens"] if token["special"]}
-        return BPETokenizer(model["vocab"], [(left, right) for left, right in merges], added, special)
-    except (KeyError, TypeError, ValueError) as error:
+        tokenizer = BPETokenizer(model["vocab"], [(left, right) for left, right in merges], added, special)
+        tokenizer.to_nfc = data.get("normalizer") is not None
+        return tokenizer
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a GPT-NeoX tokenizer file: {error}") from error
 
 
 def save_tokenizer(tokenizer: BPETokenizer, path: str | Path) -> None:
     """Write the JSON that the `tokenizers` library and `read_tokenizer` read."""
     fast = Tokenizer(models.BPE(vocab=tokenizer.vocab, merges=tokenizer.merges))
-    fast.normalizer = normalizers.NFC()
+    if tokenizer.to_nfc:
+        fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.post_processor = processors.ByteLevel(trim_offsets=True)
     fast.decoder = decoders.ByteLevel()

@@ -106,7 +106,6 @@ def hugging_face_config(config: NeoXConfig, **more):
     from transformers import GPTNeoXConfig
 
     fields: dict[str, Any] = huggingface_fields(config, torch.float32)
-    del fields["tokenizer_vocab_size"]  # ours: nobody else writes it
     return GPTNeoXConfig(**fields | more)
 
 

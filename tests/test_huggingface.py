@@ -370,12 +370,13 @@ def test_the_tokenizer_beside_the_weights_says_which_rows_stand_for_tokens(folde
     assert open_checkpoint(folder).config.tokenizer_vocab_size == 100
 
 
-def test_20b_padding_is_known_without_a_tokenizer(folder):
-    edit_config(folder, vocab_size=50304)
+def test_without_a_tokenizer_no_row_is_taken_for_padding(folder):
+    """Whoever fine-tuned 20B gave its padding rows to tokens of their own: a size alone tells nothing."""
+    edit_config(folder, vocab_size=50304, tokenizer_vocab_size=50277)
     padded = torch.zeros(50304, 32)
     edit_weights(folder, lambda tensors: tensors.update({"gpt_neox.embed_in.weight": padded.clone()}))
     edit_weights(folder, lambda tensors: tensors.update({"embed_out.weight": padded}))
-    assert open_checkpoint(folder).config.tokenizer_vocab_size == 50277
+    assert open_checkpoint(folder).config.tokenizer_vocab_size == 50304
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPTNeoXTokenizerFast"])
@@ -586,7 +587,7 @@ REFUSED = {
     "truncated bin": (truncated_bin, r"pytorch_model\.bin: truncated, damaged .*expected a \.bin file of weights"),
     "tokenizer of another model": (
         lambda folder: shutil.copy(SHIPPED_MODEL / "tokenizer.json", folder),
-        r"tokenizer\.json: its ids end at 2047 and config\.json says vocab_size 128",
+        r"tokenizer\.json: its ids end at 2047 and the config says vocab_size 128",
     ),
     "tokenizer damaged": (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer\.json: not a token"),
 }

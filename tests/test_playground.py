@@ -13,7 +13,7 @@ from jupyter_client.manager import start_new_kernel
 
 from neox_lib import create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
-from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
+from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.inspection.attention import attention_of_last, model_attention_weights
 from neox_lib.model import NeoXModel
 from neox_lib.playground import Playground, jobs, saved
@@ -91,7 +91,7 @@ def test_a_text_that_has_ended_goes_on_only_when_a_token_is_taken_after_its_end(
     """Else a second story, about other people, follows the first; in a prompt an end is the person's own."""
     assert done(play, do="generate", prompt="One.<|endoftext|>")["status"] == "Wrote 12 tokens."
     branch = play.state.branches.branch
-    branch.add(ENDOFTEXT_ID, -0.1)
+    branch.add(0, -0.1)
     ended = list(branch.ids)
     assert done(play, do="continue")["status"].startswith("The text has ended. Generate starts over")
     assert branch.ids == ended and play.page.marks["chosen"] == len(ended)

@@ -217,25 +217,44 @@ def test_another_branch_is_taken_from_a_bar(visit):
     assert visit.page.evaluate("document.activeElement === document.querySelector('.np-branches button')")
 
 
-def test_an_emptied_field_keeps_its_last_value(visit):
-    """No value is not a value to write with."""
+TYPE_AND_LEAVE = """(field, text) => {
+    const root = field.closest(".np"), prompt = root.querySelector("textarea");
+    prompt.focus();
+    prompt.value = text;
+    prompt.dispatchEvent(new Event("input"));
+    field.focus();
+    return root.dataset.answered === "false";
+}"""
+
+
+def test_an_emptied_field_keeps_its_last_value_and_a_prompt_is_never_lost_to_another_field(visit):
+    """No value is not a value to write with; and whoever types fast changes a setting before the kernel has heard."""
     visit.set_tokens(7)
     field = visit.page.get_by_label("tokens", exact=True).first
     field.fill("")
     field.press("Tab")
     assert field.input_value() == "7"
-    field.fill("")
-    visit.generate("Anna had a kite")  # the press alone leaves the field
+    sent = field.evaluate(TYPE_AND_LEAVE, "Anna had a kite")
+    assert sent, "the prompt goes up before any other field's value, whose answer would bring the old prompt back"
+    visit.generate()
     assert visit.page.locator(".np-status").first.inner_text() == "Wrote 7 tokens."
+    assert visit.page.locator(".np-text").first.inner_text().startswith("Anna had a kite")
+
+
+COUNT_SAVES = """() => {
+    window.saves = 0;  // with their checkpoints: until then, Lab hears no second one
+    const count = (_, {id, result}) => id === "docmanager:save" && result.then(() => (window.saves += 1));
+    window.jupyterapp.commands.commandExecuted.connect(count);
+}"""
 
 
 def test_ctrl_s_saves_the_notebook_from_within_the_playground(visit, notebook):
     """Whoever has learned it presses it where the hand is, and a reload then brings back what was saved."""
-    shown = "window.jupyterapp.shell.currentWidget"
-    for part in (".np textarea", ".np-text", ".np-tabs button"):
-        visit.page.evaluate(f"part => {shown}.model.setMetadata('saved_from', part)", part)
+    visit.page.evaluate(COUNT_SAVES)
+    for number, part in enumerate((".np textarea", ".np-text", ".np-tabs button"), 1):
+        visit.page.evaluate("part => window.jupyterapp.shell.currentWidget.model.setMetadata('saved_from', part)", part)
         visit.page.locator(part).first.press("Control+s")
-        visit.wait(f"!{shown}.context.model.dirty")
+        visit.wait(f"window.saves === {number}")
         assert nbformat.read(notebook, 4).metadata["saved_from"] == part
 
 

@@ -34,6 +34,9 @@ PADDED = NeoXConfig(**(vars(SMALL) | {"tokenizer_vocab_size": 50}))
 class Letters:
     """A tokenizer for which every byte is a token: id = byte - 95, so that a is 2."""
 
+    def token_to_id(self, token: str) -> int:
+        return 0
+
     def encode(self, text: str) -> list[int]:
         return [byte - 95 for byte in text.encode("utf-8")]
 

@@ -1,20 +1,25 @@
 """Text that appears token by token: all of it, in order, and never a part of a character."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import StreamDecoder, prompt_ids, stream_generate
+from neox_lib.inspection.tokens import token_label
 from neox_lib.loading import create_tokenizer
+from neox_lib.playground.token_text import spell
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import (
     BYTE_TO_CHARACTER,
     ENDOFTEXT,
     BPETokenizer,
     encode_text,
+    read_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
@@ -61,7 +66,7 @@ def shown_by(tokenizer, ids: list[int]) -> list[str]:
     """What each token shows; the last one also what never became a character."""
     decoder = StreamDecoder(tokenizer)
     shown = [decoder.push(token_id) for token_id in ids]
-    return [*shown[:-1], shown[-1] + decoder.end()]
+    return [*shown[:-1], shown[-1] + decoder.flush()]
 
 
 def size_of(tokenizer) -> int:
@@ -214,3 +219,122 @@ def test_the_texts_of_all_steps_are_the_decoding_of_all_new_tokens(random_model,
 def test_without_a_tokenizer_texts_are_empty(random_model):
     steps = list(stream_generate(model_for(random_model, BYTES_ONLY), torch.tensor([[5, 6]]), 3, stop_token_ids=()))
     assert [step.texts for step in steps] == [[""]] * 3
+
+
+# Tokenizers of other kinds, with a decoder of their own
+
+SENTENCES = ["the quick brown fox doesn't jump . " * 9, "日本語の文章を書きます。 " * 9]
+MARKED = ["<unk>", "<s>", "</s>"]
+FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def trained(model, trainer, before=None, decoder=None, normalizer=None) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if before is not None:
+        tokenizer.pre_tokenizer = before
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_tokens(["café", " two words "])
+    return tokenizer
+
+
+def sentencepiece(*after) -> Tokenizer:
+    """As Llama's and LINE's: what has no token falls back to bytes, and text begins with a space that is stripped."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=MARKED + FALLBACK, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES[:1], trainer)
+    fields = json.loads(tokenizer.to_str())
+    fields["added_tokens"] = fields["added_tokens"][: len(MARKED)]  # bytes are text, no control tokens
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
+    before = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*before, *after])
+    return tokenizer
+
+
+def other_tokenizers() -> dict[str, Tokenizer]:
+    quiet = {"special_tokens": MARKED, "show_progress": False}
+    unigram = trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", **quiet)
+    pieces = trainers.WordPieceTrainer(vocab_size=120, **quiet)
+    words = trainers.BpeTrainer(vocab_size=150, end_of_word_suffix="</w>", **quiet)
+    byte_level = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **quiet)
+    metaspace, space = pre_tokenizers.Metaspace(), pre_tokenizers.Whitespace()
+    return {
+        "unigram": trained(models.Unigram(), unigram, metaspace, decoders.Metaspace(), normalizers.NFKC()),
+        "sentencepiece": sentencepiece(decoders.Strip(" ", 1, 0)),
+        "three spaces stripped": sentencepiece(decoders.Strip(" ", 3, 0)),
+        "replaced in the joined text": sentencepiece(decoders.Replace(" .", ".")),
+        "replaced by a pattern": sentencepiece(decoders.Replace(Regex("o+x|\\s+"), "#")),
+        "word pieces": trained(models.WordPiece(unk_token="<unk>"), pieces, space, decoders.WordPiece()),
+        "word ends": trained(models.BPE(unk_token="<unk>"), words, space, decoders.BPEDecoder("</w>")),
+        "repeats dropped": trained(models.Unigram(), unigram, metaspace, decoders.CTC("<s>", "▁")),
+        "no decoder": trained(models.Unigram(), unigram, metaspace, normalizer=normalizers.NFC()),
+        "bytes among others": trained(
+            models.BPE(),
+            byte_level,
+            pre_tokenizers.ByteLevel(),
+            decoders.Sequence([decoders.ByteLevel(), decoders.Replace("z", "zz")]),
+        ),
+    }
+
+
+OTHERS = other_tokenizers()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_decoders_text_is_streamed_as_it_decodes_all_tokens(name):
+    """The space before a word, a byte that spoils its neighbours, a suffix: all that a decoder does with tokens."""
+    tokenizer = OTHERS[name]
+    some_bytes = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in (0x41, 0xE6, 0x97, 0xA5, 0xFF)]
+    usual = st.integers(0, tokenizer.get_vocab_size())  # one past the last too
+    ids = usual if None in some_bytes else usual | st.sampled_from(some_bytes)
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        st.lists(ids, min_size=1, max_size=12)
+        | st.text("ab é日本x🦊 .'▁", min_size=1).map(lambda t: tokenizer.encode(t).ids or [0])
+    )
+    def check(ids):
+        assert "".join(shown_by(tokenizer, ids)) == tokenizer.decode(ids)
+
+    check()
+
+
+def test_words_appear_as_they_are_written_and_with_their_spaces():
+    """Nothing waits that is settled; a run of byte tokens waits for its end, as one bad byte would spoil it all."""
+    tokenizer = OTHERS["sentencepiece"]
+    byte = {value: tokenizer.token_to_id(f"<0x{value:02X}>") for value in (0xE6, 0x97, 0xA5)}
+    space, x = tokenizer.token_to_id("▁"), tokenizer.token_to_id("x")
+    assert shown_by(tokenizer, [space, x, space, x, *byte.values(), x]) == ["", "x", " ", "x", "", "", "", "日x"]
+    assert shown_by(tokenizer, [x, byte[0xE6], byte[0x97]]) == ["x", "", "\ufffd\ufffd"]
+    assert [token_label(tokenizer, token_id) for token_id in (space, 2, byte[0xE6])] == [" ", "</s>", "<0xE6>"]
+
+
+@given(words=st.lists(st.text("éüÿđÀñabĠ ÅŁ", min_size=2, max_size=6), min_size=1, max_size=4, unique=True))
+@settings(max_examples=60, deadline=None)
+def test_an_added_token_is_spelled_as_it_was_typed(tmp_path_factory, words):
+    """ "café" is text: read as bytes, as other tokens are, its é would be one byte and no character."""
+    path = tmp_path_factory.mktemp("added") / "tokenizer.json"
+    save_tokenizer(BYTES_ONLY, path)
+    fast = Tokenizer.from_file(str(path))
+    fast.add_tokens(words)
+    fast.save(str(path))
+    fast, ours = create_tokenizer(path), read_tokenizer(path)
+    for word in words:
+        ids = encode_text(fast, word)
+        assert ids == ours.encode(word)
+        assert "".join(shown_by(fast, ids)) == "".join(shown_by(ours, ids)) == ours.decode(ids) == word
+
+
+def test_every_token_that_is_marked_special_is_silent(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(BYTES_ONLY, path)
+    fast = Tokenizer.from_file(str(path))
+    fast.add_special_tokens(["<|user|>"])
+    fast.save(str(path))
+    for tokenizer in (create_tokenizer(path), read_tokenizer(path)):
+        assert shown_by(tokenizer, encode_text(tokenizer, "a<|user|>b")) == ["a", "", "b"]
+        assert [token.control for token in spell(tokenizer, encode_text(tokenizer, "a<|user|>"))] == [False, True]

@@ -363,24 +363,51 @@ def damage(data: dict, change) -> str:
     return json.dumps(data)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: data["model"].update(type="Unigram"), "Unigram"),
-        (lambda data: data["normalizer"].update(type="NFKC"), "NFKC"),
-        (lambda data: data.update(normalizer=None), "NoneType"),
-        (lambda data: data["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space is true"),
-        (lambda data: data.pop("added_tokens"), "added_tokens"),
-        (lambda data: data["model"].pop("merges"), "merges"),
-    ],
-    ids=["another model", "another normalizer", "no normalizer", "prefix space", "no added tokens", "no merges"],
-)
-def test_another_kind_of_file_is_refused(trained, tmp_path, change, message):
+def with_token(**flags) -> dict:
+    plain = {
+        "id": 700,
+        "content": "caf\u00e9",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+    }
+    return plain | {"special": False} | flags
+
+
+REFUSED = {
+    "another model": (lambda data: data["model"].update(type="Unigram"), "model is 'Unigram'"),
+    "another normalizer": (lambda data: data["normalizer"].update(type="NFKC"), "normalizer is 'NFKC'"),
+    "prefix space": (lambda data: data["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space is True"),
+    "pretokens in one": (lambda data: data["pre_tokenizer"].update(use_regex=False), "use_regex is False"),
+    "no decoder": (lambda data: data.update(decoder=None), "decoder is None"),
+    "a template": (
+        lambda data: data.update(post_processor={"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}),
+        "post_processor is 'TemplateProcessing'",
+    ),
+    "merges by chance": (lambda data: data["model"].update(dropout=0.1), "dropout is 0.1"),
+    "no added tokens": (lambda data: data.pop("added_tokens"), "added_tokens"),
+    "no merges": (lambda data: data["model"].pop("merges"), "merges"),
+    "control token in NFC": (
+        lambda data: data["added_tokens"][0].update(normalized=True),
+        "normalized of '<.endoftext.>'",
+    ),
+} | {
+    flag: (
+        lambda data, flag=flag: data["added_tokens"].append(with_token(**{flag: True})),
+        f"{flag} of 'caf\u00e9' is True",
+    )
+    for flag in ("lstrip", "rstrip", "single_word")
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_another_kind_of_file_is_refused(trained, tmp_path, change, words):
     """A tokenizer of another family would give ids that look right and mean something else."""
     path = tmp_path / "tokenizer.json"
     save_tokenizer(trained, path)
     path.write_text(damage(json.loads(path.read_text("utf-8")), change), "utf-8")
-    with pytest.raises(ValueError, match=rf"tokenizer\.json: not a GPT-NeoX tokenizer file: .*{message}"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: not a GPT-NeoX tokenizer file: .*{words}"):
         read_tokenizer(path)
 
 

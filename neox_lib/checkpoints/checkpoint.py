@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,11 @@ class LayerFile(NamedTuple):
 
 class Checkpoint(Protocol):
     """A checkpoint whose weights are not read yet; as a string, its path."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of its files, small ones beside them; None for a model in memory."""
+        ...
 
     @property
     def config(self) -> NeoXConfig: ...
@@ -71,6 +77,7 @@ class ModelCheckpoint:
     """A model in memory, packed or not, as a checkpoint."""
 
     model: NeoXModel
+    folder: None = None
 
     def __str__(self) -> str:
         return "the model in memory"

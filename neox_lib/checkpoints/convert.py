@@ -1,7 +1,5 @@
 """Converts a model's files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
 
-import contextlib
-import shutil
 from pathlib import Path
 
 from neox_lib.checkpoints.checkpoint import Checkpoint, check_convertible
@@ -11,7 +9,7 @@ from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.saving import whole_or_gone
 from neox_lib.checkpoints.slim.writer import check_ranks, write_tensors
-from neox_lib.checkpoints.tokenizer_files import find_tokenizer
+from neox_lib.checkpoints.tokenizer_files import tokenizer_beside, write_beside
 
 
 def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Path | None]:
@@ -20,12 +18,9 @@ def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Pat
     """
     if Path(source).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target}: is the folder to read from; give another one to write to")
-    tokenizer = None
-    with contextlib.suppress(FileNotFoundError):
-        tokenizer = find_tokenizer(source)
     checkpoint = open_checkpoint(source)
     check_convertible(checkpoint)
-    return checkpoint, tokenizer
+    return checkpoint, tokenizer_beside(Path(source))
 
 
 def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
@@ -40,8 +35,7 @@ def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
     check_ranks(checkpoint.config, ranks)
     with whole_or_gone(target, checkpoint.nbytes):
         write_tensors(target, checkpoint.config, checkpoint.tensors(), ranks, spread_seed=None)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, target / "tokenizer.json")
+        write_beside(target, checkpoint.config, tokenizer, checkpoint.folder)
 
 
 def convert_to_huggingface(source: str | Path, target: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile, cast, check_c
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
 from neox_lib.checkpoints.tensor_files import open_safetensors, read_ahead
+from neox_lib.checkpoints.tokenizer_files import with_vocabulary, write_beside
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 from neox_lib.quantization.int8 import quantize_rows
@@ -91,9 +91,9 @@ def write_int8(
     """Quantize a checkpoint into one file, holding one tensor at a time, and return the file's path.
 
     `path` is NAME.int8.safetensors, or a folder, which then holds model.int8.safetensors and a copy of the `tokenizer`
-    file. An existing file of that name is replaced once the new one is complete; on Windows not while a model has it
-    mapped. `freed_meanwhile` as in `write_safetensors`. Raises CheckpointError when the disk has no room and for
-    weights that can't be used.
+    file with the small files beside it. An existing file of that name is replaced once the new one is complete; on
+    Windows not while a model has it mapped. `freed_meanwhile` as in `write_safetensors`. Raises CheckpointError when
+    the disk has no room and for weights that can't be used.
     """
     path = Path(path)
     file = path if path.name.endswith(INT8_ENDING) else path / INT8_FILE
@@ -103,8 +103,7 @@ def write_int8(
     config, dtype = checkpoint.config, checkpoint.dtype
     specs, tensors = int8_specs(config, dtype), quantized(checkpoint.tensors(), dtype)
     write_safetensors(file, specs, tensors, int8_metadata(config, dtype), freed_meanwhile)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, file.parent / "tokenizer.json")
+    write_beside(file.parent, config, None if tokenizer is None else Path(tokenizer), checkpoint.folder)
     return file
 
 
@@ -131,8 +130,11 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, 
             f"{file}: int8 file of version {metadata.get('version')}, expected {VERSION}; convert the checkpoint again"
         )
     try:
-        config = NeoXConfig(**json.loads(metadata["config"]))
+        fields = json.loads(metadata["config"])
+        config = with_vocabulary(NeoXConfig(**fields), file.parent, fields)
         return config, WEIGHT_DTYPES[metadata["source_dtype"]]
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: damaged metadata ({error}); convert the checkpoint again") from error
 
@@ -171,6 +173,10 @@ class Int8Checkpoint:
 
     def __str__(self) -> str:
         return str(self.file)
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
 
     @property
     def nbytes(self) -> int:

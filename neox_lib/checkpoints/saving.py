@@ -8,12 +8,13 @@ from pathlib import Path
 from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 from neox_lib.checkpoints.slim.layout import LAYER_FILE, UNFINISHED
+from neox_lib.checkpoints.tokenizer_files import GENERATION, TOKENIZER_FILES
 
 # The files that make a folder a model's: slim layer files, Hugging Face's, and the config that both have.
 MODEL_FILE = re.compile(
     rf"{LAYER_FILE.pattern}|config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+BESIDE = (*TOKENIZER_FILES, GENERATION)
 
 
 def begin_save(folder: Path, needed: int, beside: tuple[str, ...] = ()) -> None:

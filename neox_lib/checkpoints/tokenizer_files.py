@@ -1,36 +1,170 @@
-"""The tokenizer beside a model's weights: which file it is, and opened."""
+"""The small files beside a model's weights: its tokenizer, and what they say of its rows and of the end of a text."""
 
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from neox_lib.checkpoints.files import check_no_pointer
+from neox_lib.checkpoints.atomic import write_text_atomically
+from neox_lib.checkpoints.files import CheckpointError, check_no_pointer
+from neox_lib.checkpoints.slim.layout import is_slim, is_whole
+from neox_lib.config import NeoXConfig
+from neox_lib.spelling import count_ids
+from neox_lib.tokenizer import ENDOFTEXT
+
+logger = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer file meant by a path: the file itself, or the one of a folder or of a file of weights.
 
-    20B's release keeps its `20B_tokenizer.json` one level above the weights. Raises FileNotFoundError for none.
+    20B's release keeps its `20B_tokenizer.json` one level above its slim folder; what lies above any other folder is
+    another model's. Raises FileNotFoundError for none.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         path = path.parent
     if path.is_dir():
-        places = [path / "tokenizer.json", path / "20B_tokenizer.json", path.absolute().parent / "20B_tokenizer.json"]
+        places = [path / "tokenizer.json", path / "20B_tokenizer.json"]
+        if is_slim(path) or is_whole(path):
+            places.append(path.absolute().parent / "20B_tokenizer.json")
         path = next((place for place in places if place.is_file()), places[0])
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
+        advice = "give a tokenizer JSON, such as 20B_tokenizer.json"
+        if any((path.parent / name).is_file() for name in ("spiece.model", "tokenizer.model")):
+            advice += "; sentencepiece's file is not read, and AutoTokenizer of transformers can save it as such a JSON"
+        raise FileNotFoundError(f"{path}: no tokenizer there; {advice}")
     return path
+
+
+def tokenizer_beside(folder: Path) -> Path | None:
+    """The tokenizer file of a folder of weights, if it has one."""
+    try:
+        return find_tokenizer(folder)
+    except FileNotFoundError:
+        return None
 
 
 def open_tokenizer(file: str | Path) -> Tokenizer:
     """The fast tokenizer (Hugging Face `tokenizers`) of a file; its ids are `BPETokenizer.encode`'s.
 
-    Raises ValueError when the file is no tokenizer.
+    A file may still hold the truncation and padding of its last training batch: they are switched off. Raises
+    ValueError when the file is no tokenizer.
     """
     if Path(file).is_file():
         check_no_pointer(Path(file))
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{file}: not a tokenizer file: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a small JSON file, none where there is no such file. Raises CheckpointError for anything else."""
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object, found {type(fields).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be read ({' '.join(str(error).split())}); fetch it again") from error
+    return fields
+
+
+def end_token_of(folder: Path, tokenizer: Path | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
+    """The end of a text by the tokenizer's word, else `<|endoftext|>`; `unknown` where no tokenizer can be asked."""
+    name = None
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        name = read_fields(folder / file).get("eos_token") or name
+    name = name.get("content") if isinstance(name, Mapping) else name or ENDOFTEXT
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder}: the tokenizer's eos_token is {name!r}; expected a token")
+    if tokenizer is None:
+        return unknown if name == ENDOFTEXT else ()
+    token_id = open_tokenizer(tokenizer).token_to_id(name)
+    return () if token_id is None else (token_id,)
+
+
+def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any]) -> NeoXConfig:
+    """A config with what the files beside the weights say: which rows stand for tokens, and which tokens end a text.
+
+    The tokenizer counts the rows. The end is said by `generation_config.json`, or by the `fields` of the weights' own
+    config, or by the tokenizer; where nobody says a word, it is 0, as in 20B, and never the 2 of `transformers`. Raises
+    CheckpointError for an end that is no id, and for a tokenizer of another model.
+    """
+    tokenizer = tokenizer_beside(folder)
+    try:
+        rows = config.tokenizer_vocab_size if tokenizer is None else count_rows(tokenizer, config.vocab_size)
+        said = read_fields(folder / GENERATION).get("eos_token_id")
+        said = fields.get("eos_token_id", fields.get("eos_token_ids")) if said is None else said
+        if said is None:
+            said = end_token_of(folder, tokenizer, unknown=() if "eos_token_id" in fields else (0,))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    ends = said if isinstance(said, list | tuple) else [said]
+    if not all(type(token_id) is int for token_id in ends):
+        raise CheckpointError(
+            f"{folder}: its config's eos_token_id is {said!r}; expected a token's id or a list of them"
+        )
+    found = {"tokenizer_vocab_size": rows, "eos_token_ids": tuple(token_id for token_id in ends if token_id >= 0)}
+    return config if found.items() <= vars(config).items() else replace(config, **found)
+
+
+def count_rows(tokenizer: Path, vocab_size: int) -> int:
+    """How many of `vocab_size` rows the tokenizer of a file reaches. A few added tokens past them, such as a [PAD]
+    that the model was never taught, are noted: they can't be read. Raises CheckpointError for another model's.
+    """
+    opened = open_tokenizer(tokenizer)
+    tokens = count_ids(opened)
+    own = max(opened.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    if tokens < 1 or own > vocab_size + 1:
+        raise CheckpointError(
+            f"{tokenizer}: its ids end at {tokens - 1} and the config says vocab_size {vocab_size}; tokenizer and "
+            "weights belong to different models. Fetch both from one place"
+        )
+    if tokens > vocab_size:
+        logger.warning(
+            f"{tokenizer}: its ids end at {tokens - 1} and the model has {vocab_size} rows: it can't read "
+            f"{', '.join(repr(opened.id_to_token(token_id)) for token_id in range(vocab_size, tokens)[:3])}"
+        )
+    return min(tokens, vocab_size)
+
+
+def role_fields(config: NeoXConfig, source: Path | None = None) -> dict[str, Any]:
+    """The ids of a model's control tokens by their roles, as both JSON files of a Hugging Face folder say them: those
+    that the `source` folder's files say, and the ends of a text, None where there is none.
+    """
+    ends = list(config.eos_token_ids)
+    fields: dict[str, Any] = {"bos_token_id": ends[0] if ends else None}
+    for path in [source / "config.json", source / GENERATION] if source else []:
+        fields |= {name: value for name, value in read_fields(path).items() if name in ROLES}
+    return fields | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, source: Path | None) -> None:
+    """Put a model's small files into its new folder: the tokenizer with its roles and chat template, and, where the
+    source's files say more than `config` does, a `generation_config.json`.
+    """
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else ():
+            if (tokenizer.parent / name).is_file():
+                shutil.copyfile(tokenizer.parent / name, folder / name)
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)
+    if said or roles != role_fields(config):
+        write_text_atomically(folder / GENERATION, json.dumps(said | roles, indent=2) + "\n")

@@ -29,7 +29,7 @@ def add(commands) -> None:
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach P")
     parser.add_argument("--seed", type=int, help="the same seed draws the same text (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="recompute every token, to see what the cache saves")
-    parser.add_argument("--no-stop", action="store_true", help="go on past <|endoftext|>")
+    parser.add_argument("--no-stop", action="store_true", help="go on past the end of a text")
     parser.add_argument(
         "--pack", action="store_true", help="on a CPU, rearrange fp16 or int8 weights first: pays off in long texts"
     )
@@ -41,9 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     If torchrun started several processes, each is one rank of the model that they share.
     """
-    from neox_lib.generation import ENDOFTEXT_ID, prompt_ids, stream_generate
-    from neox_lib.loading import create_tokenizer
+    from neox_lib.generation import prompt_ids, stream_generate
+    from neox_lib.loading import create_tokenizer, use_tokenizer
     from neox_lib.sampling import Sampling
+    from neox_lib.tokenizer import encode_text
 
     if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         from neox_lib.distributed.loading import create_rank_model as create_model
@@ -67,13 +68,16 @@ def run(arguments: argparse.Namespace) -> None:
             )
         text = read() if arguments.prompt == "-" else arguments.prompt or ""
         tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
-        input_ids = prompt_ids(tokenizer, text)
+        encode_text(tokenizer, text)  # a prompt that can't be read is refused before the model is
         model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+        if arguments.tokenizer:
+            use_tokenizer(model, tokenizer)
+        input_ids = prompt_ids(tokenizer, text, model.config)
         if arguments.pack:
             from neox_lib.decoding.int8_packing import pack
 
             pack(model)
-        stop = () if arguments.no_stop else (ENDOFTEXT_ID,)
+        stop = () if arguments.no_stop else None
         steps = stream_generate(
             model, input_ids, arguments.tokens, tokenizer=tokenizer, sampling=sampling, stop_token_ids=stop
         )

@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.course.figures import plots
     from neox_lib.evaluation.likelihood import bits_per_byte, stories_of
     from neox_lib.loading import create_model, create_tokenizer
+    from neox_lib.spelling import count_ids
+    from neox_lib.tokenizer import ENDOFTEXT
     from neox_lib.training import loop as training
 
     folder, finished = Path(arguments.folder), Path(arguments.folder) / "model"
@@ -85,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])
     )
     print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
-    config = dataclasses.replace(tiny(), tokenizer_vocab_size=tokenizer.get_vocab_size())
+    end = tokenizer.token_to_id(ENDOFTEXT)  # which stands between the stories of a stream
+    config = dataclasses.replace(tiny(), tokenizer_vocab_size=count_ids(tokenizer), eos_token_ids=(end,))
     sample = training.spread_sample(validation, 16, config.max_position_embeddings)
     model, history = training.train(config, plan, stories, mix, sample, folder, arguments.start_from)
     plots.loss_curves(history).savefig(folder / "curves.png")

@@ -61,6 +61,7 @@ GONE = {
     "checkpoint.load_slim": "loading.create_model",
     "checkpoint.read_tensors": "checkpoints.slim.reader.SlimCheckpoint",
     "checkpoint.stored_dtype": "checkpoints.slim.reader.SlimCheckpoint",
+    "generation.ENDOFTEXT_ID": "config.NeoXConfig",
     "generation.PrefillStopped": "model.Stopped",
     "generation._Row": "generation.generate_tokens",
     "generation._steps": "generation.generate_tokens",
@@ -81,7 +82,8 @@ OLDER_TEXTS = """
     1a336e73 e36ee5e2 4ae49ffc 07530b98 721fb3e4 d85bbd56 ace07721 be305c06 f0055f2a a9d74c20 c31834e2 448a66dd
     79b0c640 759e9e99 12d338f3 fee23aa6 78387467 38979cb0 3b35c4ec 7c77c584 3c0be8db 754ea05a 825acf87
     730458d3 1503f2a2 eed272fd 8c7bd3f8 b168c0e2 9992fdaf
-    4b0fc4f1 3b134a2e
+    4b0fc4f1 3b134a2e a87d7027 185ab58f
+    7a805121
 """
 
 

@@ -36,11 +36,17 @@ def stories_of(text: str) -> list[str]:
     return [story.strip("\n") for story in stories if story.strip()]
 
 
-def story_stream(tokenizer, stories: list[str]) -> Tensor:
-    """One row of token ids, `[N]`, with an endoftext before each story and after the last."""
-    ids = [0]
+def story_stream(tokenizer, stories: list[str], end: int | None = None) -> Tensor:
+    """One row of token ids, `[N]`, with an end token, by default `<|endoftext|>`, before each story and after the last.
+
+    Raises ValueError for a tokenizer that has none.
+    """
+    end = tokenizer.token_to_id(ENDOFTEXT) if end is None else end
+    if end is None:
+        raise ValueError(f"the tokenizer has no {ENDOFTEXT} to stand between stories")
+    ids = [end]
     for story in stories:
-        ids += [*encode_text(tokenizer, story), 0]
+        ids += [*encode_text(tokenizer, story), end]
     return torch.tensor(ids)
 
 
@@ -65,5 +71,6 @@ def bits_per_byte(model: NeoXModel, tokenizer, stories: list[str], length: int =
 
     Unlike a loss per token, it can compare models with different tokenizers.
     """
-    nats = negative_log_likelihood(model, story_stream(tokenizer, stories), length).sum().item()
+    stream = story_stream(tokenizer, stories, *model.config.eos_token_ids[:1])
+    nats = negative_log_likelihood(model, stream, length).sum().item()
     return nats / math.log(2) / sum(len(story.encode("utf-8")) for story in stories)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neox_lib.tokenizer import token_to_bytes
+from neox_lib.spelling import token_alone
 
 
 def token_label(tokenizer, token_id: int) -> str:
@@ -16,10 +16,9 @@ def token_label(tokenizer, token_id: int) -> str:
     >>> [token_label(tokenizer, token_id) for token_id in [*tokenizer.encode("né"), 999]]
     ['n', '<C3>', '<A9>', '<999>']
     """
-    token = tokenizer.id_to_token(token_id)
-    if token is None:
+    if tokenizer.id_to_token(token_id) is None:
         return f"<{token_id}>"
-    raw = token_to_bytes(token)
+    raw = token_alone(tokenizer, token_id)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:

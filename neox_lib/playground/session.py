@@ -77,7 +77,7 @@ class Session:
         self.show()
 
     def prompt_tokens(self) -> list[int]:
-        return prompt_ids(self.state.tokenizer, self.state.prompt)[0].tolist()
+        return prompt_ids(self.state.tokenizer, self.state.prompt, self.state.model.config)[0].tolist()
 
     def generate(self) -> None:
         """Start over from the prompt."""

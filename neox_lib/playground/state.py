@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from neox_lib.generation import ENDOFTEXT_ID
 from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
 from neox_lib.playground.branches import Branches
@@ -57,7 +56,7 @@ class State:
     def ended(self) -> bool:
         """Whether the current branch has come to the end of a text; an end that the prompt holds does not count."""
         branch = self.branches.branch
-        return len(branch.ids) > branch.given and branch.ids[-1] == ENDOFTEXT_ID
+        return len(branch.ids) > branch.given and branch.ids[-1] in self.model.config.eos_token_ids
 
     def forget_looks(self) -> None:
         self.candidates, self.taken, self.scored, self.attention = [], None, None, None

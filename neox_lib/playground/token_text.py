@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from neox_lib.generation import StreamDecoder
+from neox_lib.spelling import control_ids
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Speller:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.decoder = StreamDecoder(tokenizer)
+        self.control = control_ids(tokenizer)
 
     def push(self, token_id: int) -> TokenText:
-        if token_id in self.decoder.silent:
+        if token_id in self.control:
             return TokenText(token_id, self.tokenizer.id_to_token(token_id), control=True)
         return TokenText(token_id, self.decoder.push(token_id))
 

@@ -5,7 +5,7 @@ import math
 import time
 
 from neox_lib.config import NeoXConfig, format_bytes
-from neox_lib.inspection.tokens import Candidate
+from neox_lib.inspection.tokens import Candidate, token_label
 from neox_lib.playground.branches import Branch
 from neox_lib.playground.costs import describe_model, needs_of_20b
 from neox_lib.playground.state import State
@@ -75,7 +75,8 @@ def prompt_view(state: State) -> dict:
     over = len(ids) - state.context
     note = ""
     if not ids:
-        note = "Empty: the model starts a text of its own, after <|endoftext|>."
+        ends = [token_label(state.tokenizer, token_id) for token_id in state.model.config.eos_token_ids[:1]]
+        note = f"Empty: the model starts a text of its own, after {ends[0]}." if ends else "Empty: give it a word."
     elif over >= 0:
         note = f"{len(ids):,} tokens are {over + 1:,} too many: the context holds {state.context:,}, one of them new."
     elif len(ids) + state.settings.tokens > state.context:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from IPython.display import display
 
-from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.loading import create_model, create_tokenizer, use_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.playground import saved
 from neox_lib.playground.actions import perform
@@ -31,7 +31,10 @@ class Playground:
         else:
             path, name = model, "shipped model" if model is None else Path(model).absolute().name
             model = create_model(path)
-            tokenizer = tokenizer if tokenizer is not None else create_tokenizer(path)
+            if tokenizer is None:
+                tokenizer = create_tokenizer(path)
+            else:
+                use_tokenizer(model, tokenizer)
         self.session = Session(model, tokenizer, name)
         self.session.set(**settings)
         self.session.set_prompt(prompt)

@@ -112,11 +112,16 @@ function promptPart(model, id, post, generate) {
   const note = make("p", { class: "np-warning" });
   ids.addEventListener("change", () => spans.classList.toggle("np-with-ids", ids.checked));
   let timer = null;
-  const tell = () => post.send("prompt", { prompt: field.value });
+  const tell = () => {
+    clearTimeout(timer);
+    timer = null;
+    post.send("prompt", { prompt: field.value });
+  };
   field.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(tell, 120);
   });
+  field.addEventListener("blur", () => timer !== null && tell());
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
@@ -132,10 +137,11 @@ function promptPart(model, id, post, generate) {
     });
     ready.append(button);
   }
+  const typed = () => timer !== null || !post.answered() || (document.activeElement === field && post.mayDiffer);
+  const settle = () => typed() || (field.value = model.get("prompt")); // what is typed and not yet heard stays
   const update = () => {
-    const { tokens = [], count: total = 0, over, note: remark = "", ms = 0, key } = model.get("prompt_view");
-    const typed = document.activeElement === field && post.mayDiffer;
-    if (!typed || !key) field.value = typed ? field.value : model.get("prompt");
+    const { tokens = [], count: total = 0, over, note: remark = "", ms = 0 } = model.get("prompt_view");
+    settle();
     count.textContent = `${total.toLocaleString("en")} tokens of ${model.get("facts").context.toLocaleString("en")} · ${ms} ms`;
     note.textContent = remark;
     note.classList.toggle("np-over", Boolean(over));
@@ -147,10 +153,11 @@ function promptPart(model, id, post, generate) {
       }),
     );
     if (total > tokens.length) spans.append(` … and ${total - tokens.length} more`);
-    if (typed && field.selectionEnd === field.value.length) spans.scrollTop = spans.scrollHeight;
+    if (typed() && field.selectionEnd === field.value.length) spans.scrollTop = spans.scrollHeight;
     spans.setAttribute("aria-label", `The prompt's tokens with their ids: ${tokens.slice(0, 60).map(([token, text]) => `${text || "part of a character"} ${token}`).join(", ")}`);
   };
   model.on("change:prompt_view", update);
+  model.on("change:heard", settle);
   field.addEventListener("focus", () => (post.mayDiffer = true));
   update();
   field.value = model.get("prompt");

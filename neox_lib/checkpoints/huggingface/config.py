@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
-from neox_lib.checkpoints.slim.config import real_tokens
 from neox_lib.checkpoints.slim.settings import COMPUTED, HARMLESS_WHEN, unusual_settings
-from neox_lib.checkpoints.tokenizer_files import open_tokenizer
+from neox_lib.checkpoints.tokenizer_files import role_fields, with_vocabulary
 from neox_lib.config import NeoXConfig
 from neox_lib.rope_scaling import ROPE_TYPES, RopeScaling, yarn_attention_factor
 
@@ -66,8 +65,8 @@ def read_huggingface_config(folder: Path) -> NeoXConfig:
         ours["rotary_emb_base"] = rotary_setting(path, fields, "rotary_emb_base", "rope_theta", 10000)
         ours["rope_scaling"] = read_rope_scaling(path, fields)
         ours["hidden_act"] = ACTIVATION_OF[fields.get("hidden_act", "gelu")]
-        vocab_size = NeoXConfig(**ours, tokenizer_vocab_size=1).vocab_size
-        return NeoXConfig(**ours, tokenizer_vocab_size=count_tokens(folder, fields, vocab_size))
+        config = NeoXConfig(**ours, tokenizer_vocab_size=ours["vocab_size"])
+        return with_vocabulary(config, folder, fields)
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
@@ -162,32 +161,13 @@ def rope_scaling_of(kind: str, rope: Mapping[str, Any], fields: Mapping[str, Any
     return RopeScaling(kind, factor, original, grown, *betas, rope.get("truncate", True))
 
 
-def count_tokens(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> int:
-    """How many rows stand for a token: as this library noted it, else as the tokenizer beside the weights has it.
-
-    Without either, the vocabularies that gpt-neox pads have 20B's 50,277 and others no padding.
-    """
-    if "tokenizer_vocab_size" in fields:
-        return fields["tokenizer_vocab_size"]
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return real_tokens(vocab_size)
-    tokens = max(open_tokenizer(path).get_vocab().values(), default=-1) + 1
-    if not 0 < tokens <= vocab_size:
-        raise CheckpointError(
-            f"{path}: its ids end at {tokens - 1} and config.json says vocab_size {vocab_size}; tokenizer and weights "
-            "belong to different models. Fetch both from one place"
-        )
-    return tokens
-
-
 def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of a `config.json` that `transformers` 4 and 5 and converters built on them read alike.
 
-    Both dialects' keys are there. `eos_token_id` is said because the default of `transformers`, 2, is wrong for this
-    family. `tokenizer_vocab_size` is ours, and others leave it alone.
+    Both dialects' keys are there. `eos_token_id` is always said: where it is not, `transformers` takes 2. Which rows
+    stand for tokens, the tokenizer beside tells.
     """
-    names = [*DEFAULTS, "hidden_act", "rotary_pct", "rotary_emb_base", "tokenizer_vocab_size"]
+    names = [*DEFAULTS, "hidden_act", "rotary_pct", "rotary_emb_base"]
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -195,8 +175,7 @@ def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]
         **rope_fields(config),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+        **role_fields(config),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }

@@ -2,10 +2,10 @@
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import INDEX, WHOLE, their_name
 from neox_lib.checkpoints.safetensors_writer import Spec, write_safetensors
 from neox_lib.checkpoints.saving import whole_or_gone
-from neox_lib.checkpoints.tokenizer_files import open_tokenizer
+from neox_lib.checkpoints.tokenizer_files import GENERATION, ROLES, open_tokenizer, role_fields, write_beside
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 from neox_lib.tokenizer import ENDOFTEXT, PADDING
@@ -57,18 +57,19 @@ def write_weights(folder: Path, checkpoint: Checkpoint, dtypes: Mapping[str, tor
         write_text_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_tokenizer(folder: Path, tokenizer: Path, config: NeoXConfig) -> None:
-    """Copy the tokenizer's file, and write a `tokenizer_config.json` by which `AutoTokenizer` loads exactly that."""
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    known = open_tokenizer(tokenizer).get_vocab()
-    roles = {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT, "pad_token": PADDING}
-    fields = {
+def write_roles(folder: Path, tokenizer: Path, config: NeoXConfig, fields: Mapping[str, Any]) -> None:
+    """Write a `tokenizer_config.json` by which `AutoTokenizer` loads exactly the tokenizer of that file."""
+    known = open_tokenizer(tokenizer)
+    ids = {"unk_token": known.token_to_id(ENDOFTEXT), "pad_token": known.token_to_id(PADDING)}
+    ids |= {role.removesuffix("_id"): fields[role] for role in ROLES if type(fields.get(role)) is int}
+    roles = {role: known.id_to_token(token_id) for role, token_id in ids.items() if token_id is not None}
+    words = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
-        **{role: token for role, token in roles.items() if token in known},
+        **{role: token for role, token in roles.items() if token is not None},
     }
-    write_text_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=2) + "\n")
+    write_text_atomically(folder / "tokenizer_config.json", json.dumps(words, indent=2) + "\n")
 
 
 def write_huggingface(
@@ -77,7 +78,8 @@ def write_huggingface(
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Export a model, or an opened checkpoint, with the tokenizer JSON at `tokenizer` if one is given.
+    """Export a model, or an opened checkpoint, with the tokenizer JSON at `tokenizer` if one is given, and with what
+    lies beside that file: the roles of its tokens, a chat template.
 
     Numbers and precision stay as they are. `AutoModelForCausalLM` and `AutoTokenizer` load the folder, and so do
     other programs that read such folders. Holds one tensor at a time beside the source. Raises CheckpointError when the
@@ -89,9 +91,11 @@ def write_huggingface(
     dtypes = checkpoint.dtypes()
     with whole_or_gone(folder, checkpoint.nbytes):
         write_weights(folder, checkpoint, dtypes, shard_bytes)
-        if tokenizer is not None:
-            write_tokenizer(folder, Path(tokenizer), checkpoint.config)
-        tokens = {"bos_token_id": 0, "eos_token_id": 0}
-        write_text_atomically(folder / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
-        fields = huggingface_fields(checkpoint.config, checkpoint.dtype)
+        config, roles = checkpoint.config, role_fields(checkpoint.config, checkpoint.folder)
+        write_beside(folder, config, None if tokenizer is None else Path(tokenizer), checkpoint.folder)
+        if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
+            write_roles(folder, Path(tokenizer), config, roles)
+        if not (folder / GENERATION).exists():
+            write_text_atomically(folder / GENERATION, json.dumps(roles, indent=2) + "\n")
+        fields = huggingface_fields(config, checkpoint.dtype) | roles
         write_text_atomically(folder / "config.json", json.dumps(fields, indent=2) + "\n")

@@ -10,20 +10,24 @@ import yaml
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.slim.layout import Shards, check_layers
 from neox_lib.checkpoints.slim.settings import unusual_settings, what_can_be_run
+from neox_lib.checkpoints.tokenizer_files import with_vocabulary
 from neox_lib.config import NeoXConfig
 
 logger = logging.getLogger(__name__)
 
 
 def read_config(shards: Shards) -> NeoXConfig:
-    """The config of a slim checkpoint: `config.json` beside the shards, else gpt-neox's `.yml`, else `inv_freq`.
+    """The config of a slim checkpoint: `config.json` beside the shards, else gpt-neox's `.yml`, else `inv_freq`; which
+    rows stand for tokens and which of them end a text, the tokenizer beside says (`with_vocabulary`).
 
     Raises CheckpointError when none of them tells the number of heads, or when the files are not those of the config.
     """
-    folder = shards.folder
+    folder, fields = shards.folder, {}
     try:
         if (folder / "config.json").is_file():
             config = NeoXConfig.from_json(folder / "config.json")
+            if b"eos_token_ids" in (folder / "config.json").read_bytes():  # an older one says nothing
+                fields = {"eos_token_ids": config.eos_token_ids}
         elif yml := find_yml(folder):
             config = config_from_yml(yml, shards)
         else:
@@ -33,7 +37,7 @@ def read_config(shards: Shards) -> NeoXConfig:
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
     check_layers(shards, config)
-    return config
+    return with_vocabulary(config, folder, fields)
 
 
 def find_yml(folder: Path) -> Path | None:
@@ -64,12 +68,6 @@ def sizes_in(shards: Shards) -> dict[str, Any]:
         ) from error
 
 
-def real_tokens(vocab_size: int) -> int:
-    """How many rows stand for a token: gpt-neox pads the 50,277 of 20B's tokenizer to a multiple of 128 x ranks."""
-    padded = {-(-50277 // (128 * ranks)) * 128 * ranks for ranks in range(1, 9)}
-    return 50277 if vocab_size in padded else vocab_size
-
-
 def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
     """Read gpt-neox's dialect, where a dash and an underscore are the same and what is absent has gpt-neox's default.
 
@@ -87,7 +85,7 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
             )
         return NeoXConfig(
             **sizes,
-            tokenizer_vocab_size=real_tokens(sizes["vocab_size"]),
+            tokenizer_vocab_size=sizes["vocab_size"],
             num_hidden_layers=fields["num_layers"],
             num_attention_heads=fields["num_attention_heads"],
             max_position_embeddings=fields["max_position_embeddings"],
@@ -133,7 +131,7 @@ def config_from_inv_freq(shards: Shards) -> NeoXConfig:
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
-        tokenizer_vocab_size=real_tokens(sizes["vocab_size"]),
+        tokenizer_vocab_size=sizes["vocab_size"],
         num_hidden_layers=max(shards.paths) - 4,
         num_attention_heads=sizes["hidden_size"] // head_dim,
         attention_bias="attention.dense.bias" in shards.look(shards.paths[2][0]),
