@@ -74,7 +74,7 @@ def create_model(
 
 
 def use_tokenizer(model: NeoXModel, tokenizer: Tokenizer) -> None:
-    """Let a tokenizer that does not lie beside the model's weights say which of its rows stand for tokens."""
+    """Take the number of rows that stand for tokens from a tokenizer that is not beside the model's weights."""
     rows = min(count_ids(tokenizer), model.config.vocab_size)
     model.config = replace(model.config, tokenizer_vocab_size=rows)
 

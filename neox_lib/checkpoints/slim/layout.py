@@ -105,9 +105,7 @@ def open_sections(folder: Path) -> dict[Path, dict[str, Tensor]]:
     sections: dict[Path, dict[str, Tensor]] = {}
     for rank in range(max(ranks) + 1):
         if rank not in ranks:
-            raise CheckpointError(
-                f"{folder}: mp_rank_{rank:02d} is missing; ranks 0 to {max(ranks)} are needed. Fetch it"
-            )
+            raise CheckpointError(f"{folder}: mp_rank_{rank:02d} is missing (of {max(ranks) + 1} ranks); fetch it")
         for key, tensor in open_tensors(ranks[rank]).items():
             match = SECTION.fullmatch(key)
             if match is None:
