@@ -150,7 +150,7 @@ def test_code_fits_on_a_screen(path):
 
 
 def test_the_notebooks_compute_times_for_the_same_machines():
-    """Times of 25, 100 and 900 GB per second could not be compared if a reader took them for the same machine."""
+    """25, 100 and 900 GB per second for what a reader takes to be one machine: none of the times would compare."""
     for path in (path for path in PATHS if path.name[:2] in ("07", "08", "09")):
         code = "\n".join(cell.source for cell in code_cells(path))
         assert "MACHINES[" in code or "needs_of_20b(" in code, path.stem

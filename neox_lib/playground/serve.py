@@ -23,6 +23,6 @@ def serve(arguments: list[str]) -> None:
     from voila.app import main  # imported here, because it reads its paths on import
     from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
 
-    VoilaShutdownKernelHandler.check_xsrf_cookie = only_from_here
+    VoilaShutdownKernelHandler.check_xsrf_cookie = only_from_here  # type: ignore[method-assign]
     options = ["--Voila.ip=127.0.0.1", "--template=playground", "--VoilaConfiguration.show_tracebacks=True"]
     main([str(FILES / "app.ipynb"), *options, *arguments])
