@@ -502,7 +502,7 @@ REFUSED = {
     "no model type": (config_says(model_type=None), "config.json: model_type is None"),
     "no config": (without("config.json"), r"config\.json: missing"),
     "damaged config": (config_is("{"), r"config\.json: not a readable config"),
-    "config is a list": (config_is("[]"), r"config\.json: not a config.*expected an object, found list"),
+    "config is a list": (config_is("[]"), r"config\.json: not a readable config.*expected an object, found list"),
     "config of a wrong type": (config_says(hidden_size="32"), r"config\.json: not a GPT-NeoX config: hidden_size"),
     "config of an impossible shape": (config_says(num_attention_heads=5), r"hidden_size 32 does not divide"),
     "relu": (config_says(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; it must be one of gelu, "),
