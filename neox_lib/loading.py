@@ -51,8 +51,8 @@ def create_model(
 ) -> NeoXModel:
     """Load a model for inference: from a slim, Hugging Face or int8 folder, from an int8 file, or by its name on the
     Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
+    `revision` is a branch, tag or commit on the Hub, such as "step1000", one of Pythia's training steps.
 
-    `revision` is a branch, tag or commit there, such as one of Pythia's training steps, "step1000".
     `use_cache` is the default for generation with this model. `device` "auto" is CUDA, else the CPU. For `dtype` "auto"
     see `choose_precision` and `shrink_to_fit`; when large matrices stay in half precision or int8 on a CPU, a message
     says so. "int8" quantizes while it loads, unless the weights are in int8 already.

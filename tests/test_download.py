@@ -276,6 +276,21 @@ def test_create_model_takes_a_name_on_the_hub_and_says_what_it_fetches(hub, real
     assert torch.equal(model(ids), create_model(real)(ids))
 
 
+def test_another_revision_is_another_model_and_needs_no_network_either(hub, real, random_model, tmp_path, monkeypatch):
+    """Pythia's training steps are revisions of one name: taking main for step 1000 would go unnoticed."""
+    step = tmp_path / "step"
+    write_huggingface(random_model(WITH_TOKENIZER, seed=1), step, real / "tokenizer.json")
+    hub.add(NAME, real)
+    hub.add(NAME, step, revision="step1000")
+    ids = torch.arange(20)[None]
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert torch.equal(create_model(NAME, revision="step1000")(ids), create_model(step)(ids))
+        assert torch.equal(create_model(NAME)(ids), create_model(real)(ids))
+    assert main(["generate", "the fox", "--model", NAME, "--revision", "step1000", "--tokens", "1"]) == 0
+    assert main(["generate", "the fox", "--model", NAME, "--revision", "step2000", "--tokens", "1"]) == 2
+
+
 def test_once_cached_a_model_needs_no_network(hub, real, capsys, monkeypatch):
     """In a classroom without a network the second run must be as good as the first."""
     hub.add(NAME, real)
