@@ -14,7 +14,7 @@ from neox_lib.rotary import apply_rotary
 
 
 class KeyValueStore(Protocol):
-    """What attention asks of a cache (notebook 06 builds one): keep the new rows, hand back all rows so far."""
+    """What attention needs from a cache (notebook 06 builds one): store the new rows, return all rows so far."""
 
     def update(self, layer_index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store `[B, H, T, D]` keys and values of one layer; return all S of them, `[B, H, S, D]` each."""
@@ -25,7 +25,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut the fused projection into queries, keys and values: `[B, T, 3C]` -> three `[B, H, T, D]`.
 
     Its last dimension runs [q_0 k_0 v_0 q_1 k_1 v_1 ...], head after head (gpt-neox, `megatron/model/transformer.py`).
-    A flat split into three thirds has the same shapes and mixes the heads up.
+    A flat split into thirds has the same shapes but mixes up the heads.
     """
     batch, tokens, width = qkv.shape
     per_head = qkv.view(batch, tokens, num_heads, width // num_heads).transpose(1, 2)  # [B, H, T, 3D]
@@ -55,7 +55,7 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention spelled out, for reading and for checking the fused one: -> `[B, H, T, D]` in the value's dtype."""
+    """Attention step by step, to read and to check the fused one against: -> `[B, H, T, D]` in the value's dtype."""
     return (attention_weights(query, key) @ value.float()).to(value.dtype)
 
 
@@ -74,8 +74,8 @@ class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions: `[B, T, C]` -> `[B, T, C]`.
 
     cos and sin are the rotary table's rows for the T positions. Without a cache the T tokens are the whole sequence;
-    with one, any KeyValueStore, they follow what it already holds. A batch with padding brings its own `mask`, `[B, 1,
-    T, S]`, True where a query may look (`padding_mask`, notebook 06).
+    with one, any KeyValueStore, they follow the tokens that it holds. A padded batch has a `mask`, `[B, 1, T, S]`,
+    True where a query may look (`padding_mask`, notebook 06).
     """
 
     def __init__(self, config: NeoXConfig, layer_index: int):

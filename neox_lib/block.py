@@ -11,10 +11,10 @@ from neox_lib.config import NeoXConfig
 
 
 class MLP(nn.Module):
-    """Widen, bend, narrow: `[B, T, C]` -> `[B, T, C]` through `intermediate_size` (4C in every released model).
+    """Expand, apply GELU, project back: `[B, T, C]` -> `[B, T, C]` by way of `intermediate_size`, 4C in all releases.
 
     20B was trained with the tanh approximation of GELU (`bias_gelu_fusion` in gpt-neox's `configs/20B.yml`), Pythia
-    with the exact one; so it comes from the config.
+    with the exact function, so the config decides.
     """
 
     def __init__(self, config: NeoXConfig):
@@ -30,9 +30,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer layer: `[B, T, C]` -> `[B, T, C]`.
 
-    Parallel residual (20B, Pythia): x + attention(norm1(x)) + mlp(norm2(x)). Both branches read x, each through a norm
-    of its own: `post_attention_layernorm` is only named after attention. Sequential residual (RedPajama-INCITE): the
-    MLP reads what attention left. (gpt-neox, `megatron/model/transformer.py`, `gpt_j_residual`.)
+    Parallel residual (20B, Pythia): x + attention(norm1(x)) + mlp(norm2(x)). Both read x, each through its own norm, in
+    spite of the name `post_attention_layernorm`. Sequential residual (RedPajama-INCITE): the MLP reads the sum of x and
+    attention. (gpt-neox, `megatron/model/transformer.py`, `gpt_j_residual`.)
     """
 
     def __init__(self, config: NeoXConfig, layer_index: int):

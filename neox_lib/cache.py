@@ -12,8 +12,8 @@ from neox_lib.config import NeoXConfig
 class KVCache:
     """Room for the keys and values of `capacity` tokens in every layer, allocated once and filled in place.
 
-    Each pass of the model stores its T tokens at `length` .. `length + T - 1` layer by layer and then advances, so any
-    splitting of a text into passes gives the same result. Raises ValueError when a pass does not fit.
+    Each pass of the model stores its T tokens at `length` .. `length + T - 1` layer by layer and then advances, so the
+    result is the same however a text is split into passes. Raises ValueError when a pass does not fit.
     """
 
     def __init__(self, config: NeoXConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -31,7 +31,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values held so far, without the room still empty."""
+        """Bytes of the keys and values held so far, not counting empty room."""
         return self.length * (self.keys.nbytes + self.values.nbytes) // self.capacity
 
     def check_room(self, batch_size: int, tokens: int) -> None:

@@ -23,9 +23,9 @@ from neox_lib.tokenizer import ENDOFTEXT, encode_text
 
 
 def next_token_scores(logits: Tensor, config: NeoXConfig) -> Tensor:
-    """The last position's scores, of tokens that exist: logits `[B, T, V]` -> `[B, tokenizer_vocab_size]`, fp32.
+    """The last position's scores for tokens that exist: logits `[B, T, V]` -> `[B, tokenizer_vocab_size]`, fp32.
 
-    The dead rows behind them stand for no token. Cut off, they can't be chosen and take no share of the probability.
+    The dead rows after them stand for no token: cut off, they can't be chosen and get no probability.
     """
     return logits[:, -1, : config.tokenizer_vocab_size].float()
 
@@ -34,7 +34,7 @@ def next_token_scores(logits: Tensor, config: NeoXConfig) -> Tensor:
 class Progress:
     """Counts finished layers over all the passes of a prefill: an `on_layer` of the model.
 
-    `report(done, total)` is told of each; returning False stops the pass.
+    `report(done, total)` is called for each; returning False stops the pass.
     """
 
     report: Callable[[int, int], bool | None]
@@ -42,7 +42,7 @@ class Progress:
     done: int = 0
 
     def __call__(self, depth: int, hidden: Tensor) -> bool | None:
-        if depth == 0:  # a pass begins, and nothing of it is done
+        if depth == 0:  # a pass begins: no layer is done
             return None
         self.done += 1
         return self.report(self.done, self.total)
@@ -58,9 +58,9 @@ def prefill(
 ) -> Tensor:
     """Read a prompt and score the token after it: ids `[B, T]` -> `[B, tokenizer_vocab_size]`, fp32.
 
-    With a cache the T tokens follow what it holds and go through in chunks of at most `chunk_size`, which bounds the
-    memory that a long prompt takes. `padding` is as in NeoXModel. `on_progress(layers done, layers in all)` is called
-    after each layer; when it returns False, Stopped is raised and the cache holds the chunks that went through.
+    With a cache the T tokens follow what it holds and are read in chunks of at most `chunk_size`, which bounds the
+    memory that a long prompt takes. `padding` is as in NeoXModel. `on_progress(layers done, layers in total)` is
+    called after each layer; when it returns False, Stopped is raised and the cache holds the completed chunks.
     """
     chunks = (input_ids,) if cache is None else input_ids.split(chunk_size, dim=1)
     layers = len(chunks) * model.config.num_hidden_layers
@@ -84,10 +84,10 @@ def generate_tokens(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Prefill, then choose and append: each row's next token, its log-probability, and whether that ends the row.
 
-    Tensors `[B]` for each step, until all rows have ended, by a token of `stop_token_ids` or by their own number of new
-    tokens. A row that has ended repeats its last token with log-probability 0. Equal prompts draw with different seeds,
-    others as they would alone. Gives nothing if `on_progress` stops the prefill. Raises ValueError at the step at which
-    a row's scores are no numbers.
+    Three tensors `[B]` per step, until all rows have ended: at a token of `stop_token_ids` or after their own number of
+    new tokens. A row that has ended repeats its last token with log-probability 0. Equal prompts draw with different
+    seeds, others as they would alone. Yields nothing if `on_progress` stops the prefill. Raises ValueError at the step
+    at which a row's scores are NaN or infinite.
     """
     if not any(max_new_tokens):
         return
@@ -96,7 +96,7 @@ def generate_tokens(
     seeds = (sampling.seed + prompts[:row].count(prompt) for row, prompt in enumerate(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     stops, most = (torch.tensor(each, dtype=torch.int64, device=device) for each in (stop_token_ids, max_new_tokens))
-    tokens, finished = input_ids[:, -1], most < 1  # [B]: what each row wrote last, and who writes no more
+    tokens, finished = input_ids[:, -1], most < 1  # [B]: each row's last token, and whether it has ended
     unread = input_ids
     if cache is not None:  # the last token is read again even if it is held: its scores were not kept
         cache.truncate(min(cache.length, input_ids.shape[1] - 1))
@@ -106,7 +106,7 @@ def generate_tokens(
     except Stopped:
         return
     for written in count(1):
-        scores = scores.masked_fill(finished[:, None], 0)  # nobody asks for these rows' tokens, even if they are NaN
+        scores = scores.masked_fill(finished[:, None], 0)  # these rows are not used, even if they are NaN
         chosen = sampling.choose(scores, *generators)
         log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].masked_fill(finished, 0)
         tokens = tokens.where(finished, chosen)
@@ -114,7 +114,7 @@ def generate_tokens(
         yield tokens, log_probabilities, finished
         if finished.all():
             return
-        if padding is not None:  # a row past its own number takes no further position: its context may be full
+        if padding is not None:  # a row past its limit takes no new position: its context may be full
             padding = padding + (written >= most)
         new = tokens[:, None]
         unread = new if cache is not None else torch.cat([unread, new], dim=1)  # append
@@ -141,7 +141,7 @@ class StreamDecoder:
         return "" if self.ended else self.utf8.decode(self.spelling.push(token_id))
 
     def flush(self) -> str:
-        """End the text: what still waits, half a character as U+FFFD."""
+        """End the text: what is still waiting, an unfinished character as U+FFFD."""
         self.ended = True
         return self.utf8.decode(self.spelling.flush(), final=True)
 
@@ -150,9 +150,9 @@ class StreamDecoder:
 class Step:
     """One new token for each of the B prompts.
 
-    `log_probabilities` are the model's own, before temperature and cuts; `seconds` is what the step took to compute,
-    the first one with the prefill. `texts` is empty strings without a tokenizer. `ended` is true of a row from its last
-    token on; in later steps it repeats that token with no text and log-probability 0.
+    `log_probabilities` are the model's own, before temperature and cuts; `seconds` is the step's computing time, in
+    the first step with the prefill. Without a tokenizer, `texts` are empty strings. `ended` is true for a row from its
+    last token on; later steps repeat that token with no text and log-probability 0.
     """
 
     token_ids: list[int]
@@ -177,7 +177,7 @@ class Step:
 def decode_text(tokens: Iterator[tuple[Tensor, Tensor, Tensor]], decoders: Sequence[StreamDecoder]) -> Iterator[Step]:
     """The steps of `generate_tokens`, each with its texts and the seconds that it took.
 
-    There is a decoder for each row, or none at all: then the texts are empty.
+    `decoders` has one per row, or none: then the texts are empty.
     """
     while True:
         started = time.perf_counter()
@@ -231,16 +231,16 @@ def stream_generate(
     chunk_size: int = 1024,
     on_progress: Callable[[int, int], bool | None] | None = None,
 ) -> Iterator[Step]:
-    """Write up to `max_new_tokens` (one number, or one for each row) after each prompt, one Step at a time.
+    """Write up to `max_new_tokens` (one number, or one per row) after each prompt, one Step at a time.
 
     Prompts are ids `[B, T]`, a list of lists of any lengths, or ids with an `attention_mask` `[B, T]` that is 0 for
-    padding on the left. Each row gives what it gives alone; only of equal prompts the second draws with `seed` + 1, the
-    third with `seed` + 2. Ends when every row has given a token of `stop_token_ids`: by default the model's own; ()
-    goes on past them. `use_cache` defaults to the model's own. A `cache` that already holds the first
-    tokens of the rows, and padding before them, saves computing them again, and is used whatever `use_cache` says.
-    `on_progress(done, total)` is called between layers during prefill; when it returns False the stream ends without a
-    step. Raises ValueError, before any work, for bad ids or masks, when a prompt and its new tokens exceed the context,
-    and for a cache that does not fit; and at a step whose scores are no numbers.
+    padding on the left. Each row is written as it would be alone, but repeated prompts draw with `seed` + 1, `seed` + 2
+    and so on. Ends when every row has a token of `stop_token_ids`, by default the model's own; () for none.
+    `use_cache` defaults to the model's own. A `cache` that already holds the first tokens of the rows, and padding
+    before them, saves computing them again, and is used whatever `use_cache` says. `on_progress(done, total)` is called
+    after each layer of the prefill; when it returns False, the stream ends without a step. Raises ValueError, before
+    any work, for bad ids or masks, when a prompt and its new tokens exceed the context, and for a cache that does not
+    fit; and at a step whose scores are NaN or infinite.
     """
     stop_token_ids = model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
     prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
@@ -270,14 +270,14 @@ def stream_generate(
 def prompt_ids(tokenizer, text: str, config: NeoXConfig | None = None) -> Tensor:
     """Token ids of a prompt, `[1, T]`; an empty one becomes the token that stood before every text in training.
 
-    That is the one that ends a text for a model of this `config`; without it, `<|endoftext|>`. Raises ValueError for an
-    empty prompt where there is none.
+    That is the end token of the model's `config`; without one, `<|endoftext|>`. Raises ValueError for an empty prompt
+    where there is none.
     """
     ids = encode_text(tokenizer, text)
     if not ids:
         ends = config.eos_token_ids if config else (tokenizer.token_to_id(ENDOFTEXT),)
         if not ends or ends[0] is None:
-            raise ValueError("the prompt is empty, and no token is known to stand before a text; give a word")
+            raise ValueError("the prompt is empty, and the model has no token that begins a text; give a word")
         ids = [ends[0]]
     return torch.tensor([ids])
 
@@ -290,8 +290,8 @@ def greedy_generate(
 ) -> list[list[int]]:
     """Continue each prompt with its likeliest tokens until it is `max_seq_len` long, prompt included, or ends.
 
-    Prompts as in `stream_generate` -> B lists of ids that start with the prompt as given. Its padding is no part of its
-    length. A row that ends early closes with its end token. Raises ValueError as `stream_generate` does.
+    Prompts as in `stream_generate` -> B lists of ids that start with the prompt as given. Padding doesn't count.
+    A row that ends early has its end token last. Raises ValueError as `stream_generate` does.
     """
     prompts = prompt_rows(input_ids, attention_mask, model.config.vocab_size)
     most = [max(0, max_seq_len - len(prompt)) for prompt in prompts]

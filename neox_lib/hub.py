@@ -1,8 +1,8 @@
 """Models on the Hugging Face Hub, by name: looked up, fetched by `huggingface_hub`, and kept in its cache.
 
-What that library does not do is done here (2.4.0, measured over plain HTTP). It compares only sizes: a file with one
-byte flipped on the way was accepted, and stayed in the cache for good. It starts on a disk that is too small. It names
-files one by one, where a folder must hold a whole model or none. Like it, we keep no part of a file for the next run.
+This adds what that library lacks (2.4.0, measured over plain HTTP). It compares only sizes: a file with one byte
+flipped in transit was accepted and stayed in the cache. It starts although the disk has no room. It publishes files one
+by one, where a folder must hold a complete model or none. Like it, we keep no partial file for the next run.
 
 May import checkpoints and every room above it; loading and every room below may import it.
 """
@@ -34,12 +34,12 @@ SMALL_FILES = (*TOKENIZER_FILES, GENERATION, "config.json")
 
 
 class DownloadError(OSError):
-    """A download that did not happen or did not finish: says what, why, and what to do next."""
+    """A download that failed: says what, why, and what to do next."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file on the Hub. Its checksum is the sha256 of a large file's content (Git LFS), of any other git's blob id."""
+    """A file on the Hub. `checksum` is the sha256 of a large file (Git LFS), and git's blob id of any other."""
 
     size: int
     checksum: str
@@ -47,7 +47,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a model, by name, at the commit that is the newest of a revision."""
+    """The files of a model, by name, at the newest commit of a revision."""
 
     model: str
     revision: str
@@ -57,13 +57,13 @@ class Listing:
     def file(self, name: str) -> HubFile:
         """Raises DownloadError for a name that isn't listed."""
         if name not in self.files:
-            raise DownloadError(f"{self.model}: the Hub has no {name!r} of it; tell its owners, or give another model")
+            raise DownloadError(f"{self.model}: the Hub has no {name!r} for it; tell its owners, or give another model")
         return self.files[name]
 
 
 @contextlib.contextmanager
 def clear_errors(model: str, revision: str) -> Iterator[None]:
-    """Turn what a call of `huggingface_hub` raises into a DownloadError of one line that says what to do."""
+    """Turn an error of `huggingface_hub` into a DownloadError of one line that says what to do."""
     from huggingface_hub import errors
 
     hub, login = constants.ENDPOINT, "log in with `hf auth login` or set HF_TOKEN"
@@ -74,28 +74,28 @@ def clear_errors(model: str, revision: str) -> Iterator[None]:
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         match cause:
             case errors.GatedRepoError():
-                said = f"its owners give access one by one; ask for it at {hub}/{model}, then {login}"
+                said = f"its owners must grant access; ask for it at {hub}/{model}, then {login}"
             case errors.RevisionNotFoundError():
-                said = f"there is no revision {revision!r} at {hub}; the usual one is main"
+                said = f"there is no revision {revision!r} at {hub}; the default is main"
             case errors.RepositoryNotFoundError():
-                said = f"there is no such model at {hub}; check the name, or if it is private {login}"
+                said = f"there is no such model at {hub}; check the name or, if it is private, {login}"
             case errors.OfflineModeIsEnabled():
-                said = f"HF_HUB_OFFLINE is set, so {hub} is not asked; unset it to download"
+                said = f"HF_HUB_OFFLINE is set, so {hub} is not contacted; unset it to download"
             case errors.HfHubHTTPError():
                 status = cause.response.status_code
                 advice = login if status in (401, 403) else "try again later"
-                said = f"{hub} answers with HTTP status {status}; {advice}"
+                said = f"{hub} answered with HTTP status {status}; {advice}"
             case errors.HFValidationError():
-                said = "not a model's name on the Hub, such as EleutherAI/pythia-70m"
+                said = "not a model's name on the Hub; expected one such as EleutherAI/pythia-70m"
             case ValueError() | KeyError() | TypeError() | AttributeError():
-                said = f"{hub} does not answer as the Hub does ({reason}); is there a login page between?"
+                said = f"{hub} did not answer like the Hub ({reason}); is a login page or proxy in between?"
             case _:  # a connection that fails, or the disk
-                said = f"can't be fetched from {hub} ({reason}); mend that and run the same again: whole files are kept"
+                said = f"can't be fetched from {hub} ({reason}); fix that and run it again: complete files are kept"
         raise DownloadError(f"{model}: {said}") from error
 
 
 def list_files(model: str, revision: str) -> Listing:
-    """Ask the Hub for a model's files, one request. Raises DownloadError."""
+    """Ask the Hub for a model's files, in one request. Raises DownloadError."""
     with clear_errors(model, revision):
         info = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True, timeout=30)
         if not info.sha:
@@ -109,9 +109,9 @@ def list_files(model: str, revision: str) -> Listing:
 
 
 def fetch(listing: Listing, name: str, folder: Path | None = None) -> Path:
-    """Bring a file into `folder`, or into the cache, unless it lies there, and return its path.
+    """Fetch a file into `folder`, or into the cache, unless it is there, and return its path.
 
-    Raises DownloadError; when the bytes are not the Hub's, after removing the file.
+    Raises DownloadError; for a file whose checksum is not the Hub's, after removing it.
     """
     file = listing.file(name)
     with clear_errors(listing.model, listing.revision):
@@ -127,15 +127,15 @@ def fetch(listing: Listing, name: str, folder: Path | None = None) -> Path:
             each.unlink(missing_ok=True)
         raise DownloadError(
             f"{listing.model}: {name} arrived damaged (not the Hub's checksum {file.checksum[:12]}...) and was "
-            "removed; run the same again. If it recurs, something on the way changes the data"
+            "removed; run the same again. If it recurs, something in between changes the data"
         )
     return path
 
 
 def choose_files(listing: Listing, folder: Path | None) -> list[str]:
-    """What we need of a model: one format of the weights, then the small files, and config.json last, so that what is
-    incomplete is no model. Fetches an index of shards to learn their names. Raises DownloadError where the model has
-    no weights of a kind that we read, CheckpointError for an index that is none.
+    """The files to fetch: one format of the weights, then the small files, and config.json last: without it a folder is
+    not a model. Fetches an index of shards to learn their names. Raises DownloadError for a model without weights that
+    we can read, CheckpointError for a damaged index.
     """
     weights = next((name for name in WEIGHT_FILES if name in listing.files), None)
     if weights is None or "config.json" not in listing.files:
@@ -148,8 +148,8 @@ def choose_files(listing: Listing, folder: Path | None) -> list[str]:
 
 
 def bring(listing: Listing, folder: Path | None) -> Path:
-    """Fetch what we need of a model, one file after another, so that an interruption costs only the one in hand, and
-    return its folder. Raises DownloadError; and CheckpointError, before the weights, when the disk has no room.
+    """Fetch the files of `choose_files` one after another, so an interruption loses only the current one, and return
+    their folder. Raises DownloadError and, before fetching weights, CheckpointError when the disk has no room.
     """
 
     def is_missing(name: str) -> bool:
@@ -170,14 +170,14 @@ def bring(listing: Listing, folder: Path | None) -> Path:
 
 
 def publish(listing: Listing, path: Path) -> Path:
-    """Note in the cache that the commit of `path`, now whole, is the newest of its revision, and return `path`."""
+    """Record in the cache that the commit of `path`, now complete, is its revision's newest, and return `path`."""
     with clear_errors(listing.model, listing.revision):
         huggingface_hub.hf_hub_download(listing.model, path.name, revision=listing.revision)
     return path
 
 
 def cached_folder(model: str, revision: str = "main") -> Path | None:
-    """The snapshot of a model in the cache, when its config and all of its weights are there. Asks nobody."""
+    """A model's snapshot in the cache, if its config and all of its weights are there. Uses no network."""
     try:
         config = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(config, str):
@@ -189,9 +189,9 @@ def cached_folder(model: str, revision: str = "main") -> Path | None:
 
 
 def download(model: str, revision: str = "main") -> Path:
-    """Bring a model's newest files of `revision` into the cache and return their folder.
+    """Fetch a model's newest files of `revision` into the cache and return their folder.
 
-    When the Hub doesn't answer, a whole copy in the cache is taken, and a message says so. Raises DownloadError,
+    When the Hub doesn't answer, a complete copy in the cache is used, and a message says so. Raises DownloadError,
     and CheckpointError when the disk has no room.
     """
     try:
@@ -199,22 +199,22 @@ def download(model: str, revision: str = "main") -> Path:
     except DownloadError as error:
         if (folder := cached_folder(model, revision)) is None:
             raise
-        logger.warning(f"{error}. Taking the copy in the cache")
+        logger.warning(f"{error}. Using the copy in the cache")
         return folder
     return publish(listing, bring(listing, None) / "config.json").parent
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, commit: str) -> Iterator[Path]:
-    """Where to fetch into, by one process at a time; it becomes `folder`, in one step, when all is done.
+    """A place to fetch into, for one process at a time; renamed to `folder` when everything is there.
 
-    Until then it is a part of FOLDER.unfinished, from where the next run goes on; what another commit left there is
-    removed. Raises CheckpointError when `folder` exists: files of two models must not mix.
+    Until then it is inside FOLDER.unfinished, where the next run continues; leftovers of another commit are removed.
+    Raises CheckpointError when `folder` exists: files of two models must not mix.
     """
     from huggingface_hub.utils import WeakFileLock
 
     if folder.exists():
-        raise CheckpointError(f"{folder}: is there already; give a new folder, or remove it first")
+        raise CheckpointError(f"{folder}: already exists; give a new folder, or remove it first")
     work = folder.with_name(f"{folder.name}.unfinished")
     work.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(work / "lock"):
@@ -226,14 +226,14 @@ def new_folder(folder: Path, commit: str) -> Iterator[Path]:
         place = work / commit
         place.mkdir(exist_ok=True)
         yield place
-        shutil.rmtree(place / ".cache", ignore_errors=True)  # notes of huggingface_hub
+        shutil.rmtree(place / ".cache", ignore_errors=True)  # huggingface_hub's own records
         place.replace(folder)
         shutil.rmtree(work, ignore_errors=True)
 
 
 def download_to_folder(model: str, folder: str | Path, revision: str = "main") -> Path:
-    """Bring a model's files into a new folder, past the cache, and return it. Called again after an interruption it
-    goes on. Raises DownloadError, and CheckpointError when the disk has no room or the folder exists.
+    """Fetch a model's files into a new folder, bypassing the cache, and return it. Called again after an interruption,
+    it continues. Raises DownloadError, and CheckpointError when the disk has no room or the folder exists.
     """
     listing = list_files(model, revision)
     with new_folder(Path(folder), listing.commit) as place:
@@ -242,16 +242,16 @@ def download_to_folder(model: str, folder: str | Path, revision: str = "main") -
 
 
 def download_int8(model: str, folder: str | Path | None = None, revision: str = "main") -> Path:
-    """Fetch a model shard by shard, quantizing and deleting each before the next comes, into a new folder.
+    """Fetch a model into a new folder shard by shard, quantizing and deleting each before fetching the next.
 
     The folder, by default the model's name and -int8, gets `model.int8.safetensors`, the config and the tokenizer.
-    Called again after an interruption it goes on behind the last shard that is done. Raises DownloadError; and
-    CheckpointError when the disk has no room, when the folder exists, and for weights that are not the config's.
+    Called again after an interruption, it continues after the last finished shard. Raises DownloadError; and
+    CheckpointError when the disk has no room, when the folder exists, and for weights that don't match the config.
     """
     folder = Path(folder or f"{model.rpartition('/')[2]}-int8")
     listing = list_files(model, revision)
     with new_folder(folder, listing.commit) as place:
-        parts = place / "parts"  # the file in the making, and the shard in hand
+        parts = place / "parts"  # the unfinished file, and the current shard
         parts.mkdir(exist_ok=True)
         first, *names = choose_files(listing, parts)
         for name in names:
@@ -280,7 +280,7 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
 
 
 def is_hub_name(path: str | Path | None) -> bool:
-    """Whether to look for this on the Hub: a string of two names and one slash, where nothing lies on the disk.
+    """Whether to look for this on the Hub: a string like OWNER/NAME that is no path on this disk.
 
     >>> is_hub_name("EleutherAI/pythia-70m")
     True
@@ -293,10 +293,10 @@ def is_hub_name(path: str | Path | None) -> bool:
 
 
 def local_path(path: str | Path, revision: str = "main") -> Path:
-    """The path on this disk of a checkpoint, which may be given by its name on the Hub.
+    """The local path of a checkpoint, which may be given by its name on the Hub.
 
-    A model that is in the Hub's cache is taken from there without asking the network; otherwise it is downloaded, and
-    messages say so. Raises DownloadError, and CheckpointError when the disk has no room.
+    A model in the Hub's cache is used from there without the network; otherwise it is downloaded, and messages say so.
+    Raises DownloadError, and CheckpointError when the disk has no room.
     """
     if not is_hub_name(path):
         return Path(path)
@@ -307,8 +307,8 @@ def local_path(path: str | Path, revision: str = "main") -> Path:
 
 
 def local_tokenizer(path: str | Path, revision: str = "main") -> Path:
-    """The path on this disk of a tokenizer, or of a folder with one; of a name on the Hub the tokenizer alone is
-    fetched, unless it is in the cache. Raises DownloadError.
+    """The local path of a tokenizer, or of a folder with one; for a name on the Hub only the tokenizer is fetched,
+    unless it is in the cache. Raises DownloadError.
     """
     if not is_hub_name(path):
         return Path(path)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,9 +34,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         if chosen.type != "cuda":
             torch.zeros(1, device=chosen).item()
-        elif (chosen.index or 0) >= torch.cuda.device_count():  # a tensor there would cost each rank memory of GPU 0
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # a tensor there would cost each rank memory on GPU 0
             raise RuntimeError(f"torch finds {torch.cuda.device_count()} GPU(s), counted from 0")
-    except Exception as error:  # each kind of device has its own way to say that it is missing
+    except Exception as error:  # each kind of device reports its absence in its own way
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(f"device {chosen} can't be used here ({reason}); use device='auto' or 'cpu'") from None
     return chosen
@@ -47,18 +47,20 @@ def create_model(
     use_cache: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    revision: str = "main",
 ) -> NeoXModel:
     """Load a model for inference: from a slim, Hugging Face or int8 folder, from an int8 file, or by its name on the
     Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
+    `revision` is a branch, tag or commit on the Hub, such as "step1000", one of Pythia's training steps.
 
     `use_cache` is the default for generation with this model. `device` "auto" is CUDA, else the CPU. For `dtype` "auto"
     see `choose_precision` and `shrink_to_fit`; when large matrices stay in half precision or int8 on a CPU, a message
     says so. "int8" quantizes while it loads, unless the weights are in int8 already.
-    Raises CheckpointError for a folder that holds no whole checkpoint or does not fit into memory, ValueError for a
-    device or dtype that is not there, DownloadError for a name on the Hub that can't be fetched.
+    Raises CheckpointError for an incomplete checkpoint and for a model that doesn't fit into memory, ValueError for a
+    device or dtype that is not available, DownloadError for a model on the Hub that can't be fetched.
     """
     chosen_device = choose_device(device)
-    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path))
+    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path, revision))
     precision = choose_precision(checkpoint, chosen_device, dtype)
     if dtype == "auto":
         precision = shrink_to_fit(checkpoint.config, precision, chosen_device)
@@ -74,16 +76,16 @@ def create_model(
 
 
 def use_tokenizer(model: NeoXModel, tokenizer: Tokenizer) -> None:
-    """Let a tokenizer that does not lie beside the model's weights say which of its rows stand for tokens."""
+    """Take the number of rows that stand for tokens from a tokenizer that is not beside the model's weights."""
     rows = min(count_ids(tokenizer), model.config.vocab_size)
     model.config = replace(model.config, tokenizer_vocab_size=rows)
 
 
-def create_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) from a file, from the folder of a model's weights, or by a model's
-    name on the Hub, of which only the tokenizer is fetched; without a path, the shipped model's.
+def create_tokenizer(path: str | Path | None = None, revision: str = "main") -> Tokenizer:
+    """The fast tokenizer (Hugging Face `tokenizers`) from a file, from a model's folder, or by a model's name on the
+    Hub (only the tokenizer is fetched); without a path, the shipped model's.
 
-    Raises FileNotFoundError when there is none, ValueError when the file is no tokenizer, DownloadError for a name on
+    Raises FileNotFoundError when there is none, ValueError when the file is not a tokenizer, DownloadError for one on
     the Hub that can't be fetched.
     """
-    return open_tokenizer(find_tokenizer(SHIPPED_MODEL if path is None else local_tokenizer(path)))
+    return open_tokenizer(find_tokenizer(SHIPPED_MODEL if path is None else local_tokenizer(path, revision)))

@@ -1,4 +1,4 @@
-"""The machines that the series and the playground assume when they compute a time: round numbers for a rule of thumb.
+"""The machines that the series and the playground assume when they estimate a time, in round numbers.
 
 `python -m neox_lib info` measures the memory of yours.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory` is read in bytes per second; `operations` are floating-point ones per second, as named below."""
+    """`memory`: bytes read per second; `operations`: floating-point operations per second, in the precision below."""
 
     memory: float
     operations: float
@@ -24,7 +24,7 @@ MACHINES = {
 
 
 def format_seconds(seconds: float) -> str:
-    """A time in two digits, in minutes from 90 seconds on.
+    """A time with two digits; in minutes from 90 seconds.
 
     >>> format_seconds(0.0452), format_seconds(1.63), format_seconds(210.5)
     ('0.045 s', '1.6 s', '3.5 minutes')

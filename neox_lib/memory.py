@@ -1,7 +1,7 @@
-"""How much memory is free: what the system has, and no more than the limit of the container that we are in.
+"""How much memory is free: on the system, and within the limit of the container that we run in.
 
-JupyterHub, Binder and Docker give each user a control group (cgroup) with a limit, and end what goes past it without a
-word; the system's own figures know nothing of that.
+JupyterHub, Binder and Docker give each user a control group (cgroup) with a limit, and kill what exceeds it without a
+message; the system's own figures ignore that limit.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ def available_memory() -> int:
 
 
 def free_in_groups() -> Iterator[int]:
-    """Bytes left in each control group with a limit that this process is in, its own and those around it.
+    """Bytes left in each control group of this process that has a limit, its own and its parents.
 
-    Pages of files count as free, as they do for the system: they are given up when memory is short. The two versions of
-    cgroups differ in the names of the files; a container may see its own group at the root, or under the host's path.
+    File pages count as free, as they do for the system: they are dropped when memory is short. The two versions of
+    cgroups differ in their file names; a container may see its own group at the root, or under the host's path.
     """
     lines = []
     with contextlib.suppress(OSError):
@@ -40,7 +40,7 @@ def free_in_groups() -> Iterator[int]:
         for folder in (group, *group.parents):
             if not folder.is_relative_to(top):
                 break
-            with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or "max": without a limit
+            with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or "max": no limit
                 most = int((folder / limit).read_text("utf-8"))
                 statistics = dict(row.split() for row in (folder / "memory.stat").read_text("utf-8").splitlines())
                 cached = sum(int(statistics.get(f"{files}{kind}_file", 0)) for kind in ("inactive", "active"))

@@ -40,16 +40,16 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"token id {wrong} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
 
 
-# on_layer(depth, hidden): the residual stream [B, T, C] behind `depth` layers; returning False ends the pass
+# on_layer(depth, hidden): the residual stream [B, T, C] after `depth` layers; returning False ends the pass
 OnLayer = Callable[[int, Tensor], bool | None]
 
 
 class Stopped(Exception):
-    """Raised by a pass through the model, between two layers, when its `on_layer` returns False."""
+    """Raised between two layers of a forward pass when `on_layer` returns False."""
 
 
 def show(on_layer: OnLayer | None, depth: int, hidden: Tensor) -> None:
-    """Let `on_layer`, if there is one, see the residual stream. Raises Stopped when it returns False."""
+    """Pass the residual stream to `on_layer`, if there is one. Raises Stopped when it returns False."""
     if on_layer is not None and on_layer(depth, hidden) is False:
         raise Stopped
 
@@ -57,7 +57,7 @@ def show(on_layer: OnLayer | None, depth: int, hidden: Tensor) -> None:
 class NeoXModel(nn.Module):
     """GPT-NeoX: embedding, `num_hidden_layers` blocks, a last norm, an output matrix, named as in the release's files.
 
-    `use_cache` is generation's default. Activations take the dtype of the norms: a CPU's fp16 matrices may meet fp32.
+    `use_cache` is the default for generation. Activations have the norms' dtype: fp32 beside fp16 matrices on a CPU.
     """
 
     def __init__(self, config: NeoXConfig):
@@ -84,12 +84,12 @@ class NeoXModel(nn.Module):
     ) -> Tensor:
         """Scores for the token after each position: ids `[B, T]` -> logits `[B, T, V]`.
 
-        With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`: only the last position meets
-        the output matrix. `padding` `[B]` hides that many tokens at the beginning of each row, held ones included, and
-        starts positions after them (notebook 06). `on_layer(depth, hidden)` sees the residual stream `[B, T, C]` in
-        front of each layer, depth 0 .. L-1, and in front of the last norm, depth L; when it returns False the pass ends
-        with Stopped and the cache's length stays. Raises ValueError for ids outside the vocabulary, a wrong rank or
-        dtype, and more tokens than the context.
+        With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`: only the last position is
+        multiplied by the output matrix. `padding` `[B]` hides that many tokens at the start of each row, cached ones
+        included, and counts positions after them (notebook 06). `on_layer(depth, hidden)` sees the residual stream
+        `[B, T, C]` before each layer, depth 0 .. L-1, and before the last norm, depth L; when it returns False, the
+        pass raises Stopped and the cache keeps its length. Raises ValueError for ids outside the vocabulary, a wrong
+        rank or dtype, and more tokens than the context.
         """
         check_token_ids(input_ids, self.config.vocab_size)
         held, tokens = 0 if cache is None else cache.length, input_ids.shape[1]

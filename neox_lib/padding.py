@@ -14,8 +14,8 @@ from neox_lib.attention import causal_mask
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
     """Prompts of any lengths as one tensor: -> ids `[B, T]`, and how many of each row are padding, `[B]`.
 
-    Padding stands on the left, so that all rows end, and go on, in the same column. Its id is 0 and means nothing.
-    Prompts of equal length need none: then the second is None.
+    Padding goes on the left, so all rows end, and continue, in the same column. Its id, 0, is arbitrary. Prompts of
+    equal length need none: then the second is None.
 
     >>> pad_left([[5, 6, 7], [8]])
     (tensor([[5, 6, 7],
@@ -28,14 +28,14 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | None = Non
 
 
 def without_padding(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor) -> list[Tensor]:
-    """Each row's own tokens: ids `[B, T]` and a mask of their shape, 0 for padding -> B ids of `[1 .. T]` tokens.
+    """Each row's own tokens: ids `[B, T]` and a mask of their shape, 0 for padding -> B tensors of 1 to T ids.
 
     Raises ValueError unless each row of the mask is 0s and then 1s: padding on the left, without holes.
     """
     mask = torch.as_tensor(attention_mask).cpu()
     if not isinstance(input_ids, Tensor) or mask.dim() != 2 or mask.shape != input_ids.shape:
         found = f"ids {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-        raise ValueError(f"an attention_mask goes with ids of its shape [B, T]; got {list(mask.shape)} for {found}")
+        raise ValueError(f"an attention_mask must have the shape [B, T] of its ids; got {list(mask.shape)} for {found}")
     wrong = (mask != 0) & (mask != 1)
     wrong[:, 1:] |= (mask[:, :-1] == 1) & (mask[:, 1:] == 0)
     if wrong.any():
@@ -50,8 +50,8 @@ def without_padding(input_ids: Tensor | Sequence[Sequence[int]], attention_mask:
 def padding_mask(padding: Tensor, queries: int, keys: int) -> Tensor:
     """True where a query may look in a batch with padding: `[B]` padding tokens -> `[B, 1, T, S]`.
 
-    A token sees what the causal mask shows it, less the padding. A padding token sees itself: nobody reads what it
-    computes, but the weights of a query that sees nothing are 0 / 0, and a NaN spreads even from behind a mask.
+    A token sees what the causal mask allows, except padding. A padding token sees itself: its output is never read, but
+    the weights of a query that sees nothing would be 0 / 0, and a NaN spreads even through a mask.
 
     >>> padding_mask(torch.tensor([0, 2]), 2, 3)[:, 0].int()
     tensor([[[1, 1, 0],

@@ -1,11 +1,11 @@
-"""Rotary frequencies of models that were taught to read longer texts: some pairs of dimensions turn slower.
+"""Rotary frequencies of models extended to longer texts: some pairs of dimensions turn more slowly.
 
-- linear: every pair, by the same factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595).
+- linear: all pairs, by the same factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595).
 - yarn: pairs that turn less than `beta_slow` times within the original context are slowed by the factor, those that
-  turn more than `beta_fast` times are not, and between the two it is a blend. Scores grow a little too, since cos and
-  sin are multiplied by `attention_factor` (Peng et al. 2023, https://arxiv.org/abs/2309.00071).
-- dynamic: none as long as the text is within the model's context, which is as far as this library goes. Past it the
-  frequencies would depend on the text's length, and the keys in a cache would have been turned by those of before.
+  turn more than `beta_fast` times are not, and those between are blended. Scores grow a little too, since cos and sin
+  are multiplied by `attention_factor` (Peng et al. 2023, https://arxiv.org/abs/2309.00071).
+- dynamic: none within the model's context, and this library goes no further. Beyond it the frequencies depend on the
+  length of the text, so the keys in a cache would have been turned by outdated ones.
 
 The numbers are those of `transformers` (`modeling_rope_utils.py`).
 """
@@ -21,10 +21,10 @@ ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How a model's rotary frequencies differ from the plain ones, in the words of a Hugging Face `config.json`.
+    """How a model's rotary frequencies differ from the plain ones, with the names of a Hugging Face `config.json`.
 
     All but `rope_type` and `factor` belong to yarn, which needs `original_max_position_embeddings`, in tokens; an
-    `attention_factor` of None is the paper's. Raises ValueError for what is none of these, naming it.
+    `attention_factor` of None is the paper's. Raises ValueError, naming the field, for a value out of range.
     """
 
     rope_type: str
@@ -52,7 +52,7 @@ class RopeScaling:
             raise ValueError(f"rope_scaling: truncate must be true or false, got {self.truncate!r}")
 
     def inverse_frequencies(self, rotary_ndims: int, base: float) -> Tensor:
-        """By how many radians each pair turns from one position to the next: `[rotary_ndims / 2]`, fp32."""
+        """How far each pair turns, in radians per position: `[rotary_ndims / 2]`, fp32."""
         plain = 1 / base ** (torch.arange(0, rotary_ndims, 2, dtype=torch.float32) / rotary_ndims)
         if self.rope_type == "dynamic":
             return plain
@@ -67,7 +67,7 @@ class RopeScaling:
         return plain / self.factor * slowed + plain * (1 - slowed)
 
     def pair_that_turns(self, times: float, rotary_ndims: int, base: float) -> float:
-        """Which pair turns that many times within the original context, as a number between two pairs."""
+        """The index, with a fraction, of the pair that turns so many times within the original context."""
         assert self.original_max_position_embeddings is not None
         turn = self.original_max_position_embeddings / (times * 2 * math.pi)
         return rotary_ndims * math.log(turn) / (2 * math.log(base))
@@ -88,5 +88,5 @@ class RopeScaling:
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1) -> float:
-    """The paper's growth of cos and sin (its equation 22); `mscale` weighs it, as some models ask for."""
+    """The paper's factor on cos and sin (equation 22); `mscale`, which some models set, scales its growth."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: position is an angle, and a query-key product feels the difference of two angles.
+"""Rotary position embeddings: position is an angle, and a query-key product depends on the difference of two angles.
 
 Built in notebook 02.
 """
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 def rotary_angles(positions: Tensor, rotary_ndims: int, base: float = 10000) -> Tensor:
     """The angle of every pair at every position, in radians, always fp32: `[T]` -> `[T, rotary_ndims]`.
 
-    Pair i turns by base^(-2i / rotary_ndims) a position (Su et al. 2021, https://arxiv.org/abs/2104.09864). The second
-    half repeats the first, since dimension i is paired with i + rotary_ndims / 2. In fp16 the product of a position
-    near 2048 and a frequency would be off by a third of a radian; so angles are formed in fp32 whatever the dtype.
+    Pair i turns by base^(-2i / rotary_ndims) per position (Su et al. 2021, https://arxiv.org/abs/2104.09864). The
+    second half repeats the first, since dimension i is paired with i + rotary_ndims / 2. In fp16 the product of a
+    position near 2048 and a frequency would be off by a third of a radian, so angles are always computed in fp32.
 
     >>> rotary_angles(torch.tensor([0, 1]), rotary_ndims=2)
     tensor([[0., 0.],
@@ -30,12 +30,12 @@ def rotary_table(length: int, rotary_ndims: int, base: float, device: torch.devi
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of every position of a model's context: two buffers `[max_positions, rotary_ndims]`, always fp32.
+    """cos and sin of every position in a model's context: two buffers `[max_positions, rotary_ndims]`, always fp32.
 
-    Buffers follow the model to another device. These are not persistent, because no checkpoint holds them: they are
-    computed, anew for each device. `half()` and `to(dtype)` leave them in fp32: a model turned to half precision and
-    back has lost nothing. `fill` gives a model built on the meta device its table. `table` computes it: in the few
-    models whose frequencies are scaled, another one (`rope_scaling.py`).
+    They follow the model to another device, where they are computed again. They are not persistent: no checkpoint holds
+    them. `half()` and `to(dtype)` leave them in fp32, so a model cast to half precision and back loses nothing. `fill`
+    computes them for a model built on the meta device. `table` is the function that computes them; the few models with
+    scaled frequencies bring another one (`rope_scaling.py`).
     """
 
     cos: Tensor
@@ -56,16 +56,16 @@ class RotaryTable(nn.Module):
             self.cos, self.sin = self.table(length, rotary_ndims, self.base, device, torch.float32)
 
     def _apply(self, fn, recurse: bool = True):
-        """What `to`, `half`, `cuda` and their like do to a module: only a new device matters here, never a dtype."""
+        """Called by `to`, `half`, `cuda` and the like: follows a new device, ignores a new dtype."""
         device = fn(self.cos).device
         if device != self.cos.device:
             self.fill(device)
         return self
 
     def rows(self, start: int | Tensor, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s device and dtype.
+        """cos and sin of positions start .. start + tokens - 1, each `[T, rotary_ndims]`, in `like`'s dtype and device.
 
-        With a start for each text of a batch, `[B]`, they are `[B, 1, T, rotary_ndims]`; below 0 is padding, as at 0.
+        With one start per text, `[B]`, they are `[B, 1, T, rotary_ndims]`; positions below 0, padding, count as 0.
         Raises ValueError past the context: the model has never seen a later position.
         """
         latest = start if isinstance(start, int) else int(start.max())

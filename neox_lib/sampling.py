@@ -20,7 +20,7 @@ def top_k_mask(order: Tensor, k: int) -> Tensor:
 def top_p_mask(probabilities: Tensor, order: Tensor, p: float) -> Tensor:
     """True for the fewest likeliest tokens whose probabilities reach p: `[B, V]` -> `[B, V]`, in vocabulary order.
 
-    `order` is as in `top_k_mask`. A token is kept when those before it fall short of p, so there is always one.
+    `order` is as in `top_k_mask`. A token is kept when those before it fall short of p, so at least one is.
 
     >>> top_p_mask(torch.tensor([[0.25, 0.25, 0.5]]), torch.tensor([[2, 0, 1]]), p=0.6)
     tensor([[ True, False,  True]])
@@ -31,7 +31,7 @@ def top_p_mask(probabilities: Tensor, order: Tensor, p: float) -> Tensor:
 
 
 def renormalize(probabilities: Tensor, kept: Tensor) -> Tensor:
-    """0 for the tokens that are cut off, and the others scaled so that each row sums to 1 again: `[B, V]`."""
+    """Set the tokens that are not `kept` to 0, and scale each row to sum to 1 again: `[B, V]`."""
     probabilities = probabilities.where(kept, 0)
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
@@ -39,7 +39,7 @@ def renormalize(probabilities: Tensor, kept: Tensor) -> Tensor:
 def check_scores(scores: Tensor, row: str = "row") -> None:
     """Raise ValueError, with the number of the `row`, where the highest of the scores `[B, N]` is NaN or infinite.
 
-    No token can be chosen by such scores. A score of minus infinity rules its token out, as long as others are numbers.
+    Such scores can't choose a token. A score of minus infinity rules its token out, as long as another is finite.
     """
     usable = scores.amax(dim=-1).isfinite()
     if not usable.all():
@@ -54,8 +54,8 @@ class Sampling:
     """How the next token is chosen: the likeliest at temperature 0, else drawn with `seed`.
 
     `top_k` keeps the k likeliest; `top_p` the fewest whose probabilities reach p (Holtzman et al. 2019,
-    https://arxiv.org/abs/1904.09751), of those that `top_k` left. Raises ValueError naming a setting that makes no
-    sense.
+    https://arxiv.org/abs/1904.09751), among those that `top_k` keeps. Raises ValueError, naming the setting, for
+    one out of range.
     """
 
     temperature: float = 0.0
@@ -79,14 +79,14 @@ class Sampling:
         Raises ValueError as `check_scores` does.
         """
         check_scores(logits)
-        logits = logits.cpu().double()  # so small a temperature that it is 0 in fp32 still divides
+        logits = logits.cpu().double()  # so a temperature that would be 0 in fp32 still divides
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         k, p = self.top_k or logits.shape[-1], self.top_p or 1.0
         if k >= logits.shape[-1] and p == 1:
             return probabilities  # sorting would take longer than all the rest
-        order = probabilities.argsort(dim=-1, descending=True, stable=True)  # of equals the lower id comes first
+        order = probabilities.argsort(dim=-1, descending=True, stable=True)  # the lower id first among equals
         if k < logits.shape[-1]:
             probabilities = renormalize(probabilities, top_k_mask(order, k))
         if p < 1:
@@ -96,7 +96,7 @@ class Sampling:
     def choose(self, logits: Tensor, *generators: torch.Generator) -> Tensor:
         """Logits `[B, V]` -> token ids `[B]`. Draws on the CPU, so that a seed means the same on every device.
 
-        The B random numbers come from one generator, or from one for each row, which then draws as it would alone.
+        The B random numbers come from one generator, or from one per row, which then draws as it would alone.
         Laid end to end, the probabilities cover the line from 0 to 1; the token under a random point of it is drawn.
         Raises ValueError as `check_scores` does.
         """

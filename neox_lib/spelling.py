@@ -1,7 +1,7 @@
 """Token ids to bytes of text, one at a time: what a tokenizer's own decoding gives for all of them.
 
-An added token is text as somebody typed it. Any other token of a byte-level tokenizer stands for bytes of its own; any
-other kind of tokenizer has a decoder, which reads tokens together.
+An added token is literal text. Any other token of a byte-level tokenizer stands for its own bytes; any other kind of
+tokenizer has a decoder, which reads tokens together.
 """
 
 import json
@@ -15,7 +15,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a byte, where characters witho
 
 
 def control_ids(tokenizer: Tokenizer | BPETokenizer) -> set[int]:
-    """The ids of the tokens that are marked special: signals, no text."""
+    """The ids of the tokens that are marked special: signals, not text."""
     if isinstance(tokenizer, Tokenizer):
         return {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return {tokenizer.added[token] for token in tokenizer.special}
@@ -29,7 +29,7 @@ def added_tokens(tokenizer: Tokenizer | BPETokenizer) -> dict[int, str]:
 
 
 def count_ids(tokenizer: Tokenizer | BPETokenizer) -> int:
-    """How many rows of a model's table the tokenizer reaches: its largest id and one."""
+    """How many rows of a model's table the tokenizer reaches: its largest id + 1."""
     ids = tokenizer.get_vocab().values() if isinstance(tokenizer, Tokenizer) else tokenizer.tokens
     return max(ids, default=-1) + 1
 
@@ -69,9 +69,9 @@ class ByteSpelling:
 class DecodedSpelling:
     """Any other tokenizer's: what a token adds to the decoded text of those before it, once nothing can change it.
 
-    What can change waits: a run of byte tokens, which is judged as a whole (one bad byte spoils all of it), and a text
-    that ends in U+FFFD. `shown` are the last tokens before those that wait, enough for a decoder that treats a text's
-    beginning apart.
+    What can change waits: a run of byte tokens, which is decoded as a whole (one bad byte spoils all of it), and a text
+    that ends in U+FFFD. `shown` are the last tokens before the waiting ones, enough for a decoder that treats the
+    beginning of a text differently.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -81,10 +81,10 @@ def token_to_bytes(token: str) -> bytes:
 def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join neighbours, always the pair that was learned first (its rank is lowest), until no learned pair is left.
 
-    To look at all pairs again after each merge would take days for a word of a million letters. Here a pair waits in a
+    Looking at all pairs again after each merge would take days for a word of a million letters. Here pairs wait in a
     heap, which always has its smallest entry at hand: (rank, place of the left symbol). `before` and `after` give the
-    places of a symbol's neighbours, so a merge moves nothing: the left symbol takes the right one in, two links change,
-    and only the pairs on either side are new. An entry whose symbols have meanwhile joined others is passed over.
+    places of a symbol's neighbours, so a merge moves nothing: the left symbol absorbs the right one, two links change,
+    and only the pairs on either side are new. An entry whose symbols have since been merged with others is ignored.
 
     >>> apply_merges(["l", "o", "w", "e", "r"], {("l", "o"): 0, ("lo", "w"): 1, ("e", "r"): 2})
     ['low', 'er']
@@ -115,7 +115,7 @@ def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[
 def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
     """Learn BPE merges: again and again join the most frequent pair of neighbours (Sennrich et al. 2016).
 
-    Of equally frequent pairs the one whose symbols are older wins. Stops early when no pair is left.
+    Among equally frequent pairs the one with the older symbols wins. Stops early when no pair is left.
 
     >>> train_merges(["low lower lowest"], 2)
     [('l', 'o'), ('lo', 'w')]
@@ -150,7 +150,7 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
 
 
 def pattern_of_any(tokens: Iterable[str]) -> regex.Pattern:
-    """Splits a text at these tokens and keeps them; the longest that fits wins.
+    """Splits a text at these tokens and keeps them; the longest match wins.
 
     >>> pattern_of_any(["  ", "   "]).split("if    x")
     ['if', '   ', ' x']
@@ -195,7 +195,7 @@ class BPETokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id of no token."""
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
         parts = []
         for token_id in ids:
             if (token := self.tokens.get(token_id)) is None:
@@ -225,9 +225,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def check_settings(data: dict) -> None:
-    """Raise ValueError, naming the setting, for one by which `BPETokenizer` would read or write another text."""
+    """Raise ValueError, naming the setting, for one that would change what `BPETokenizer` reads or writes."""
     model, before = data["model"], data.get("pre_tokenizer") or {}
-    after = data.get("post_processor") or {"type": "ByteLevel"}  # a template without tokens of its own adds nothing
+    after = data.get("post_processor") or {"type": "ByteLevel"}  # a template without special tokens adds nothing
     found = {
         "model": (model["type"], "BPE"),
         "normalizer": ((data.get("normalizer") or {"type": "NFC"})["type"], "NFC"),

@@ -193,7 +193,7 @@ def test_it_runs_from_top_to_bottom_unsolved(edition, stem, monkeypatch):
 
 
 def test_nobodys_work_is_written_over(edition):
-    with pytest.raises(ValueError, match="something in it already"):
+    with pytest.raises(ValueError, match="not empty; give a new folder"):
         write_student_edition(edition)
 
 

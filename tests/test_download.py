@@ -158,7 +158,7 @@ def test_a_connection_that_breaks_is_one_clear_line_and_whole_files_are_kept(hub
     hub.put(NAME, model_files(**{"model.safetensors.index.json": index}, **shards))
     hub.on_the_way["model-2.safetensors"] = broken
     assert main(["download", NAME]) == 2
-    assert "run the same again: whole files are kept" in one_line(capsys)
+    assert "run it again: complete files are kept" in one_line(capsys)
     hub.on_the_way.clear()
     assert (download(NAME) / "model-2.safetensors").read_bytes() == b"broken"
     assert hub.fetched.count("model-1.safetensors") == 1
@@ -171,7 +171,7 @@ def test_after_ctrl_c_the_same_words_go_on_and_what_is_incomplete_is_no_model(
     monkeypatch.chdir(tmp_path)
     hub.on_the_way["tokenizer.json"] = interrupted
     assert main(["download", NAME, *to]) == 130
-    assert "stopped; whole files are kept" in one_line(capsys)
+    assert "stopped; complete files are kept" in one_line(capsys)
     assert cached_folder(NAME) is None and not Path("mine").exists()
     hub.on_the_way.clear()
     assert main(["download", NAME, *to]) == 0
@@ -201,7 +201,7 @@ def test_damaged_bytes_are_refused_and_removed(hub, stored, tmp_path, monkeypatc
         (["download", "someone/else"], "no such model"),
         (["download", NAME, "--revision", "step7"], "no revision 'step7'"),
         (["download", "not/a/name"], "not a model's name"),
-        (["download", "someone/gated"], "access one by one"),
+        (["download", "someone/gated"], "owners must grant access"),
         (["download", "someone/text-only"], "expected config.json and model*.safetensors"),
         (["generate", "x", "--model", "someone/else"], "no file or folder someone/else here"),
     ],
@@ -240,7 +240,7 @@ def test_without_a_network_a_whole_copy_in_the_cache_will_do_even_an_older_one(h
     capsys.readouterr()
     assert main(["download", NAME]) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(folder) and "Taking the copy in the cache" in err
+    assert out.strip() == str(folder) and "Using the copy in the cache" in err
 
 
 def test_a_copy_in_the_cache_that_lacks_a_shard_is_not_taken_for_whole(hub, real):
@@ -255,7 +255,7 @@ def test_a_folder_never_holds_files_of_two_revisions(hub, stored, tmp_path):
     """A Pythia's 154 revisions have the same names and sizes, and would load together."""
     hub.put(NAME, stored | {"model.safetensors": os.urandom(300_000)}, "step2")
     folder = download_to_folder(NAME, tmp_path / "mine")
-    with pytest.raises(CheckpointError, match=r"mine: is there already; give a new folder"):
+    with pytest.raises(CheckpointError, match=r"mine: already exists; give a new folder"):
         download_to_folder(NAME, folder, "step2")
     hub.on_the_way["config.json"] = broken
     for revision in ("main", "step2"):
@@ -274,6 +274,21 @@ def test_create_model_takes_a_name_on_the_hub_and_says_what_it_fetches(hub, real
     assert "to fetch" in capsys.readouterr().err
     ids = torch.arange(20)[None]
     assert torch.equal(model(ids), create_model(real)(ids))
+
+
+def test_another_revision_is_another_model_and_needs_no_network_either(hub, real, random_model, tmp_path, monkeypatch):
+    """Pythia's training steps are revisions of one name: taking main for step 1000 would go unnoticed."""
+    step = tmp_path / "step"
+    write_huggingface(random_model(WITH_TOKENIZER, seed=1), step, real / "tokenizer.json")
+    hub.add(NAME, real)
+    hub.add(NAME, step, revision="step1000")
+    ids = torch.arange(20)[None]
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert torch.equal(create_model(NAME, revision="step1000")(ids), create_model(step)(ids))
+        assert torch.equal(create_model(NAME)(ids), create_model(real)(ids))
+    assert main(["generate", "the fox", "--model", NAME, "--revision", "step1000", "--tokens", "1"]) == 0
+    assert main(["generate", "the fox", "--model", NAME, "--revision", "step2000", "--tokens", "1"]) == 2
 
 
 def test_once_cached_a_model_needs_no_network(hub, real, capsys, monkeypatch):
@@ -470,5 +485,5 @@ def test_a_shard_that_is_not_the_configs_is_named(hub, real, tmp_path, change, s
 
 def test_a_folder_that_is_there_is_not_written_into(hub, real, tmp_path):
     hub.add(NAME, real)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         download_int8(NAME, tmp_path)

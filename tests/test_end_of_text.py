@@ -176,7 +176,7 @@ def test_the_playground_and_an_empty_prompt_know_the_models_end(theirs, random_m
     model = random_model(replace(CONFIG, eos_token_ids=(9, 11)))
     tokenizer = tokenizer_with({9: "</s>"})
     assert prompt_ids(tokenizer, "", model.config).tolist() == [[9]]
-    with pytest.raises(ValueError, match="the prompt is empty, and no token is known"):
+    with pytest.raises(ValueError, match="the prompt is empty, and the model has no token that begins a text"):
         prompt_ids(tokenizer, "")
     for final, said in ((11, "The model ended the text after 1 token."), (0, "Wrote 1 token.")):
         model.final_linear.weight.data.fill_(0)

@@ -152,8 +152,8 @@ BAD_FILES = {
     "text": (lambda path: path.write_text("<html>404 not found</html>"), "expected"),
     "another zip": (zip_of_something_else, "expected"),
     "a pipeline's rank": (lambda path: torch.save({"module": None, "iteration": 3}, path), "holds no weights"),
-    "a list": (not_by_name, "something else than tensors"),
-    "numbers among the tensors": (not_tensors, "something else than tensors"),
+    "a list": (not_by_name, "something other than tensors"),
+    "numbers among the tensors": (not_tensors, "something other than tensors"),
     "sparse": (holding(lambda: torch.zeros(50).to_sparse()), "a is torch.sparse_coo on cpu"),
     "without content": (holding(lambda: torch.zeros(50, device="meta")), "a is torch.strided on meta"),
     "nested": pytest.param(

@@ -200,7 +200,7 @@ def lie(**fields):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (set_metadata(version="2"), "version 2, expected 1; convert the checkpoint anew"),
+        (set_metadata(version="2"), "version 2, expected 1; convert the checkpoint again"),
         (set_metadata(format="other"), "not an int8 file of this library"),
         (lambda header: header.pop("__metadata__"), "not an int8 file of this library"),
         (set_metadata(config="{}}"), "damaged metadata"),
@@ -275,7 +275,7 @@ def test_a_tensor_that_is_not_as_announced_leaves_no_file(tmp_path):
     specs = {"a": (torch.int8, (2, 3)), "b": (torch.float32, (2,))}
     a, b = torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2)
     wrong = [
-        ([("a", a)], "b: announced, and never came"),
+        ([("a", a)], "b: announced, but never came"),
         ([("a", a), ("b", b), ("b", b)], "b: came twice"),
         ([("a", a.float()), ("b", b)], "a: is torch.float32"),
         ([("a", a.T), ("b", b)], r"a: is torch.int8 \[3, 2\], announced as torch.int8 \[2, 3\]"),

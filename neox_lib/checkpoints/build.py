@@ -1,4 +1,4 @@
-"""From a model without numbers to a model that runs: the one place where parameters are put into a model.
+"""Fills an empty model so that it runs: the one place where parameters are put into a model.
 
 Built in notebook 05.
 """
@@ -16,9 +16,9 @@ from neox_lib.model import NeoXModel
 
 
 class WithoutInitialValues(TorchFunctionMode):
-    """While this is entered, `torch.nn.init` leaves tensors as they are.
+    """While active, `torch.nn.init` leaves tensors as they are.
 
-    Loading replaces them anyway, and to draw random numbers on the meta device torch first imports its compiler, which
+    Loading replaces them anyway, and drawing random numbers on the meta device makes torch import its compiler, which
     takes longer than loading the shipped model.
     """
 
@@ -38,8 +38,8 @@ def empty_model(config: NeoXConfig) -> NeoXModel:
 def whole_tensors(
     checkpoint: Checkpoint, device: str | torch.device, dtype_of: Callable[[str], torch.dtype | None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameter names and whole tensors on `device` in `dtype_of(name)`, None: as stored. Each is in memory of its own,
-    so that no file stays mapped. Raises CheckpointError as `cast` does.
+    """Parameter names and whole tensors on `device` in `dtype_of(name)`, or as stored for None. Each has its own
+    memory, so no file stays mapped. Raises CheckpointError as `cast` does.
     """
     for name, parts in checkpoint.parts():
         dtype, single = dtype_of(name) or parts[0].dtype, len(parts) == 1
@@ -48,10 +48,9 @@ def whole_tensors(
 
 
 def fill_model(model: NeoXModel, tensors: Iterable[tuple[str, Tensor]]) -> NeoXModel:
-    """Put each tensor, as it is, in the place of the parameter of its name; the model then runs, gradients off.
+    """Replace each parameter by the tensor of its name, without copying; the model then runs, gradients off.
 
-    An empty model becomes a real one: the output matrix of a tied model is its embedding again, and cos and sin are
-    computed where the weights are.
+    The output matrix of a tied model becomes its embedding again, and cos and sin are computed on the weights' device.
     """
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
@@ -69,7 +68,7 @@ def build_model(
 ) -> NeoXModel:
     """The model of a checkpoint, every parameter on `device` in `dtype_of(name)`, or as stored.
 
-    It starts on the meta device, without memory, and each tensor goes straight to its final place, so that the process
+    It starts on the meta device, without memory, and each tensor goes straight to its final place, so the process
     never holds much more than the model itself. Raises CheckpointError as `whole_tensors` and `Checkpoint.parts` do.
     """
     return fill_model(empty_model(checkpoint.config), whole_tensors(checkpoint, device, dtype_of))

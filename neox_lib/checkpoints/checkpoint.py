@@ -1,4 +1,4 @@
-"""What every checkpoint answers once it has been opened, whatever its layout."""
+"""The interface of every opened checkpoint, whatever its layout."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class LayerFile(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """A checkpoint whose weights are not read yet; as a string, where it lies."""
+    """A checkpoint whose weights are not read yet; as a string, its path."""
 
     @property
     def folder(self) -> Path | None:
@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """`dtype`; for int8 weights the dtype that was quantized."""
+        """`dtype`; for int8 weights, the dtype before quantizing."""
         ...
 
     @property
@@ -55,16 +55,16 @@ class Checkpoint(Protocol):
 
     def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
         """Our parameter names, in file order (`parameter_shapes`), and each one's parts as the files hold them, on the
-        CPU: a part for each tensor-parallel rank of a slim folder, elsewhere a single one.
+        CPU: one per tensor-parallel rank of a slim folder, elsewhere a single one.
 
-        A tied output matrix is not among them; beside an int8 matrix come its scales. Where the format allows, a part
-        is memory-mapped: don't write into it. Raises CheckpointError, naming the file, for weights that are not the
-        config's.
+        A tied output matrix is left out; an int8 matrix comes with its scales. Where the format allows, a part is
+        memory-mapped: don't write into it. Raises CheckpointError, naming the file, for weights that don't match the
+        config.
         """
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, each tensor whole, one at a time; where its own dtype would round what was merged, in fp32."""
+        """The same, each tensor whole, one at a time; in fp32 where its own dtype would round what was merged."""
         ...
 
     def files(self) -> list[LayerFile]:
@@ -74,7 +74,7 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True)
 class ModelCheckpoint:
-    """A model in memory as a checkpoint, a packed one too."""
+    """A model in memory, packed or not, as a checkpoint."""
 
     model: NeoXModel
     folder: None = None
@@ -120,9 +120,9 @@ def largest_value(tensor: Tensor) -> float:
 
 
 def cast(name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """The parameter `name` on `device` in `dtype`, contiguous; with `copy` always in memory of its own.
+    """The parameter `name` on `device` in `dtype`, contiguous; with `copy`, always in its own memory.
 
-    Raises CheckpointError for a number past the largest of `dtype`: it would become infinite, and the text wrong.
+    Raises CheckpointError for a number past the largest of `dtype`: it would become infinite and the text wrong.
     """
     if dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
         found, largest = largest_value(tensor), torch.finfo(dtype).max
@@ -135,7 +135,7 @@ def cast(name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dty
 
 
 def check_convertible(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for int8 weights: what they were rounded from cannot be had back."""
+    """Raise CheckpointError for int8 weights: what they were rounded from is lost."""
     if checkpoint.dtype == torch.int8:
         raise CheckpointError(
             f"{checkpoint}: int8 weights, which can be run but not converted; give the checkpoint that they came from"

@@ -1,4 +1,4 @@
-"""The same model in other files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
+"""Converts a model's files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from neox_lib.checkpoints.tokenizer_files import tokenizer_beside, write_beside
 
 
 def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Path | None]:
-    """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are one folder,
-    for int8 weights, and as `open_checkpoint` does.
+    """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are the same
+    folder, for int8 weights, and as `open_checkpoint` does.
     """
     if Path(source).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target}: is the folder to read from; give another one to write to")
@@ -28,7 +28,7 @@ def convert_to_slim(source: str | Path, target: str | Path, ranks: int) -> None:
 
     The model stays exactly the same. Holds one layer at a time. Raises CheckpointError for a source that can't be used,
     ranks that don't divide the model, a target that already holds one, and a disk without room; whatever interrupts it,
-    the target is afterwards as it was.
+    the target is left as it was.
     """
     target = Path(target)
     checkpoint, tokenizer = open_source(source, target)

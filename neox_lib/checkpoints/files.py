@@ -1,4 +1,4 @@
-"""Files that hold weights: opened without trusting them, each once, and room on the disk for new ones."""
+"""Weight files, opened without trusting them, and disk space for new ones."""
 
 import codecs
 import json
@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from neox_lib.checkpoints.atomic import write_atomically
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"  # the folder of the model that comes with the package
-# The dtypes of stored weights, by the name that a user types and a config.json says.
+# The dtypes of stored weights, by their names in commands and in a config.json.
 WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of one
 # Endings of what old files hold beside the parameters: the causal mask, its fill value, the rotary frequencies.
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
-# What a NumPy array is pickled with: DeepSpeed's files hold the state of NumPy's random numbers.
+# What a NumPy array is pickled with: DeepSpeed's files hold the state of NumPy's random generator.
 NUMPY_ARRAYS: list[Any] = [
     (np.array(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
 ]
@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def check_no_pointer(path: Path) -> None:
-    """Raise CheckpointError when a file is what Git leaves in place of a large one that it didn't fetch."""
+    """Raise CheckpointError for a Git LFS pointer, which stands in for a large file that wasn't fetched."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
@@ -63,8 +63,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def unwrapped(key: str, first_words: Collection[str]) -> str:
-    """A tensor's key without what stands in front of it when a model was saved inside of another module, such as DDP,
-    torch.compile, FSDP or a trainer; `first_words` are those that a key may begin with.
+    """A tensor's key without the prefix of a wrapper that the model was saved in, such as DDP, torch.compile, FSDP or a
+    trainer; `first_words` are those that a key may begin with.
 
     >>> unwrapped("module._orig_mod.layers.0._fsdp_wrapped_module.mlp.bias", ("layers", "norm"))
     'layers.0.mlp.bias'
@@ -78,12 +78,12 @@ Value = TypeVar("Value")
 
 
 def unwrap_keys(path: Path, values: Mapping[str, Value], first_words: Collection[str]) -> dict[str, Value]:
-    """What is `unwrapped` from each key. Raises CheckpointError when two keys become one: there are two models."""
+    """The values by their `unwrapped` keys. Raises CheckpointError when two keys become one: there are two models."""
     keys: dict[str, str] = {}
     for key in values:
         other = keys.setdefault(unwrapped(key, first_words), key)
         if other != key:
-            raise CheckpointError(f"{path}: {other} and {key} are both a model's; keep the tensors of one model")
+            raise CheckpointError(f"{path}: {other} and {key} name the same parameter; keep the tensors of one model")
     return {name: values[key] for name, key in keys.items()}
 
 
@@ -139,7 +139,7 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
             )
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(
-            f"{path}: holds something else than tensors by name; expected a layer file of a checkpoint"
+            f"{path}: holds something other than tensors by name; expected a layer file of a checkpoint"
         )
     for key, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
@@ -168,8 +168,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
 
 
 def reading_bar(nbytes: int) -> tqdm:
-    """A progress bar for reading so many bytes of weights; shown when it takes longer than two seconds."""
-    quick = nbytes < 100e6  # a bar would come up on a busy machine only, and stay in a notebook's stored output
+    """A progress bar for reading `nbytes` of weights, shown after two seconds."""
+    quick = nbytes < 100e6  # a bar would appear only on a busy machine, and stay in a notebook's stored output
     options = {"unit": "B", "unit_scale": True, "desc": "Reading weights", "delay": 2, "leave": False}
     return tqdm(total=nbytes, disable=quick, **options)
 
@@ -191,7 +191,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as a .pt file, whole or not at all. Raises CheckpointError when the disk refuses.
+    """Write named tensors as a .pt file, whole or not at all. Raises CheckpointError when it can't be written.
 
     Each tensor is copied first: torch.save would write all of the storage that a slice points into.
     """

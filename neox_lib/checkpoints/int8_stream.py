@@ -1,4 +1,4 @@
-"""An int8 file made of shards that come one after another, over several runs: whatever ends one, the next goes on."""
+"""An int8 file made of shards that come one after another, over several runs: each continues the last."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from neox_lib.config import NeoXConfig, parameter_shapes
 
 
 class Int8Stream:
-    """The file in the making, `weights`, and beside it `done.json`: the keys of every shard that is in it for good.
+    """The unfinished file, `weights`, and beside it `done.json`: the keys of every shard that is safely in it.
 
-    The order is what makes it safe: a shard's numbers are flushed to the disk before the record names it, and the
-    record is replaced as a whole. `folder` must be for this content alone.
+    The order makes it safe: a shard's numbers are flushed to the disk before the record names it, and the record is
+    replaced as a whole. `folder` must be for these files alone.
     """
 
     def __init__(self, folder: Path, config: NeoXConfig, dtype: torch.dtype):
-        """Look at what an earlier run left; writes nothing yet. `dtype` is that of the matrices, at the widest."""
+        """Read what an earlier run left; write nothing yet. `dtype` is the widest of the matrices."""
         self.weights, self.record = folder / "weights", folder / "done.json"
         self.config, self.dtype = config, dtype
         self.specs = int8_specs(config, dtype)
@@ -36,11 +36,11 @@ class Int8Stream:
                     self.done = json.loads(self.record.read_text("utf-8"))
 
     def missing_bytes(self) -> int:
-        """Bytes of disk that the file still needs to have its full size."""
+        """Bytes of disk that the file still needs."""
         return 0 if self.done else self.nbytes
 
     def check_complete(self, where: str, keys: Collection[str]) -> None:
-        """Raise CheckpointError when keys of `where` leave out a parameter that the config asks for."""
+        """Raise CheckpointError, naming `where`, when `keys` lack a parameter that the config asks for."""
         known = names_by_key(self.config)
         names = {known.get(unwrapped(key, FIRST_WORDS)) for key in keys}
         for name in parameter_shapes(self.config):
@@ -50,7 +50,7 @@ class Int8Stream:
     def add(self, shard: Path) -> None:
         """Quantize the parameters of a shard, one at a time, into the file.
 
-        Raises CheckpointError for one that the model has no place for, of another shape, or wider than `dtype`.
+        Raises CheckpointError for one that the model doesn't have, of another shape, or wider than `dtype`.
         """
         stored = self.stored_by_name(shard)
         wanted = {name for one in stored for name in (one, scale_name(one)) if name in self.specs}

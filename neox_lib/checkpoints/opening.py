@@ -1,4 +1,4 @@
-"""From a path to an opened checkpoint: the one place that tells the layouts apart."""
+"""Opens the checkpoint at a path: the one place that tells the layouts apart."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a slim or Hugging Face folder, an int8 file or a folder with one, told apart by the names of the files.
 
-    Reads config and headers, no weights. Raises CheckpointError, saying what is there, when it is no checkpoint, and
-    for a config that can't be used.
+    Reads config and headers, no weights. Raises CheckpointError for a config that can't be used and, saying what is
+    there, for a path without a checkpoint.
     """
     path = Path(path)
     if (path / UNFINISHED).exists():

@@ -1,4 +1,4 @@
-"""A model in int8, as one file: quantized tensor by tensor, written as it comes, loaded by mapping it into memory."""
+"""An int8 model in one file: quantized and written tensor by tensor, loaded by mapping it into memory."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def int8_metadata(config: NeoXConfig, source: torch.dtype = torch.float16) -> di
 def quantized(
     tensors: Iterable[tuple[str, Tensor]], embedding: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named parameters, one at a time, to the tensors of `int8_specs`; `embedding` is its dtype, None leaves it.
+    """Turn named parameters, one at a time, into the tensors of `int8_specs`; `embedding` is its dtype, None keeps it.
 
     Raises CheckpointError, naming the tensor, for NaN or infinity.
     """
@@ -82,7 +82,7 @@ def quantized(
             raise CheckpointError(f"{name} holds NaN or infinity; the weights are damaged, fetch them again")
         else:
             yield name, tensor.to(embedding) if tensor.dim() == 2 else tensor.float()
-        del tensor  # before the next one comes
+        del tensor  # before reading the next one
 
 
 def write_int8(
@@ -91,7 +91,7 @@ def write_int8(
     """Quantize a checkpoint into one file, holding one tensor at a time, and return the file's path.
 
     `path` is NAME.int8.safetensors, or a folder, which then holds model.int8.safetensors and a copy of the `tokenizer`
-    file with the small files beside it. What was there under that name is replaced when the new file is whole; on
+    file with the small files beside it. An existing file of that name is replaced once the new one is complete; on
     Windows not while a model has it mapped. `freed_meanwhile` as in `write_safetensors`. Raises CheckpointError when
     the disk has no room and for weights that can't be used.
     """
@@ -127,7 +127,7 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, 
         raise CheckpointError(f"{file}: not an int8 file of this library; expected format {FORMAT!r} in its metadata")
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{file}: int8 file of version {metadata.get('version')}, expected {VERSION}; convert the checkpoint anew"
+            f"{file}: int8 file of version {metadata.get('version')}, expected {VERSION}; convert the checkpoint again"
         )
     try:
         fields = json.loads(metadata["config"])
@@ -136,7 +136,7 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, 
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged metadata ({error}); convert the checkpoint anew") from error
+        raise CheckpointError(f"{file}: damaged metadata ({error}); convert the checkpoint again") from error
 
 
 def check_specs(file: Path, found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> None:
@@ -147,7 +147,7 @@ def check_specs(file: Path, found: Mapping[str, Spec], expected: Mapping[str, Sp
                 f"{spec[0]} {list(spec[1])}" if spec else "nothing" for spec in (found.get(name), expected.get(name))
             )
             raise CheckpointError(
-                f"{file}: {name} is {there}, the config in the file expects {wanted}; convert the checkpoint anew"
+                f"{file}: {name} is {there}, the config in the file expects {wanted}; convert the checkpoint again"
             )
 
 
@@ -155,9 +155,9 @@ class Int8Checkpoint:
     """An int8 file, opened: see `Checkpoint`. Its tensors are those of `int8_specs`.
 
     The file is mapped into memory: pages are read when they are first used, and processes that open the same file share
-    them. It stays mapped as long as any of the tensors lives, and may be replaced meanwhile, which they do not see
-    (Windows refuses to replace a mapped file). What a program writes into them never reaches the file. Raises
-    CheckpointError for a file that is damaged, of another version, or not what its config says.
+    them. It stays mapped as long as any of the tensors lives; they don't see it replaced (which Windows refuses). What
+    a program writes into them never reaches the file. Raises CheckpointError for a file that is damaged, of another
+    version, or doesn't match its config.
     """
 
     dtype = torch.int8
@@ -197,7 +197,7 @@ class Int8Checkpoint:
 
 
 def empty_int8_model(config: NeoXConfig) -> NeoXModel:
-    """An empty model with int8 layers in the places of those that become int8."""
+    """An empty model with an Int8Linear in place of each layer that becomes int8."""
     model = empty_model(config)
     for name, shape in parameter_shapes(config).items():
         if is_quantized(name, len(shape)):
@@ -216,16 +216,16 @@ def int8_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """
     if checkpoint.dtype == torch.int8:
         return checkpoint.tensors()
-    rounded = quantized(checkpoint.tensors())  # what is not rounded may still lie in the checkpoint's files
+    rounded = quantized(checkpoint.tensors())  # what is not rounded may still be mapped from the checkpoint's files
     return ((name, tensor if tensor.dtype == torch.int8 else tensor.clone()) for name, tensor in rounded)
 
 
 def build_int8_model(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", others: torch.dtype = torch.float32
 ) -> NeoXModel:
-    """The int8 model of any checkpoint: its embedding in the dtype that it has, biases and norms in `others`.
+    """The int8 model of any checkpoint: its embedding in its stored dtype, biases and norms in `others`.
 
-    On a CPU the weights of an int8 file stay in the file. Raises CheckpointError as `int8_tensors` and `cast` do.
+    On a CPU the weights of an int8 file stay memory-mapped. Raises CheckpointError as `int8_tensors` and `cast` do.
     """
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""One safetensors file, written tensor by tensor: the file's own library wants all of them in memory at once.
+"""Writes a safetensors file tensor by tensor: the format's own library needs all of them in memory at once.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes that give the header's length, the
 header in JSON (name -> dtype, shape, place), then the tensors' bytes without a gap.
@@ -18,7 +18,7 @@ from torch import Tensor
 from neox_lib.checkpoints.atomic import write_atomically
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 
-# The format's names of dtypes, as far as weights and training's states use them.
+# The format's names of the dtypes that weights and training states use.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -36,10 +36,10 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def lay_out(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """What stands before the tensors, where in the file each tensor begins, and the whole file's bytes.
+    """What precedes the tensors, where in the file each tensor begins, and the whole file's bytes.
 
-    Wide dtypes stand first, so that every tensor begins at a multiple of its own item size, and each at a multiple of
-    64 where the sizes of all are such multiples. Raises ValueError for a dtype that the format does not know.
+    Wide dtypes come first, so every tensor begins at a multiple of its item size, and of 64 if all sizes are multiples
+    of 64. Raises ValueError for a dtype that the format does not know.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, place = {}, 0
@@ -56,7 +56,7 @@ def lay_out(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
 
 
 def reserve(file, nbytes: int) -> None:
-    """Take the disk space of the whole file now, where the system can, so that a full disk shows before the work."""
+    """Reserve disk space for the whole file, where the system can: a full disk shows before the work."""
     with contextlib.suppress(AttributeError):  # Windows and macOS have no such call
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -66,12 +66,12 @@ def reserve(file, nbytes: int) -> None:
 
 
 def write_each(file, specs: Mapping[str, Spec], begins: dict[str, int], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Put every tensor at its place. Raises CheckpointError for one that is missing, unknown, or not as `specs` say."""
+    """Put every tensor in its place. Raises CheckpointError for one that is missing, unknown, or not as `specs` say."""
     missing = dict(specs)
     for name, tensor in tensors:
         found, expected = (tensor.dtype, tuple(tensor.shape)), missing.pop(name, None)
         if expected is None:
-            raise CheckpointError(f"{name}: came twice or is not among the tensors that were announced")
+            raise CheckpointError(f"{name}: came twice, or was not announced")
         if found != (expected[0], tuple(expected[1])):
             raise CheckpointError(
                 f"{name}: is {found[0]} {list(found[1])}, announced as {expected[0]} {list(expected[1])}"
@@ -80,7 +80,7 @@ def write_each(file, specs: Mapping[str, Spec], begins: dict[str, int], tensors:
         if tensor.numel():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     if missing:
-        raise CheckpointError(f"{', '.join(missing)}: announced, and never came")
+        raise CheckpointError(f"{', '.join(missing)}: announced, but never came")
 
 
 def write_safetensors(
@@ -90,13 +90,13 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     freed_meanwhile: int = 0,
 ) -> None:
-    """Write a safetensors file from `tensors` as they come, in any order; `specs` give dtype and shape of each before.
+    """Write a safetensors file from `tensors` as they come, in any order; `specs` announce each one's dtype and shape.
 
-    `freed_meanwhile` are the bytes of disk that reading `tensors` will give back.
+    `freed_meanwhile` is the number of bytes of disk that reading `tensors` will free.
 
     Holds one tensor at a time. The file appears under its name when it is whole; an error, a full disk or Ctrl-C leaves
     what was there before and no partial file. Raises CheckpointError when the disk has no room, before anything is
-    read, when it refuses in the middle, and for tensors that are not as announced.
+    read, when writing fails, and for tensors that are not as announced.
     """
     path = Path(path)
     start, begins, nbytes = lay_out(specs, metadata or {})

@@ -1,4 +1,4 @@
-"""Saving a model into a folder: never over another one, never looking whole before it is, and gone when it failed."""
+"""Saving a model into a folder: never over another, never looking complete before it is, and removed if it fails."""
 
 import contextlib
 import re
@@ -30,7 +30,7 @@ def begin_save(folder: Path, needed: int, beside: tuple[str, ...] = ()) -> None:
         if taken:
             raise CheckpointError(f"{folder}: already holds {taken[0]}; give another folder, or remove old files first")
     try:
-        write_text_atomically(folder / UNFINISHED, "A save into this folder was interrupted or still runs.\n")
+        write_text_atomically(folder / UNFINISHED, "A save into this folder was interrupted or is still running.\n")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}); give another folder") from error
     for path in [*there, *(path for path in folder.iterdir() if path.suffix == ".partial")]:
@@ -38,16 +38,16 @@ def begin_save(folder: Path, needed: int, beside: tuple[str, ...] = ()) -> None:
 
 
 def finish_save(folder: Path) -> None:
-    """Take the mark away: the folder is a checkpoint now."""
+    """Remove the mark: the folder is a checkpoint now."""
     (folder / UNFINISHED).unlink()
 
 
 @contextlib.contextmanager
 def whole_or_gone(folder: Path, needed: int) -> Iterator[None]:
-    """A save into `folder` that ends whole, or, whatever interrupts it, with the folder as it was found.
+    """A save into `folder` that completes or, whatever interrupts it, leaves the folder as it was.
 
-    Raises CheckpointError as `begin_save` does, for a tokenizer in the way too. A process that is killed leaves the
-    mark, and the folder is refused.
+    Raises CheckpointError as `begin_save` does, also for a tokenizer in the way. A killed process leaves the mark, and
+    the folder is refused.
     """
     new, begun = not folder.exists(), False
     try:
@@ -60,6 +60,6 @@ def whole_or_gone(folder: Path, needed: int) -> Iterator[None]:
             if MODEL_FILE.fullmatch(path.name) or path.name in (*BESIDE, UNFINISHED):
                 path.unlink()
         if new:
-            with contextlib.suppress(OSError):  # it was never made, or somebody put a file of their own there
+            with contextlib.suppress(OSError):  # it was never made, or holds a file of somebody's own
                 folder.rmdir()
         raise

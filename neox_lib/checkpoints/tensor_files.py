@@ -15,11 +15,11 @@ from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 from neox_lib.memory import available_memory
 
-READ_AHEAD = 64 * 2**20  # bytes asked of the disk at a time
+READ_AHEAD = 64 * 2**20  # bytes requested from the disk at a time
 
 
 class Stored(NamedTuple):
-    """A tensor that lies in a file."""
+    """A tensor in a file, not read yet."""
 
     path: Path
     key: str
@@ -32,10 +32,10 @@ class Stored(NamedTuple):
 
 
 def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
-    """What a file holds, but for keys with an ignored ending; reads no weights.
+    """What a file holds, except keys with an ignored ending; reads no weights.
 
     Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for a tensor in
-    another dtype than fp16, bf16 or fp32.
+    a dtype other than fp16, bf16 or fp32.
     """
     found: dict[str, tuple[torch.dtype | str, tuple[int, ...]]] = {}
     if path.suffix == ".safetensors":
@@ -81,8 +81,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 class TensorReader:
     """Reads the tensors of files one after another, each memory-mapped where its format allows.
 
-    A .safetensors file is mapped anew for each tensor and let go with it, so that few of its pages stay resident. Of
-    .bin files, whose keys take longer to read, the last one stays open.
+    A .safetensors file is mapped for each tensor and released with it, so few of its pages stay resident. The last .bin
+    file stays open, since its keys take longer to read.
     """
 
     def __init__(self):
@@ -90,13 +90,13 @@ class TensorReader:
         self.tensors: dict[str, Tensor] = {}
 
     def read(self, stored: Stored) -> Tensor:
-        """The tensor, on the CPU. Don't write into it. Raises CheckpointError when the file is not what it was."""
+        """The tensor, on the CPU. Don't write into it. Raises CheckpointError when the file has changed."""
         if stored.path.suffix == ".safetensors":
             with open_safetensors(stored.path) as file:
                 tensor = file.get_tensor(stored.key) if stored.key in file.keys() else None  # noqa: SIM118
         else:
             if stored.path != self.path:
-                self.tensors = {}  # the old file's go before the new one's come
+                self.tensors = {}  # free the old file's before opening the new one's
                 self.path, self.tensors = stored.path, open_tensors(stored.path)
             tensor = self.tensors.get(stored.key)
         if tensor is None or tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
@@ -107,10 +107,10 @@ class TensorReader:
 
 
 def read_ahead(path: Path) -> threading.Thread | None:
-    """Have the system bring a file into its page cache, from front to back, while the program already uses it.
+    """Have the system read a file into its page cache, from front to back, while the program already uses it.
 
-    Does nothing, and returns None, where the system has no such call and where the file is larger than the memory that
-    is free: its first pages would be gone when they are wanted.
+    Does nothing, and returns None, where the system has no such call and where the file is larger than the free memory:
+    its first pages would be gone when they are needed.
     """
     size = path.stat().st_size
     if not hasattr(os, "posix_fadvise") or size > available_memory():

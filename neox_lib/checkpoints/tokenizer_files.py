@@ -1,4 +1,4 @@
-"""The small files beside a model's weights: its tokenizer, and what they say of its rows and of the end of a text."""
+"""The small files beside a model's weights: its tokenizer, which rows stand for tokens, and which tokens end a text."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer file meant by a path: the file itself, or the one of a folder or of a file of weights.
 
-    20B's release keeps its `20B_tokenizer.json` one level above its slim folder; what lies above any other folder is
-    another model's. Raises FileNotFoundError for none.
+    20B's release keeps its `20B_tokenizer.json` one level above its slim folder; a file above any other folder is
+    another model's. Raises FileNotFoundError when there is none.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -41,7 +41,7 @@ def find_tokenizer(path: str | Path) -> Path:
     if not path.is_file():
         advice = "give a tokenizer JSON, such as 20B_tokenizer.json"
         if any((path.parent / name).is_file() for name in ("spiece.model", "tokenizer.model")):
-            advice += "; sentencepiece's file is not read, and AutoTokenizer of transformers can save it as such a JSON"
+            advice += "; a sentencepiece file is not read, but transformers' AutoTokenizer can save it as such a JSON"
         raise FileNotFoundError(f"{path}: no tokenizer there; {advice}")
     return path
 
@@ -83,7 +83,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def end_token_of(folder: Path, tokenizer: Path | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
-    """The end of a text by the tokenizer's word, else `<|endoftext|>`; `unknown` where no tokenizer can be asked."""
+    """The tokens that end a text by the tokenizer's files, else `<|endoftext|>`; `unknown` without a tokenizer."""
     name = None
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         name = read_fields(folder / file).get("eos_token") or name
@@ -99,9 +99,9 @@ def end_token_of(folder: Path, tokenizer: Path | None, unknown: tuple[int, ...])
 def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any]) -> NeoXConfig:
     """A config with what the files beside the weights say: which rows stand for tokens, and which tokens end a text.
 
-    The tokenizer counts the rows. The end is said by `generation_config.json`, or by the `fields` of the weights' own
-    config, or by the tokenizer; where nobody says a word, it is 0, as in 20B, and never the 2 of `transformers`. Raises
-    CheckpointError for an end that is no id, and for a tokenizer of another model.
+    The tokenizer counts the rows. The end token comes from `generation_config.json`, else from the `fields` of the
+    weights' own config, else from the tokenizer; without any of them it is 0, as in 20B, and never the 2 of
+    `transformers`. Raises CheckpointError for an end that is not an id, and for another model's tokenizer.
     """
     tokenizer = tokenizer_beside(folder)
     try:
@@ -125,7 +125,7 @@ def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any])
 
 def count_rows(tokenizer: Path, vocab_size: int) -> int:
     """How many of `vocab_size` rows the tokenizer of a file reaches. A few added tokens past them, such as a [PAD]
-    that the model was never taught, are noted: they can't be read. Raises CheckpointError for another model's.
+    that the model was not trained with, give a warning: they can't be read. Raises CheckpointError for another model's.
     """
     opened = open_tokenizer(tokenizer)
     tokens = count_ids(opened)
@@ -144,8 +144,8 @@ def count_rows(tokenizer: Path, vocab_size: int) -> int:
 
 
 def role_fields(config: NeoXConfig, source: Path | None = None) -> dict[str, Any]:
-    """The ids of a model's control tokens by their roles, as both JSON files of a Hugging Face folder say them: those
-    that the `source` folder's files say, and the ends of a text, None where there is none.
+    """The ids of a model's control tokens by role, as both JSON files of a Hugging Face folder name them: those in the
+    `source` folder's files, and the ends of a text, None where there is none.
     """
     ends = list(config.eos_token_ids)
     fields: dict[str, Any] = {"bos_token_id": ends[0] if ends else None}

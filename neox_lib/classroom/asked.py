@@ -1,4 +1,4 @@
-"""What a notebook asks for, and which of its statements a student's answer needs to be run."""
+"""What a notebook asks for, and which of its statements a student's answer needs to run."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from functools import cached_property
 from neox_lib.course.imports import free_names, plain_python
 
 EXERCISES = "neox_lib.course.exercises"
-LONG = 60  # parts of the syntax tree: shorter answers are alike by chance
+LONG = 60  # nodes of the syntax tree: shorter answers are alike by chance
 FOLDED_SOLUTION = re.compile(r"\s*<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 
 
@@ -40,7 +40,7 @@ class Statement:
 
 
 def sources(notebook: dict) -> list[str]:
-    """The code cells' texts as Python; a cell that is none is an empty text."""
+    """The code cells' texts as Python; a cell that is not Python becomes an empty text."""
     texts = []
     for cell in notebook["cells"]:
         if cell.get("cell_type") == "code":
@@ -69,7 +69,7 @@ def exercises_of(notebook: dict) -> list[Exercise]:
 
 
 def solutions_of(notebook: dict) -> dict[str, str]:
-    """The teacher's edition's folded solutions: the name that the last definition binds -> the text."""
+    """The folded solutions of the teacher's edition: name of the last definition -> text."""
     prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     folds = "\n".join(FOLDED_SOLUTION.findall(prose))
     texts = re.findall(r"```python\n(.*?)```", folds, re.DOTALL)
@@ -90,7 +90,7 @@ def asked(notebook: dict, checks: dict[str, tuple[str, str]], solutions: dict[st
 
 
 def statements(texts: list[str]) -> list[Statement]:
-    """Every statement of these cells, in order; a cell that is no Python has none."""
+    """Every statement of these cells, in order; a cell that is not Python has none."""
     found = []
     for cell, text in enumerate(texts):
         try:
@@ -107,7 +107,7 @@ def statements(texts: list[str]) -> list[Statement]:
 def place_of(name: str, texts: list[str], stub: str) -> int | None:
     """The cell that holds a student's answer: the last that defines the name and isn't the stub as handed out.
 
-    The stub itself where there is no other, and None where nothing defines the name.
+    Else the stub itself; None where nothing defines the name.
     """
     cells = [each.cell for each in statements(texts) if name in each.binds]
     own = [cell for cell in cells if texts[cell].strip() != stub.strip()]
@@ -143,7 +143,7 @@ def needed(texts: list[str], cell: int, originals: list[str]) -> tuple[list[Stat
 
 
 def without_comments(text: str, name: str) -> str | None:
-    """The definition of a name, without comments, docstrings and its layout; None where it is short or none is there.
+    """The definition of a name, without comments, docstrings and layout; None where it is short or missing.
 
     >>> without_comments("def f(x): return x  # too short", "f")
     """

@@ -1,6 +1,6 @@
-"""A look at a student's machine before class: what works, and in plain words what to do about what does not.
+"""Checks a student's machine before class: what works, and in plain words how to fix what does not.
 
-It needs no network, and starts where torch or a piece of neox_lib is broken.
+It needs no network, and runs even if torch or a piece of neox_lib is broken.
 """
 
 import time
@@ -30,7 +30,7 @@ IN_PROCESSES = (look_at_model, look_at_libraries, look_at_widgets)
 
 
 def guarded(look: Callable[[], Finding | list[Finding]]) -> list[Finding]:
-    """The findings of one look; a look that fails itself is a finding too."""
+    """The findings of one look; a look that itself fails is a finding too."""
     try:
         found = look()
     except Exception as error:
@@ -41,7 +41,7 @@ def guarded(look: Callable[[], Finding | list[Finding]]) -> list[Finding]:
 def examine() -> list[Finding]:
     """All findings, in the order in which a person would fix them.
 
-    Takes some seconds, about a minute at most. Where the libraries are not installed yet, that is the only finding.
+    Takes a few seconds, a minute at most. If the libraries are not installed yet, that is the only finding.
     """
     if set(FOUND) <= set(missing_packages()):
         return [Finding("packages", "fix", "nothing is installed yet", NOTHING_INSTALLED)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-LARGEST = 20 * 2**20  # bytes of one student's files; a notebook with its figures has a third of a megabyte
+LARGEST = 20 * 2**20  # bytes of one student's files; a notebook with its figures takes a third of a megabyte
 PROGRESS = (".progress.json", "progress.json")
 
 
@@ -25,7 +25,7 @@ class Student:
 
     def add(self, name: str, content: bytes) -> None:
         if sum(map(len, self.files.values())) + len(content) > LARGEST:
-            self.remark(f"{name}: left out, the files are larger than {LARGEST >> 20} MiB together")
+            self.remark(f"{name}: left out, the files exceed {LARGEST >> 20} MiB in total")
         else:
             self.files[name] = content
 
@@ -44,7 +44,7 @@ class Student:
                     self.remark(f"{name}: not a notebook of the series")
                     continue
                 if stem in found:  # the file with the notebook's own name comes last, and stays
-                    self.remark(f"{found[stem]}: not looked at, {name} is the same notebook")
+                    self.remark(f"{found[stem]}: ignored, {name} is the same notebook")
                 found[stem] = name
         return found
 
@@ -64,12 +64,12 @@ class Student:
                     chosen = None
                 if isinstance(chosen, dict):
                     return {str(key): str(value) for key, value in chosen.items()}
-                self.remark(f"{name}: not a progress file that can be read")
+                self.remark(f"{name}: not a readable progress file")
         return None
 
 
 def wanted(name: str) -> bool:
-    """Whether a file of a folder or zip is looked at: its own name as a relative path that stays inside."""
+    """Whether to read a file of a folder or zip: visible, and a relative path that stays inside."""
     path = PurePosixPath(name.replace("\\", "/"))
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts[:-1])
     inside = not path.is_absolute() and ".." not in path.parts and ":" not in name
@@ -95,7 +95,7 @@ def read_zip(path: Path) -> Student:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if not member.is_dir() and wanted(member.filename):
-                    too_large = member.file_size > LARGEST  # as it says itself; reading stops there in any case
+                    too_large = member.file_size > LARGEST  # by its own account; reading stops there anyway
                     with archive.open(member) as file:
                         student.add(member.filename, bytes(LARGEST + 1) if too_large else file.read(LARGEST + 1))
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
@@ -104,9 +104,9 @@ def read_zip(path: Path) -> Student:
 
 
 def read_class(folder: Path, stems: list[str]) -> Iterator[Student]:
-    """The students of a folder, by name. A loose notebook belongs to whoever its name has beside the notebook's.
+    """The students of a folder, by name. A loose notebook belongs to the student in its file name.
 
-    Raises ValueError for a folder that is none or has nothing in it.
+    Raises ValueError for a folder that is missing or empty.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; it should hold a folder, a zip or notebooks for each student")
@@ -132,7 +132,7 @@ def read_class(folder: Path, stems: list[str]) -> Iterator[Student]:
 
 
 def owner(stem: str, stems: list[str]) -> str:
-    """The student's name in the name of a loose notebook.
+    """The student's name in a loose notebook's file name.
 
     >>> owner("ada lovelace - 02_rotary", ["02_rotary"]), owner("02_rotary (grace)", ["02_rotary"])
     ('ada lovelace', 'grace')

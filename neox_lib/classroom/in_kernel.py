@@ -1,7 +1,7 @@
-"""What is ours in a student's kernel. Its text is sent with each cell of ours, so that changing this module changes
-nothing; what it says counts only with the token of that cell.
+"""The report's own code in a student's kernel. Its text is sent with each of our cells, so changing this module changes
+nothing, and its answer counts only with the token of that cell.
 
-It is no sandbox: what a student wrote runs with the rights of whoever runs the report. It guards against accident and
+It is not a sandbox: students' code runs with the permissions of whoever runs the report. It guards against accident and
 mischief, not against malice.
 """
 
@@ -11,19 +11,19 @@ import sys
 from types import FunctionType
 
 MIME = "application/vnd.neox.check+json"
-WRITTEN = 16 * 2**20  # bytes of one file
+WRITTEN = 16 * 2**20  # bytes per file
 SHOWN = 300  # characters of a message
 BASE = ("torch", "torch.nn.functional", "builtins", "IPython.display")
 
 
 def prepare(folder: str, memory: int, modules: list[str], names: dict) -> dict:
-    """Import all that checks, before anybody's code runs; bound memory and files where the system can."""
+    """Import the checks before any student's code runs; limit memory and files where the system can."""
     import psutil
     import torch
 
     for module in ("loading", "course.predictions", *(f"course.exercises.{each}" for each in modules)):
         importlib.import_module(f"neox_lib.{module}")
-    sys.path.append(folder)  # modules of the student's are found last of all
+    sys.path.append(folder)  # the student's modules are found last
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -35,14 +35,14 @@ def prepare(folder: str, memory: int, modules: list[str], names: dict) -> dict:
 
 
 def forget(names: dict, kept: list[str]) -> dict:
-    """Take away what earlier answers have defined."""
+    """Delete what earlier answers defined."""
     for name in set(names) - set(kept):
         del names[name]
     return {}
 
 
 def check(names: dict, name: str, module: str, function: str) -> dict:
-    """Check what the student calls `name`: state, words, whether it is the library's, and what the judges were."""
+    """Check the student's `name`: state, words, whether it is the library's own, and the judges before and after."""
     if name not in names:
         return {"state": "absent"}
     yours, before = names[name], judges()
@@ -52,7 +52,7 @@ def check(names: dict, name: str, module: str, function: str) -> dict:
         words = result.message.strip().splitlines()[0]
         state = "solved" if result.passed else "not written" if words.startswith("Not written yet") else "not yet"
         words = words.removeprefix("Not yet. ")[:SHOWN] if state == "not yet" else ""
-    except BaseException as error:  # SystemExit, say: the judge itself catches what is an Exception
+    except BaseException as error:  # such as SystemExit: the judge itself catches every Exception
         state, words = "error", in_words(type(error).__name__, error)
     borrowed = str(getattr(yours, "__module__", "")).split(".")[0] == "neox_lib"
     after = judges()
@@ -60,17 +60,16 @@ def check(names: dict, name: str, module: str, function: str) -> dict:
 
 
 def in_words(name: str, error: object) -> str:
-    """An error in one line, also where it is the student's own class and its words can't be had."""
+    """An error in one line; only its name where the student's own class fails to give its message."""
     with contextlib.suppress(Exception):
         name = f"{name}: {error}".strip(": \n").splitlines()[0]
     return name[:SHOWN]
 
 
 def judges() -> dict[str, int]:
-    """What must stay as it is while a piece is checked: functions, their code, methods; in the library and below it.
+    """What must not change while an answer is checked: functions, their code, methods; in the library and below it.
 
-    torch replaces some of its own functions when it first needs them, and a kernel `input` for each cell: that is
-    nobody's doing.
+    Not counted: torch replaces some of its own functions on first use, and a kernel replaces `input` for each cell.
     """
     import torch
 
@@ -89,7 +88,7 @@ def judges() -> dict[str, int]:
 
 
 def mark(value: object) -> int:
-    """Other than before if a callable, its code, or a function that it is wrapped around is another."""
+    """A number that changes with a callable, its code, or a function that it wraps."""
     parts = [id(value)]
     while isinstance(value, FunctionType):
         inner = [cell.cell_contents for cell in value.__closure__ or () if isinstance(cell.cell_contents, FunctionType)]
@@ -99,7 +98,7 @@ def mark(value: object) -> int:
 
 
 def say(token: str, found: dict) -> None:
-    """Show what was found to whoever reads the cell's outputs."""
+    """Show what was found to the reader of the cell's outputs."""
     from IPython.display import display
 
     display({MIME: found | {"token": token}}, raw=True)

@@ -1,7 +1,7 @@
-"""A kernel for one student's code: nbclient starts it, runs cells in it and sees it die; the bounds are ours.
+"""A kernel for one student's code: nbclient starts it, runs cells in it and sees it die; the limits are ours.
 
-What nbclient lacks, as measured: it keeps all that a kernel prints (an endless `print` took 600 MiB of this process in
-15 s), knows no bound on memory, leaves alive what a dead kernel has started, and is the parent of the kernel, so that
+What nbclient lacks, as measured: it keeps everything that a kernel prints (an endless `print` took 600 MiB of this
+process in 15 s), has no limit on memory, leaves a dead kernel's children alive, and is the kernel's parent, so
 `os.kill(os.getppid(), 9)` in a notebook ends the report.
 """
 
@@ -41,12 +41,12 @@ code = subprocess.call([sys.executable, "-P", "-m", "ipykernel_launcher", *sys.a
 sys.exit(code if code >= 0 else 128 - code)
 """
 QUIET = logging.getLogger("neox_lib.classroom.nbclient")
-QUIET.disabled = True  # what it would say, the report says
+QUIET.disabled = True  # the report says it instead
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one exercise may take: wall seconds, bytes of memory beyond the library's own; bytes printed, in all."""
+    """Limits of one exercise: wall seconds, bytes of memory beyond the library's own, bytes printed in total."""
 
     seconds: float = 60
     memory: int = 2 * 2**30
@@ -55,7 +55,7 @@ class Limits:
 
 
 class Gone(Exception):
-    """The kernel is of no use any more. `outcome`: a state, and words about the exercise that it was at."""
+    """The kernel can't be used any more. `outcome`: a state, and words about the current exercise."""
 
     def __init__(self, state: str, words: str):
         super().__init__(state, words)
@@ -67,12 +67,12 @@ class Manager(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        arguments = ["-f", "{connection_file}", "--InteractiveShellApp.ignore_cwd=True"]  # no torch.py of a student's
+        arguments = ["-f", "{connection_file}", "--InteractiveShellApp.ignore_cwd=True"]  # ignores a student's torch.py
         return KernelSpec(argv=[sys.executable, "-c", LAUNCHER, *arguments], language="python")
 
 
 class Kernel(NotebookClient):
-    """A running kernel; `started` makes one. What ends it raises Gone."""
+    """A running kernel, made by `started`. Raises Gone when it ends."""
 
     def __init__(self, limits: Limits):
         super().__init__(
@@ -87,7 +87,7 @@ class Kernel(NotebookClient):
         )
         self.limits, self.printed, self.done = limits, 0, threading.Event()
         self.deadline = time.monotonic() + limits.start
-        self.why = ""  # words, where it was ended by us
+        self.why = ""  # words, if we ended it
 
     @property
     def launched(self) -> LocalProvisioner:
@@ -111,7 +111,7 @@ class Kernel(NotebookClient):
         return cell
 
     def ours(self, call: str) -> dict[str, Any]:
-        """What a call of a function of `in_kernel` returns, or {"error": words}; `names` in it are the student's."""
+        """The result of a call of a function of `in_kernel`, or {"error": words}; `names` in it are the student's."""
         token = secrets.token_hex(16)
         text = f"{inspect.getsource(in_kernel)}\nsay({token!r}, {call})"
         cell = self.run(f"exec({text!r}, {{'__name__': 'ours', 'names': globals()}})")
@@ -123,7 +123,7 @@ class Kernel(NotebookClient):
         return {"error": error_in(cell) or "the check was not reached"}
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
-        """As nbclient's; ends a kernel that prints too much, and keeps no more of it."""
+        """As nbclient's, but ends a kernel that prints too much, and drops the rest."""
         self.printed += len(str(msg["content"])) if msg["msg_type"] != "execute_input" else 0
         if self.printed > self.limits.output and msg["msg_type"] != "status":
             self.end(f"prints more than {self.limits.output >> 20} MiB")
@@ -131,7 +131,7 @@ class Kernel(NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
     def watch_memory(self) -> None:
-        """For systems that don't keep to the bound themselves, and for what a kernel has started."""
+        """For systems that don't enforce the limit themselves, and for a kernel's children."""
         most = self.limits.memory + 2**30  # the library's own
         while not self.done.wait(0.2):
             with contextlib.suppress(psutil.Error):
@@ -139,12 +139,12 @@ class Kernel(NotebookClient):
                     self.end(f"takes more than {self.limits.memory / 2**30:.1f} GiB of memory")
 
     def processes(self) -> list[psutil.Process]:
-        """The launcher, the kernel, and what that has started."""
+        """The launcher, the kernel, and the kernel's children."""
         launcher = psutil.Process(self.launched.pid)
         return [launcher, *launcher.children(recursive=True)]
 
     def end(self, why: str = "") -> None:
-        """Kill the kernel with all that it has started; nbclient sees it within a second."""
+        """Kill the kernel and its children; nbclient sees it within a second."""
         self.why = self.why or why
         with contextlib.suppress(psutil.Error):
             for each in self.processes():
@@ -157,9 +157,9 @@ class Kernel(NotebookClient):
 
 @contextlib.contextmanager
 def started(folder: Path, limits: Limits, **environment: str) -> Iterator[Kernel]:
-    """A kernel that works in `folder`. What its process says itself goes to a file beside it.
+    """A kernel that runs in `folder`; its process's own output goes to a file beside it.
 
-    Raises RuntimeError when none can be started.
+    Raises RuntimeError when it can't be started.
     """
     kernel = Kernel(limits)
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -185,7 +185,7 @@ def error_in(cell: NotebookNode) -> str:
 
 
 def how_it_died(code: int) -> str:
-    """In words; a launcher that was killed itself has a negative code."""
+    """In words; `code` is negative if the launcher itself was killed."""
     with contextlib.suppress(ValueError):
         return f"its process died: {signal.Signals(-code if code < 0 else code - 128).name}"
     return f"ends its whole process (exit code {code})"

@@ -1,6 +1,6 @@
-"""What a look at a student's machine can tell from Python alone: its version, memory, disk, a port.
+"""What Python alone can tell about a student's machine: its version, memory, disk, a port.
 
-Nothing outside Python's own library is needed at the top: this must start where everything else is broken.
+Importing this needs only the standard library: it must run where everything else is broken.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at, what was found, and what to do about it.
+    """One thing that was checked, what was found, and what to do about it.
 
     `state` is "ok", "note" (works, with a limit), "slow" (gave no answer in time, and may well work) or "fix".
     """
@@ -53,12 +53,12 @@ def look_at_python(
 
 
 def look_at_memory(free: int | None = None) -> Finding:
-    """A notebook with its kernel and a browser's page takes about 1 GiB."""
+    """A notebook with its kernel and browser page takes about 1 GiB."""
     if free is None:
         with contextlib.suppress(Exception):
             free = available_memory()
     if free is None:
-        return Finding("memory", "note", "can't be told", "psutil is missing; " + SET_UP)
+        return Finding("memory", "note", "unknown", "psutil is missing; " + SET_UP)
     found = f"{free / GIB:.1f} GiB free"
     if free < GIB:
         return Finding(

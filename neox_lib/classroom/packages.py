@@ -10,7 +10,7 @@ from pathlib import Path
 
 from neox_lib.classroom.machine import REPOSITORY, SET_UP, Finding
 
-SECONDS = 60  # for what is tried in a process; a laptop that is busy or starts for the first time needs most of it
+SECONDS = 60  # per process; a busy laptop, or a first start, needs most of it
 TOO_LONG = 124  # the exit code of a process that took longer
 SLOW_SPEED = 40  # tokens per second
 WIDGETS = ("ipywidgets", "anywidget", "ipykernel", "jupyterlab", "matplotlib", "nbformat", "nbconvert")
@@ -34,7 +34,7 @@ print(json.dumps({"speed": (len(steps) - 1) / seconds, "text": text, "tokens": l
 
 
 def look_at_imports(what: str, names: tuple[str, ...]) -> Finding:
-    """Whether packages can be imported, all in one process; one that crashes it is the one named last."""
+    """Whether packages can be imported, all in one process; if it crashes, the last one named is to blame."""
     done = in_process(
         f"import importlib as i\nfor name in {names}:\n print(name, flush=True)\n i.import_module(name)\nprint('all')"
     )
@@ -69,7 +69,7 @@ def look_at_model() -> list[Finding]:
     except (ValueError, IndexError, KeyError, TypeError):
         return [Finding("model", "fix", f"the shipped model does not write: {last_line(done)}", advice_on(done))]
     slow = speed < SLOW_SPEED
-    advice = "lessons work, the longer cells take their time: plug the laptop in, close other programs" if slow else ""
+    advice = "lessons work, but longer cells take a while: plug the laptop in, close other programs" if slow else ""
     return [
         Finding("model", "ok", f"writes: Once upon a time{'' if text[:1] in ',.' else ' '}{text[:60]} ..."),
         Finding("speed", "note" if slow else "ok", f"{speed:.0f} tokens per second", advice),
@@ -77,17 +77,17 @@ def look_at_model() -> list[Finding]:
 
 
 def advice_on(done: subprocess.CompletedProcess) -> str:
-    """What to do about a model that does not write: set up again, or take a promoted piece back."""
+    """What to do about a model that does not write: set up again, or undo a promoted piece."""
     places = re.findall(r'File "([^"]+)", line', done.stderr)
     inside = bool(places) and "neox_lib" in Path(places[-1]).parts
     if inside and not re.match(r"ModuleNotFoundError: No module named '(?!neox_lib)", last_line(done)):
         piece = Path(places[-1]).name
-        return f"{piece} is broken: git diff neox_lib shows what changed, git checkout neox_lib takes it back"
+        return f"{piece} is broken: git diff neox_lib shows what changed, git checkout neox_lib undoes it"
     return SET_UP
 
 
 def in_process(code: str, seconds: float = SECONDS) -> subprocess.CompletedProcess:
-    """Run Python code in the repository's folder; what takes too long comes back as an error in words."""
+    """Run Python code in the repository's folder; a timeout comes back as an error in words."""
     command = [sys.executable, "-c", code]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:

@@ -44,7 +44,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Line:
-    """All of one student: a sheet for each notebook that was handed in, and remarks."""
+    """One student: a sheet per notebook handed in, and remarks."""
 
     student: str
     sheets: dict[str, Sheet]
@@ -59,7 +59,7 @@ class Report:
     series: dict[str, tuple[str, ...]]
 
     def table(self) -> str:
-        """A row for each student: solved of asked in each notebook that somebody handed in and in all; predictions."""
+        """A row per student: solved of asked, per notebook that anybody handed in and in total; predictions."""
         shown = [stem for stem in self.series if any(stem in line.sheets for line in self.lines)]
         rows = [("student", *(stem[:2] for stem in shown), "solved", "predictions")]
         for line in self.lines:
@@ -76,7 +76,7 @@ class Report:
         return "\n".join(line.rstrip() for line in padded)
 
     def details(self) -> str:
-        """What is not solved and not a mere stub, and every remark: a line each."""
+        """A line for each attempt that is not solved, and for each remark."""
         found = []
         for line in self.lines:
             for sheet in line.sheets.values():
@@ -87,7 +87,7 @@ class Report:
         return "\n".join(map(printable, found))
 
     def write_csv(self, path: Path) -> None:
-        """A row for each student and exercise, in UTF-8 with the mark that a spreadsheet looks for."""
+        """A row per student and exercise, in UTF-8 with the byte order mark that spreadsheets expect."""
         with path.open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
@@ -102,7 +102,7 @@ class Report:
 
 
 def printable(text: str) -> str:
-    """A text without the signs that move a terminal's cursor or colour it."""
+    """A text without characters that control a terminal."""
     return "".join(sign if sign.isprintable() or sign == " " else "�" for sign in text)
 
 
@@ -133,7 +133,7 @@ def predictions_of(student: Student, stem: str) -> tuple[int, int] | None:
 
 
 def alike(answers: dict[str, dict[str, str]], references: dict[str, str]) -> dict[str, list[str]]:
-    """Remarks on answers that are the reference or another student's, but for comments: student -> remarks.
+    """Remarks on answers equal to the reference or another student's, comments aside: student -> remarks.
 
     `answers` maps student -> exercise -> text. Short answers are left out: they are alike by chance.
     """
@@ -153,12 +153,12 @@ def alike(answers: dict[str, dict[str, str]], references: dict[str, str]) -> dic
 
 
 def planned(student: Student, files: dict[str, str], notebooks: dict, exercises: dict) -> Iterator[Work]:
-    """What there is to check of a student's: `files` maps the stem of a notebook to the student's own."""
+    """What to check of a student's work; `files` maps a notebook's stem to the student's file."""
     for stem, file in files.items():
         try:
             texts = sources(json.loads(student.files[file]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            words = f"{file} is no notebook that can be read ({type(error).__name__})"
+            words = f"{file} can't be read as a notebook ({type(error).__name__})"
             yield from (Work(stem, each, outcome=("unreadable", words)) for each in exercises[stem])
         else:
             yield from (plan(stem, each, texts, sources(notebooks[stem])) for each in exercises[stem])
@@ -167,7 +167,7 @@ def planned(student: Student, files: dict[str, str], notebooks: dict, exercises:
 def class_report(
     folder: Path, limits: Limits | None = None, jobs: int | None = None, originals: Path = NOTEBOOKS
 ) -> Report:
-    """Check everything that a class has handed in. Nothing in `folder` is changed; the work is done in copies.
+    """Check everything that a class has handed in. Nothing in `folder` is changed; the checks use copies.
 
     Raises ValueError when there is nothing to check.
     """

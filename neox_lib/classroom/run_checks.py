@@ -1,7 +1,7 @@
 """The checks of one student's notebooks: each answer is run with what it needs, then a cell of ours checks it.
 
-Only the statements that an answer needs are run: the whole notebooks of the series take 180 s for each student, these
-15 s; and what stands elsewhere in a notebook can neither hang nor kill a check.
+Only the statements that an answer needs are run: 15 s per student, where whole notebooks take 180 s, and nothing else
+in a notebook can hang or kill a check.
 """
 
 import ast
@@ -20,9 +20,9 @@ Outcome = tuple[str, str]  # a state, such as "solved", and words
 
 @dataclass(frozen=True)
 class Work:
-    """One exercise, and the texts to run: what the answer needs of the original notebook and of the student's, then it.
+    """One exercise, and the texts to run: what the answer needs from the original and the student's notebook, then it.
 
-    `outcome` stands where there is nothing to run. Made before threads start: `ast` in Python 3.11 can't be shared.
+    `outcome` is set if there is nothing to run. Made before threads start: `ast` in Python 3.11 is not thread-safe.
     """
 
     stem: str
@@ -37,7 +37,7 @@ class Work:
 
 
 def plan(stem: str, exercise: Exercise, texts: list[str], originals: list[str]) -> Work:
-    """What to run of a student's notebook, given as its code cells beside the original's."""
+    """What to run of a student's notebook, given its code cells and the original's."""
     cell = place_of(exercise.name, texts, exercise.stub)
     if cell is not None:
         needs = ("\n".join(ast.unparse(each.node) for each in part) for part in needed(texts, cell, originals))
@@ -49,9 +49,9 @@ def plan(stem: str, exercise: Exercise, texts: list[str], originals: list[str]) 
 
 
 def judge(student: Student, work: list[Work], limits: Limits) -> dict[tuple[str, str], Outcome]:
-    """(notebook, exercise) -> outcome, and remarks on the student; a kernel that is gone is followed by another.
+    """(notebook, exercise) -> outcome; adds remarks to the student; a kernel that is gone is replaced.
 
-    Raises RuntimeError when the library itself can't be started, with its last line: no student is to blame for that.
+    Raises RuntimeError, with the reason, when the library itself can't be started: no student is to blame for that.
     """
     outcomes = {each.key: each.outcome for each in work if each.outcome}
     while left := [each for each in work if each.key not in outcomes]:
@@ -69,7 +69,7 @@ def judge(student: Student, work: list[Work], limits: Limits) -> dict[tuple[str,
 
 
 def check_in_one_kernel(student: Student, work: list[Work], outcomes: dict, folder: Path, limits: Limits) -> None:
-    """Check one exercise after the other, until the kernel is gone."""
+    """Check one exercise after another, until the kernel is gone."""
     modules = sorted({each.exercise.module for each in work})
     with started(folder, limits, NEOX_PROGRESS=str(folder.parent / "progress.json")) as kernel:
         try:
@@ -91,7 +91,7 @@ def check_in_one_kernel(student: Student, work: list[Work], outcomes: dict, fold
 def outcome(student: Student, kernel: Kernel, work: Work, ready: dict) -> Outcome:
     """State and words: "solved", "not yet" with the first wrong property, "not written", "missing" or "error".
 
-    Raises Gone when the kernel is of no use after it, as after a piece that changes the judges.
+    Raises Gone when the kernel can't be used afterwards, as when an answer changes the judges.
     """
     exercise = work.exercise
     kernel.deadline = time.monotonic() + kernel.limits.seconds
@@ -99,8 +99,8 @@ def outcome(student: Student, kernel: Kernel, work: Work, ready: dict) -> Outcom
     for text in work.needs:
         trouble = error_in(kernel.run(text))
         if trouble:
-            return "error", f"what stands around it can't be run: {trouble}"
-    trouble = error_in(kernel.run(work.answer))  # perhaps of a try of the student's own, below a right definition
+            return "error", f"code that it needs fails: {trouble}"
+    trouble = error_in(kernel.run(work.answer))  # perhaps from the student's own test, below a right definition
     found = kernel.ours(f"check(names, {exercise.name!r}, {exercise.module!r}, {exercise.check!r})")
     if "error" in found:
         return "error", found["error"]

@@ -1,7 +1,7 @@
-"""The student edition: the same notebooks without what a student is to find out. Nothing in it is written twice.
+"""The student edition: the same notebooks without what students are to find out. Nothing in it is written twice.
 
-Cell tags say what goes: `teacher-note` marks a cell for the teacher, `solution` a promoted cell that answers one,
-`reveal` a cell whose output settles a prediction, `answer` prose that names the museum's answers.
+Cell tags say what goes: `teacher-note` marks a cell for the teacher, `solution` a promoted cell that solves an
+exercise, `reveal` a cell whose output settles a prediction, `answer` prose that names the museum's answers.
 Folded solutions and the teacher's boxes stand inside Markdown cells and are found by their `<details>`.
 """
 
@@ -40,7 +40,7 @@ def without_asserts(source: str) -> str:
     found = 3
     print(found)
     """
-    gone: set[int] = set()  # numbers of lines, from 1
+    gone: set[int] = set()  # line numbers, from 1
 
     def only_asserts(body: list[ast.stmt]) -> bool:
         return all(isinstance(each, ast.Assert) for each in body)
@@ -61,7 +61,7 @@ def without_asserts(source: str) -> str:
 
 
 class WithoutSolutions(Preprocessor):
-    """Folded solutions and the teacher's boxes out of Markdown cells; promoted answers become an import."""
+    """Removes folded solutions and the teacher's boxes from Markdown cells; turns promoted answers into an import."""
 
     def preprocess_cell(self, cell, resources, index):
         found = resources["left_out"]
@@ -78,7 +78,7 @@ class WithoutSolutions(Preprocessor):
 
 
 class WithoutAnswers(Preprocessor):
-    """What settles a prediction: its explanations, claims in code, and the prose about the museum's table."""
+    """Removes what settles a prediction: its explanations, asserts, and the prose about the museum's table."""
 
     def preprocess_cell(self, cell, resources, index):
         found, tags = resources["left_out"], tags_of(cell)
@@ -96,7 +96,7 @@ class WithoutAnswers(Preprocessor):
 
 
 class WithoutTags(Preprocessor):
-    """The tags that say where the answers were: no use to a student."""
+    """Removes the tags that say where the answers were."""
 
     def preprocess_cell(self, cell, resources, index):
         left = [tag for tag in cell.metadata.get("tags", []) if tag not in ("answer", "reveal", "solution")]
@@ -106,7 +106,7 @@ class WithoutTags(Preprocessor):
 
 
 def student_edition(notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, Counter]:
-    """A notebook as a student gets it, and how often something was left out, by kind. The given one is changed."""
+    """A notebook's student edition, and how much was left out, by kind. Changes the given notebook."""
     resources = {"left_out": Counter()}
     resources["left_out"]["teacher's notes"] += sum("teacher-note" in tags_of(cell) for cell in notebook.cells)
     steps = [
@@ -123,19 +123,19 @@ def student_edition(notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
 
 
 def unmarked(notebook: nbformat.NotebookNode) -> str | None:
-    """What a notebook's author has forgotten to tag, in words; None when nothing is missing."""
+    """What a notebook's author forgot to tag, in words; None when nothing is missing."""
     tags = set().union(*map(tags_of, notebook.cells))
     missing = [tag for tag in ("reveal", "answer") if "museum" in tags and tag not in tags]
     return f"its museum has no cell tagged {' or '.join(missing)}: the answers stay in" if missing else None
 
 
 def write_student_edition(out: Path, originals: Path = NOTEBOOKS) -> list[str]:
-    """Write the series for students into `out`, a new or empty folder; returns a line in words for each notebook.
+    """Write the series for students into `out`, a new or empty folder; returns a line of text per notebook.
 
-    Raises ValueError for a folder that holds something already, so that nobody's work is written over.
+    Raises ValueError for a folder that is not empty, so that nobody's work is overwritten.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: there is something in it already; name a new folder, so that no work is written over")
+        raise ValueError(f"{out}: not empty; give a new folder, so that no work is overwritten")
     lines = []
     for name in lesson_files(originals):
         content = (originals / name).read_bytes()

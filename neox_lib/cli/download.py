@@ -36,6 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             folder = hub.download(arguments.model, arguments.revision)
     except KeyboardInterrupt:
-        print("\nneox_lib: stopped; whole files are kept, and the same command continues from there", file=sys.stderr)
+        print("\nneox_lib: stopped; complete files are kept, and the same command continues", file=sys.stderr)
         raise
     print(folder)

@@ -22,6 +22,7 @@ def add(commands) -> None:
     parser = commands.add_parser("generate", help="continue a text", description="Continue a text, token by token.")
     parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
     add_model_arguments(parser)
+    parser.add_argument("--revision", default="main", help="of a name on the Hub, such as step1000 (default: main)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer JSON (default: the one in the model's folder)")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -67,9 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
         text = read() if arguments.prompt == "-" else arguments.prompt or ""
-        tokenizer = create_tokenizer(arguments.tokenizer or arguments.model)
+        source, revision = arguments.model, arguments.revision
+        tokenizer = create_tokenizer(arguments.tokenizer) if arguments.tokenizer else create_tokenizer(source, revision)
         encode_text(tokenizer, text)  # a prompt that can't be read is refused before the model is
-        model = create_model(arguments.model, not arguments.no_cache, arguments.device, arguments.dtype)
+        model = create_model(source, not arguments.no_cache, arguments.device, arguments.dtype, revision)
         if arguments.tokenizer:
             use_tokenizer(model, tokenizer)
         input_ids = prompt_ids(tokenizer, text, model.config)

@@ -1,4 +1,4 @@
-"""Layers for a CPU that write each token at the speed of memory.
+"""CPU layers that decode at the speed of memory.
 
 May import quantization and what stands above it; every room below may import it.
 """

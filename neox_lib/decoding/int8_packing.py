@@ -1,8 +1,8 @@
 """Int8 weights in FBGEMM's layout: products of whole numbers, with activations of two digits.
 
-FBGEMM multiplies 8-bit numbers by 8-bit numbers, 2.5 times as fast as torch turns them into floating point, but an
-activation rounded to 8 bits is off by more than the weight is. So each activation is written with two digits in base
-126, as 437 is 4 and 37 hundredths of 100, and both go through the same product as two rows:
+FBGEMM multiplies 8-bit numbers by 8-bit numbers, 2.5 times as fast as torch converts them to floating point, but
+rounding an activation to 8 bits costs more accuracy than rounding a weight. So each activation is written as two digits
+in base 126, as 437 is 4 and 37 hundredths times 100, and both go through the same product as two rows:
 
     x = step (high + low / 126)    W x = step (W high + W low / 126)
 
@@ -18,13 +18,13 @@ from neox_lib.decoding.linear import Model
 from neox_lib.decoding.packing import PackedWeight, has_fbgemm, pack_half, pack_layers
 from neox_lib.quantization.int8_linear import Int8Linear, multiply_dequantized
 
-# AVX2 adds two products of 8 bits in 16 bits: (63 + ZERO) x 127 x 2 = 32258 still fits, one digit more would not
+# AVX2 adds two products of 8 bits in 16 bits: (63 + ZERO) x 127 x 2 = 32258 still fits, 64 would not
 LARGEST_DIGIT = 63
 BASE = 2 * LARGEST_DIGIT
 ZERO = 64  # FBGEMM's activations have no sign: it stores digit + ZERO
-SMALLEST = 1e-30  # a row's largest value counts as at least this: a row of zeros has a step too
-LARGE_WEIGHT = 2**22  # numbers; below it writing the digits takes longer than a faster product saves
-BLOCK_ROWS = 64  # that go through at a time: their digits and sums stay in the cache
+SMALLEST = 1e-30  # lower bound on a row's largest value, so that a row of zeros has a step too
+LARGE_WEIGHT = 2**22  # numbers; below it, computing the digits costs more than the faster product saves
+BLOCK_ROWS = 64  # multiplied at a time: their digits and sums stay in the cache
 
 
 def to_digits(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,8 @@ def to_digits(rows: Tensor) -> tuple[Tensor, Tensor]:
 class PackedInt8Linear(PackedWeight):
     """An Int8Linear whose numbers live only in FBGEMM's layout: `[..., in]` -> `[..., out]`, for inference.
 
-    `weight` unpacks them anew each time it is read, for saving and for the plain formula. Not Int8Linear's result to
-    the last bit: its few rows are rounded to bfloat16, this one's to 14 bits.
+    `weight` unpacks them each time it is read, for saving and for the plain formula. The last bits differ from
+    Int8Linear's, which rounds few rows to bfloat16; here rows are rounded to 14 bits.
     """
 
     itemsize = 1
@@ -62,7 +62,7 @@ class PackedInt8Linear(PackedWeight):
 
     @property
     def weight(self) -> Tensor:
-        """The numbers `[out, in]` as they were, int8: a new tensor."""
+        """The original int8 numbers `[out, in]`: a new tensor."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ class PackedInt8Linear(PackedWeight):
 
 
 def pack_int8(model: Model) -> Model:
-    """Replace every large Int8Linear inside `model` by a PackedInt8Linear, in place, and return the model.
+    """Replace every large Int8Linear inside `model` with a PackedInt8Linear, in place, and return the model.
 
-    For long sessions on a CPU with FBGEMM; elsewhere nothing changes. A model from an int8 file has its weights in
-    memory of its own afterwards and shares them with no other process. Packed weights can't be replaced.
+    For long sessions on a CPU with FBGEMM; elsewhere nothing changes. A model from an int8 file then has its weights
+    in its own memory and no longer shares them with other processes. Packed weights can't be replaced.
     """
     if not has_fbgemm():
         return model
-    with warnings.catch_warnings():  # torch means to remove quantized tensors one day
+    with warnings.catch_warnings():  # torch plans to remove quantized tensors
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
         pack_layers(
             model,

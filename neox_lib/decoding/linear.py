@@ -1,15 +1,15 @@
-"""Linear layers for a CPU: the same product, each time on the path that is fastest for its number of rows.
+"""Linear layers for a CPU: the same product, by the path that is fastest for its number of rows.
 
-The pieces use plain `nn.Linear`; `use_fast_linear` swaps these layers into a loaded model. One decode step reads every
-weight once, so its floor is the memory's speed; a prefill does arithmetic, and half precision is slow at that on a CPU:
+The pieces use plain `nn.Linear`; `use_fast_linear` swaps these layers into a loaded model. A decode step reads every
+weight once, so memory limits its speed; a prefill is limited by arithmetic, slow in half precision on a CPU:
 
 - fp32 weights, few rows: oneDNN, up to 1.7 times as fast as torch's own choice, MKL, at streaming a large matrix.
-- fp16 weights, up to HALF_ROWS rows: torch's fp16 matrix-vector product, half the bytes of fp32; what it can't hold is
-  computed again as below.
+- fp16 weights, up to HALF_ROWS rows: torch's fp16 matrix-vector product, half the bytes of fp32; a result out of its
+  range is computed again as below.
 - 16-bit weights otherwise: the weight is cast to fp32 a block at a time, and the block multiplied while it is in cache.
 - fp16 weights after `pack_half` (packing.py): FBGEMM, which reads fp16 and computes in fp32, the fastest of all.
 
-Activations are fp32 in all of these. For inference: where a gradient is asked for, the plain formula is used.
+Activations are fp32 in all of these. For inference: where a gradient is needed, the plain formula is used.
 """
 
 import math
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HALF_ROWS = 3  # from 4 rows on, casting an fp16 weight once beats reading it once a row
+HALF_ROWS = 3  # from 4 rows on, casting an fp16 weight once beats reading it once per row
 FEW_ROWS = 128  # up to about here oneDNN beats MKL (hidden size 768: 100 rows, 1024: 400), above it MKL wins
 LARGE_WEIGHT = 2**19  # numbers; below it the 25 us that a call of oneDNN costs outweigh what it saves
-BLOCK_BYTES = 16 * 2**20  # of fp32 weight: within a desktop CPU's last cache, and large enough for an efficient product
+BLOCK_BYTES = 16 * 2**20  # of fp32 weight: within a desktop CPU's last-level cache, and large enough to be efficient
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +51,7 @@ def multiply_half(input: Tensor, weight: Tensor) -> Tensor:
     """input `[..., in]` fp32 times weight `[out, in]` fp16 -> `[..., out]` fp32, for a few rows.
 
     The rows and the result are rounded to fp16, a relative error of up to 2^-11 each; sums are kept in fp32. A number
-    past 65504, of a row or of the result, makes the result infinite or NaN: then the product is formed anew in fp32.
+    past 65504 in a row or the result makes the result infinite or NaN: then the product is computed again in fp32.
     """
     product = F.linear(input.half(), weight).float()
     return product if math.isfinite(product.sum().item()) else multiply_blocks(input, weight)
@@ -61,11 +61,11 @@ class FastLinear(nn.Linear):
     """`nn.Linear` for inference on a CPU: `[..., in]` -> `[..., out]`, sharing the weight and bias of `linear`.
 
     Takes fp32 activations with fp32, fp16 or bfloat16 weights. Anything else (another device, half-precision
-    activations, a gradient asked for) goes through the plain formula, with the weight in the activations' dtype.
+    activations, a gradient needed) goes through the plain formula, with the weight in the activations' dtype.
     """
 
     def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight of the same size first
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight of the same size
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
@@ -85,7 +85,7 @@ class FastLinear(nn.Linear):
 
 
 def use_fast_linear(model: Model) -> Model:
-    """Replace every `nn.Linear` inside `model` by a FastLinear, in place, and return the model.
+    """Replace every `nn.Linear` inside `model` with a FastLinear, in place, and return the model.
 
     Names, parameters and memory stay as they are: each new layer holds the very tensors of the old one, a tied output
     matrix included.

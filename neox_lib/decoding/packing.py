@@ -1,6 +1,6 @@
 """Weights in FBGEMM's own layout, the fastest on a CPU: fp16 as it is, for long sessions.
 
-Packing takes time once and the plain weight is freed, so a caller asks for it: `pack_half`, and `pack_int8` in
+Packing takes time and frees the plain weight, so it is up to the caller: `pack_half`, and `pack_int8` in
 int8_packing.py.
 """
 
@@ -23,7 +23,7 @@ def has_fbgemm() -> bool:
 
 
 class PackedWeight(nn.Module):
-    """A linear layer whose weight lives only in FBGEMM's layout: no parameter, but saved under its name as it was."""
+    """A linear layer whose weight lives only in FBGEMM's layout: not a parameter, but saved unpacked under its name."""
 
     in_features: int
     out_features: int
@@ -41,8 +41,8 @@ class PackedWeight(nn.Module):
 class PackedLinear(PackedWeight):
     """A FastLinear whose fp16 weight lives only in FBGEMM's layout: `[..., in]` -> `[..., out]`.
 
-    Exact to fp32: neither activations nor results are rounded to fp16. `weight` is unpacked anew each time it is read,
-    for saving and for the plain formula, and is no parameter any more. Raises TypeError for a weight not in fp16.
+    Exact to fp32: neither activations nor results are rounded to fp16. `weight` is unpacked each time it is read, for
+    saving and for the plain formula, and is no longer a parameter. Raises TypeError for a weight not in fp16.
     """
 
     itemsize = 2
@@ -61,7 +61,7 @@ class PackedLinear(PackedWeight):
 
     @property
     def weight(self) -> Tensor:
-        """The weight `[out, in]` as it was, fp16: a new tensor."""
+        """The original fp16 weight `[out, in]`: a new tensor."""
         return torch.cat([torch.ops.quantized.linear_unpack_fp16(block)[0].half() for block in self.packed])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ class PackedLinear(PackedWeight):
 
 
 def pack_layers(model: nn.Module, wanted: Callable[[nn.Module], bool], pack: Callable[[Any], nn.Module]) -> None:
-    """Replace every `wanted` layer on the CPU by `pack` of it, in place, all threads at work.
+    """Replace every `wanted` layer on the CPU with its `pack`, in place, using all threads.
 
-    Each weight is freed once packed, so that no second copy of the model stays. A tied output matrix is left alone: the
+    Each weight is freed once packed, so no second copy of the model remains. A tied output matrix is left alone: the
     embedding reads the same memory.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -98,11 +98,11 @@ def pack_layers(model: nn.Module, wanted: Callable[[nn.Module], bool], pack: Cal
 
 
 def pack_half(model: Model) -> Model:
-    """Replace every fp16 FastLinear inside `model` by a PackedLinear, in place, and return the model.
+    """Replace every fp16 FastLinear inside `model` with a PackedLinear, in place, and return the model.
 
-    For long sessions on a CPU with FBGEMM; elsewhere, and for other dtypes, nothing changes. Packing takes about 5 ns a
-    weight on two cores, all threads at work, and pays after some 250 tokens. The allocator may return a part of the
-    freed memory late. Packed weights can't be replaced: load others first, then pack.
+    For long sessions on a CPU with FBGEMM; elsewhere, and for other dtypes, nothing changes. Packing takes about 5 ns
+    per weight on two cores, using all threads, and pays off after about 250 tokens. The allocator may return some of
+    the freed memory late. Packed weights can't be replaced: load others first, then pack.
     """
     if has_fbgemm():
         pack_layers(

@@ -68,6 +68,7 @@ def create_rank_model(
     use_cache: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    revision: str = "main",
 ) -> NeoXModel:
     """`create_model` for the ranks of a process group: every rank calls it, and gets its own part of the model.
 
@@ -75,10 +76,10 @@ def create_rank_model(
     what `create_model` raises, and CheckpointError for int8, which runs in one process.
     """
     if path is not None and os.environ["LOCAL_RANK"] == "0":
-        local_path(path)
+        local_path(path, revision)
     dist.barrier()
     rank, ranks, chosen_device = dist.get_rank(), dist.get_world_size(), rank_device(device)
-    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path))
+    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path, revision))
     precision = choose_precision(checkpoint, chosen_device, dtype)
     if precision.matrices == torch.int8:
         raise CheckpointError(f"{checkpoint}: int8 weights run in one process; give weights in another dtype")

@@ -16,7 +16,7 @@ def token_log_probabilities(model: NeoXModel, input_ids: Tensor) -> Tensor:
     """Log-probability of each token given those before it: ids `[B, T]` -> `[B, T - 1]`, fp32, in nats.
 
     Padded vocabulary rows stand for no token, so they get no probability. The last token is only predicted, never read,
-    so T may be one more than the context. Raises ValueError as the model does, and for scores that are no numbers.
+    so T may be one more than the context. Raises ValueError as the model does, and for NaN or infinite scores.
     """
     logits = model(input_ids[:, :-1])[..., : model.config.tokenizer_vocab_size].float()
     found = logits.log_softmax(dim=-1).gather(-1, input_ids[:, 1:, None].long()).squeeze(-1)

@@ -65,7 +65,7 @@ class Recall:
     ) -> torch.Tensor:
         """Scores for the token after `ids`: `[1, V]`, fp32. Costs a one-token pass if the text is cached.
 
-        Raises Stopped when `on_progress` returns False, and ValueError for scores that are no numbers.
+        Raises Stopped when `on_progress` returns False, and ValueError for NaN or infinite scores.
         """
         known = self.ids if shared_beginning(self.ids, ids) == len(ids) else None
         cache = self.cache if known and self.cache is not None else self.room_for(ids, len(ids))

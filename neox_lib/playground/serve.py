@@ -6,12 +6,12 @@ from pathlib import Path
 FILES = Path(__file__).parents[1] / "assets" / "playground"
 
 
-def only_from_here(handler) -> None:
+def only_from_here(self) -> None:
     """Let a closed page end its kernel, as Voila means it to: its referrer shows that it is a page of this server.
 
     It asks by a beacon, which can't carry the token that Voila 0.5 wants, and the kernel would be left running.
     """
-    if not handler.check_referer():
+    if not self.check_referer():
         from tornado.web import HTTPError
 
         raise HTTPError(403)

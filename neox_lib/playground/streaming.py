@@ -1,4 +1,4 @@
-"""The loop in a thread: the page stays free while text is written, hears of it at its own pace, and can stop it.
+"""The loop in a thread: the page stays responsive while text is written, is updated at its own pace, and can stop it.
 
 Built in notebook 07.
 """
@@ -11,14 +11,14 @@ from neox_lib.generation import Step
 
 
 class Throttle:
-    """Says when it is time to show something again: at most `per_second` times a second."""
+    """Says when it is time to show something again: at most `per_second` times per second."""
 
     def __init__(self, per_second: float = 20):
         self.pause = 1 / per_second  # seconds
         self.last = float("-inf")
 
     def ready(self) -> bool:
-        """True for the first call, and then when the pause since the last True is over."""
+        """True for the first call, and then once the pause since the last True is over."""
         now = time.monotonic()
         if now - self.last < self.pause:
             return False
@@ -29,10 +29,10 @@ class Throttle:
 def follow(
     steps: Iterator[Step], stopping: threading.Event, take: Callable[[Step], None], show: Callable[[], None]
 ) -> None:
-    """Hand every step to `take`, and call `show` now and then and once at the end, whatever ends it.
+    """Pass every step to `take`, and call `show` now and then and once at the end, whatever ends it.
 
-    Returns after the step during which `stopping` was set: no further token is computed. Drawing costs more than a
-    token of a small model, so `show` comes at most 20 times a second, while no step is lost.
+    Returns after the step during which `stopping` was set: no further token is computed. Drawing takes longer than a
+    token of a small model, so `show` is called at most 20 times per second, while no step is lost.
     """
     throttle = Throttle()
     try:
@@ -47,10 +47,10 @@ def follow(
 
 
 class Worker:
-    """Runs one job at a time in a thread of its own, so that whoever asks is free at once.
+    """Runs one job at a time in its own thread, so that the caller is free at once.
 
-    A job gets the Event that asks it to stop. What a job raises goes to `on_error`, since nobody else would hear of
-    it; `on_end` is called when the worker is free for the next job.
+    A job gets the Event that asks it to stop. What it raises goes to `on_error`, since nobody else would see it;
+    `on_end` is called when the worker is free for the next job.
     """
 
     def __init__(self, on_error: Callable[[Exception], None], on_end: Callable[[], None] = lambda: None):
@@ -74,7 +74,7 @@ class Worker:
     def _run(self, job: Callable[[threading.Event], None], stopping: threading.Event) -> None:
         try:
             job(stopping)
-        except Exception as error:  # in a thread it would be printed where no page shows it
+        except Exception as error:  # a thread would print it where no page shows it
             self.on_error(error)
         finally:
             self.busy = False
@@ -85,7 +85,7 @@ class Worker:
         self.stopping.set()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait until no job runs, those too that `on_end` starts; False when `seconds` were not enough."""
+        """Wait until no job runs, not even one that `on_end` starts; False when `seconds` were not enough."""
         end = None if seconds is None else time.monotonic() + seconds
         while (thread := self.thread) is not None and thread.is_alive():
             thread.join(None if end is None else max(0.0, end - time.monotonic()))

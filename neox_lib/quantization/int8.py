@@ -34,7 +34,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         number.copy_((block / scale[:, None]).round_())
     if not scales.isfinite().all():
         row = int(scales.isfinite().logical_not().nonzero()[0])
-        raise ValueError(f"row {row} holds NaN or infinity, which cannot be quantized; the weights are damaged")
+        raise ValueError(f"row {row} holds NaN or infinity; the weights are damaged, fetch them again")
     return numbers, scales
 
 

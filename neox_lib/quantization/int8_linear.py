@@ -1,10 +1,10 @@
-"""A linear layer with int8 weights: how the product is formed depends on how many rows there are, and where.
+"""A linear layer with int8 weights: how the product is computed depends on the number of rows and the device.
 
-- CPU, up to PACKED_ROWS rows (decode, short prompts): torch's own int8 product. It reads the int8 numbers as they lie,
-  a memory-mapped file's too, and takes bfloat16 rows: for fp32 rows it has no fast form on x86.
-- CPU, more rows (prefill): a block of int8 numbers becomes fp32 and is multiplied while it is in the cache, since fp32
-  products are the fast ones on a CPU.
-- Elsewhere, for half-precision activations and where a gradient is asked for: dequantize a block and multiply.
+- CPU, up to PACKED_ROWS rows (decode, short prompts): torch's own int8 product. It reads the int8 numbers in place,
+  memory-mapped ones too, and takes bfloat16 rows: for fp32 rows it has no fast version on x86.
+- CPU, more rows (prefill): a block of int8 numbers is cast to fp32 and multiplied while it is in the cache, since
+  a CPU is fastest at fp32 products.
+- Elsewhere, for half-precision activations and where a gradient is needed: dequantize a block and multiply.
 
 The scales belong to the output's columns, so on a CPU they are applied to the product, in fp32.
 """
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
 
 PACKED_ROWS = 16  # up to here torch's int8 product is faster; it reads the weights once for every 4 rows
-PACKED_COLUMNS = 64  # it takes 32 or 64 numbers of a row at once and, asked for a part of them, reads past the row
-BLOCK_BYTES = 8 * 2**20  # of fp32 weight at a time: it must be in the cache still when it is multiplied
+PACKED_COLUMNS = 64  # it reads 32 or 64 numbers of a row at once, past the row's end if fewer are left
+BLOCK_BYTES = 8 * 2**20  # of fp32 weight at a time: it must still be in the cache when it is multiplied
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def multiply_packed(input: Tensor, numbers: Tensor) -> Tensor:
-    """input `[..., in]` fp32 times int8 `numbers` `[out, in]`, as if these were plain numbers -> `[..., out]` fp32.
+    """input `[..., in]` fp32 times int8 `numbers` `[out, in]`, without their scales -> `[..., out]` fp32.
 
     Rows and results are rounded to bfloat16, a relative error of up to 2^-9 each; sums are kept in fp32. `in` must be a
     multiple of PACKED_COLUMNS.
@@ -38,7 +38,7 @@ def multiply_packed(input: Tensor, numbers: Tensor) -> Tensor:
 def multiply_cast(input: Tensor, numbers: Tensor) -> Tensor:
     """The same in fp32 arithmetic throughout, for many rows.
 
-    All blocks become fp32 in one buffer: memory that is new for each costs more to get than the cast itself.
+    All blocks are cast into one buffer: allocating memory for each would take longer than the cast itself.
     """
     block_rows = max(1, BLOCK_BYTES // (4 * numbers.shape[1]))
     buffer = torch.empty(min(block_rows, len(numbers)), numbers.shape[1])
@@ -49,7 +49,7 @@ def multiply_cast(input: Tensor, numbers: Tensor) -> Tensor:
 def multiply_dequantized(input: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     """input `[..., in]` times the weights that `numbers` and `scales` stand for -> `[..., out]`, any device and dtype.
 
-    Needs no special operator. fp16 stays in range, since the weights have their true size before they are multiplied.
+    Needs no special operator. fp16 stays in range, since the weights are scaled before they are multiplied.
     """
     block_rows = max(1, 8 * BLOCK_BYTES // (4 * numbers.shape[1]))
     blocks = zip(numbers.split(block_rows), scales.split(block_rows), strict=True)
@@ -58,17 +58,17 @@ def multiply_dequantized(input: Tensor, numbers: Tensor, scales: Tensor) -> Tens
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` from int8 numbers `[out, in]`, fp32 scales `[out]` and perhaps a bias: `[..., in]` -> `[..., out]`.
+    """`nn.Linear` from int8 numbers `[out, in]`, fp32 scales `[out]` and an optional bias: `[..., in]` -> `[..., out]`.
 
-    For inference. Holds the tensors that it is given, without a copy: they may lie in a mapped file. Raises ValueError
-    for numbers and scales that don't belong together.
+    For inference. Holds the given tensors without a copy: they may be memory-mapped. Raises ValueError for numbers and
+    scales that don't match.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
         if weight.dtype != torch.int8 or weight.dim() != 2 or scale.shape != weight.shape[:1]:
             raise ValueError(
-                f"expected int8 [out, in] and a scale for each of the out rows, got {weight.dtype} "
+                f"expected int8 [out, in] and one scale per row, got {weight.dtype} "
                 f"{list(weight.shape)} and scales {list(scale.shape)}"
             )
         self.out_features, self.in_features = weight.shape

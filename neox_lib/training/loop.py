@@ -121,7 +121,7 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
 def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
     """One update on windows `[B, length + 1]`, in parts of about 2,048 tokens, which fit the processor's caches better.
 
-    Returns the loss before the update, in nats per token. Raises ValueError, before it, when gradients are no numbers.
+    Returns the loss before the update, in nats per token. Raises ValueError, before it, for NaN or infinite gradients.
     """
     rows = max(1, 2048 // batch.shape[1])
     total = 0.0

@@ -236,7 +236,7 @@ function textPart(model, id, post, ask) {
     return `${control ? text : text === "" ? "part of a character" : visible(text)}, ${share}, id ${token}, position ${index}`;
   };
   let follow = ""; // what the next run brings into view: "page" for Generate, "list" for a token taken beside it
-  const atEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+  const atEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < 8;
   const mark = () => {
     cursor = Math.max(0, Math.min(cursor, rows.length));
     for (const node of list.querySelectorAll('[aria-selected="true"]')) node.setAttribute("aria-selected", "false");

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json`, read and written: the same model under the names of `transformers`, old and new."""
+"""Reads and writes Hugging Face's `config.json`: the same model under the names of `transformers`, old and new."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ from neox_lib.rope_scaling import ROPE_TYPES, RopeScaling, yarn_attention_factor
 logger = logging.getLogger(__name__)
 
 # What `transformers` fills in for a key that is not there (its GPTNeoXConfig), and the name of each activation here:
-# gelu_new, gelu_pytorch_tanh and the rest of them are the same tanh formula as gelu_fast, written down differently.
+# gelu_new, gelu_pytorch_tanh and the others are the same tanh formula as gelu_fast, written differently.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 50432,
     "hidden_size": 6144,
@@ -34,7 +34,7 @@ ACTIVATION_OF = dict.fromkeys(("gelu", "gelu_python"), "gelu") | dict.fromkeys(
     ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_fast"
 )
 
-# What `transformers` hands to the attention of any model, and when it changes nothing in a context of that many tokens.
+# Settings that `transformers` passes to any model's attention, and when they change nothing in a context so long.
 WINDOWS: dict[str, Callable[[Any, int], bool]] = {
     "sliding_window": lambda value, context: value == 0 or value >= context,
     "attention_chunk_size": lambda value, context: value == 0 or value >= context,
@@ -66,13 +66,13 @@ def read_huggingface_config(folder: Path) -> NeoXConfig:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the weights as `config.json` says it, in either dialect; fp16 where it says nothing."""
+    """The dtype of the weights in `config.json`, in either dialect; fp16 where it is missing."""
     fields = read_object(folder / "config.json")
     return WEIGHT_DTYPES.get(str(fields.get("torch_dtype") or fields.get("dtype")), torch.float16)
 
 
 def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the key, for what this library would compute differently or not at all."""
+    """Raise CheckpointError, naming the key, for what this library computes differently or not at all."""
     found = fields.get("model_type")
     if found != "gpt_neox":
         raise CheckpointError(f'{path}: model_type is {found!r}; only models of type "gpt_neox" can be run here')
@@ -91,10 +91,10 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
         if (value := fields.get(key)) is not None and not harmless(value, context):
             raise CheckpointError(f"{path}: {key} is {value!r}; only attention to all earlier tokens can be run")
     if fields.get("quantization_config"):
-        logger.info("%s: quantization_config is passed over; weights are read as they lie in the files", path)
+        logger.info("%s: quantization_config is ignored; weights are read as stored", path)
     for name, value in unusual_settings(fields):
         if name in (*COMPUTED, *HARMLESS_WHEN):
-            logger.warning("%s: %s is %r, which transformers passes over, and so do we", path, name, value)
+            logger.warning("%s: %s is %r, which transformers ignores, and so do we", path, name, value)
 
 
 def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, default: float) -> float:
@@ -112,8 +112,8 @@ def rotary_setting(path: Path, fields: Mapping[str, Any], old: str, new: str, de
 def read_rope_scaling(path: Path, fields: Mapping[str, Any]) -> RopeScaling | None:
     """How rotary frequencies are scaled, as `rope_scaling` or `rope_parameters` says; None where they are plain.
 
-    Raises CheckpointError, naming the key, for a kind that can't be run, for a setting of each layer's own, and when
-    the two contradict each other.
+    Raises CheckpointError, naming the key, for a kind that can't be run, for settings per layer, and when the two
+    contradict each other.
     """
     said: dict[str, RopeScaling | None] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -142,7 +142,7 @@ def rope_scaling_of(kind: str, rope: Mapping[str, Any], fields: Mapping[str, Any
     if kind != "yarn":
         return RopeScaling(kind, factor)
     context = fields.get("max_position_embeddings", DEFAULTS["max_position_embeddings"])
-    # transformers lets the one outside of the dictionary count first
+    # transformers prefers the one outside the dictionary
     original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
     if factor is None:
         factor = context / original
@@ -156,8 +156,8 @@ def rope_scaling_of(kind: str, rope: Mapping[str, Any], fields: Mapping[str, Any
 def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of a `config.json` that `transformers` 4 and 5 and converters built on them read alike.
 
-    Both dialects' keys are there. `eos_token_id` is always said: where it is not, `transformers` takes 2. Which rows
-    stand for tokens, the tokenizer beside tells.
+    Both dialects' keys are there. `eos_token_id` is always given: without it `transformers` takes 2. Which rows stand
+    for tokens is up to the tokenizer beside it.
     """
     names = [*DEFAULTS, "hidden_act", "rotary_pct", "rotary_emb_base"]
     return {
@@ -174,7 +174,7 @@ def huggingface_fields(config: NeoXConfig, dtype: torch.dtype) -> dict[str, Any]
 
 
 def rope_fields(config: NeoXConfig) -> dict[str, Any]:
-    """The rotary settings in both dialects; the older one says the kind of a scaling under `type`."""
+    """The rotary settings in both dialects; the older one has the kind of scaling under `type`."""
     plain = {"rope_theta": float(config.rotary_emb_base), "partial_rotary_factor": config.rotary_pct}
     if config.rope_scaling is None:
         return {"rope_parameters": {"rope_type": "default", **plain}}

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: which files a folder has, under which names they hold our parameters."""
+"""Hugging Face's layout: which files a folder has, and under which names they hold our parameters."""
 
 import logging
 import re
@@ -51,8 +51,8 @@ def names_by_key(config: NeoXConfig) -> dict[str, str]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which file beside it holds which key, as an index of shards says. Raises CheckpointError for one that can't be
-    read or that names anything but a file of weights beside it.
+    """Which file beside it holds which key, according to an index of shards. Raises CheckpointError for one that can't
+    be read or that names anything but weight files beside it.
     """
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -67,7 +67,7 @@ def read_index(path: Path) -> dict[str, str]:
 def find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a folder's weights, and for a sharded checkpoint which of them holds which key.
 
-    Raises CheckpointError, naming the file, for a shard that is not there, and as `read_index` does.
+    Raises CheckpointError, naming the file, for a missing shard, and as `read_index` does.
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -91,9 +91,8 @@ def is_value_head(where: str, key: str) -> bool:
 
 
 def find_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's weights by its key, `unwrapped`; buffers and a value head are left out. Raises
-    CheckpointError as `find_files` and
-    `describe_file` do, and when a shard lacks a key that the index promises or has one that it says elsewhere.
+    """Every tensor of a folder's weights by its `unwrapped` key; buffers and a value head are left out. Raises
+    CheckpointError as `find_files` and `describe_file` do, and when a shard lacks a key that the index promises.
     """
     files, places = find_files(folder)
     found: dict[str, Stored] = {}

@@ -1,4 +1,4 @@
-"""Hugging Face's layout, read: a folder as `transformers` or the Hub writes it, without `transformers`."""
+"""Reads Hugging Face's layout, a folder as `transformers` or the Hub writes it, without `transformers`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from neox_lib.config import NeoXConfig
 class HuggingFaceCheckpoint:
     """A Hugging Face folder, opened: see `Checkpoint`.
 
-    Files may mix precisions. A matrix comes in the widest that any matrix has, so that `dtype` holds for them all and
-    nothing is rounded; biases and norms come as they are.
+    Files may mix precisions. All matrices come in the widest dtype of any, so `dtype` holds for all of them and nothing
+    is rounded; biases and norms come as stored.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""Hugging Face's layout, written: any of our models as a folder that `transformers` and what builds on it load."""
+"""Writes Hugging Face's layout: any of our models as a folder that `transformers` and programs built on it load."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 from neox_lib.tokenizer import ENDOFTEXT, PADDING
 
-SHARD_BYTES = 5_000_000_000  # what `transformers` cut at for years; it reads shards of any size
+SHARD_BYTES = 5_000_000_000  # the limit of `transformers` for years; it reads shards of any size
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut where a shard would pass `limit` bytes; a tensor past it gets a shard of its own.
+    """Names in order, cut where a shard would exceed `limit` bytes; a larger tensor gets its own shard.
 
     >>> plan_shards({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
     [['a', 'b'], ['c'], ['d']]
@@ -58,7 +58,7 @@ def write_weights(folder: Path, checkpoint: Checkpoint, dtypes: Mapping[str, tor
 
 
 def write_roles(folder: Path, tokenizer: Path, config: NeoXConfig, fields: Mapping[str, Any]) -> None:
-    """A `tokenizer_config.json` by which `AutoTokenizer` loads exactly the tokenizer of that file."""
+    """Write a `tokenizer_config.json` by which `AutoTokenizer` loads exactly the tokenizer of that file."""
     known = open_tokenizer(tokenizer)
     ids = {"unk_token": known.token_to_id(ENDOFTEXT), "pad_token": known.token_to_id(PADDING)}
     ids |= {role.removesuffix("_id"): fields[role] for role in ROLES if type(fields.get(role)) is int}
@@ -81,10 +81,10 @@ def write_huggingface(
     """Export a model, or an opened checkpoint, with the tokenizer JSON at `tokenizer` if one is given, and with what
     lies beside that file: the roles of its tokens, a chat template.
 
-    Numbers and precision stay as they are. `AutoModelForCausalLM` and `AutoTokenizer` load the folder, and so do the
-    programs that read what they read. Holds one tensor at a time beside the source. Raises CheckpointError when the
+    Numbers and precision stay as they are. `AutoModelForCausalLM` and `AutoTokenizer` load the folder, and so do
+    other programs that read such folders. Holds one tensor at a time beside the source. Raises CheckpointError when the
     folder already holds a model, when the disk has no room, and for weights that can't be used; whatever interrupts
-    it, the folder is afterwards as it was.
+    it, the folder is left as it was.
     """
     checkpoint, folder = ModelCheckpoint(source) if isinstance(source, NeoXModel) else source, Path(folder)
     check_convertible(checkpoint)

@@ -1,4 +1,4 @@
-"""The config of a checkpoint: our own `config.json`, gpt-neox's `.yml`, or what the shards themselves tell."""
+"""The config of a checkpoint: our own `config.json`, gpt-neox's `.yml`, or what the shards themselves show."""
 
 import logging
 import re
@@ -26,17 +26,17 @@ class PlainLoader(yaml.SafeLoader):
 
 
 def read_config(shards: Shards) -> NeoXConfig:
-    """The config of a slim checkpoint: `config.json` beside the shards, else gpt-neox's `.yml`, else `inv_freq`; which
-    rows stand for tokens and which of them end a text, the tokenizer beside says (`with_vocabulary`).
+    """The config of a slim checkpoint: `config.json` beside the shards, else gpt-neox's `.yml`, else `inv_freq`;
+    `with_vocabulary` adds which rows stand for tokens and which of them end a text.
 
-    Raises CheckpointError when none of them tells the number of heads, or when the files are not those of the config.
+    Raises CheckpointError when none of them gives the number of heads, or when the files don't match the config.
     """
     folder, fields = shards.folder, {}
     try:
         if (folder / "config.json").is_file():
             check_no_pointer(folder / "config.json")
             config = NeoXConfig.from_json(folder / "config.json")
-            if b"eos_token_ids" in (folder / "config.json").read_bytes():  # an older one says nothing
+            if b"eos_token_ids" in (folder / "config.json").read_bytes():  # an older one lacks it
                 fields = {"eos_token_ids": config.eos_token_ids}
         elif yml := find_yml(folder):
             config = config_from_yml(yml, shards)
@@ -64,7 +64,7 @@ def find_yml(folder: Path) -> Path | None:
 
 
 def sizes_in(shards: Shards) -> dict[str, Any]:
-    """The sizes that the shards themselves tell: hidden size, and vocabulary and MLP width summed over the ranks."""
+    """The sizes found in the shards themselves: hidden size, and vocabulary and MLP width summed over the ranks."""
     try:
         embeddings = [shards.look(path)["word_embeddings.weight"] for path in shards.paths[0]]
         inner = [shards.look(path)["mlp.dense_h_to_4h.bias"] for path in shards.paths[2]]
@@ -80,7 +80,7 @@ def sizes_in(shards: Shards) -> dict[str, Any]:
 
 
 def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
-    """Read gpt-neox's dialect, where a dash and an underscore are the same and what is absent has gpt-neox's default.
+    """Read gpt-neox's dialect, where dashes equal underscores and a missing key has gpt-neox's default.
 
     The vocabulary with its padding comes from the shards. Raises CheckpointError for what NeoXModel does not compute.
     """
@@ -113,13 +113,11 @@ def config_from_yml(path: Path, shards: Shards) -> NeoXConfig:
         raise
     except Exception as error:  # yaml raises whatever the text leads it to
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path}: not a gpt-neox config that can be read ({type(error).__name__}: {reason})"
-        ) from error
+        raise CheckpointError(f"{path}: not a readable gpt-neox config ({type(error).__name__}: {reason})") from error
 
 
 def config_from_inv_freq(shards: Shards) -> NeoXConfig:
-    """Guess from the rotary frequencies in the first block, as 20B has them; warns, since the head size is assumed.
+    """Guess from the rotary frequencies in the first block, as 20B has them; warns that the head size is assumed.
 
     There are half as many frequencies as rotary dimensions, and 20B turns a quarter of each head.
     """

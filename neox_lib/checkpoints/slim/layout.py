@@ -23,7 +23,7 @@ FIRST_WORDS = (
     "norm",
     "final_linear",
 )
-UNFINISHED = "unfinished_save.txt"  # stands in a folder from a save's first byte to its last
+UNFINISHED = "unfinished_save.txt"  # in a folder while a save into it is incomplete
 
 
 def layer_file_name(index: int, rank: int) -> str:
@@ -63,10 +63,10 @@ def is_slim(folder: str | Path) -> bool:
 
 
 def find_shards(folder: str | Path) -> dict[int, list[Path]]:
-    """The layer files by index, each a list by rank. Other files (mp_rank_*, configs, tokenizers) don't matter.
+    """The layer files by index, each a list by rank. Other files (mp_rank_*, configs, tokenizers) are ignored.
 
-    Raises CheckpointError, naming the file, when a layer lacks a rank or has one more than the others, and for the
-    leavings of an interrupted save.
+    Raises CheckpointError, naming the file, when a layer lacks a rank or has one more than the others, and after an
+    interrupted save.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,7 +97,7 @@ def is_whole(folder: str | Path) -> bool:
 
 
 def open_sections(folder: Path) -> dict[Path, dict[str, Tensor]]:
-    """What would be layer files, had there been a pipeline: the tensors of each, by a path that says where they lie.
+    """The tensors of what a pipeline's layer files would hold, by a path that says where they are.
 
     Raises CheckpointError as `open_tensors` does, for a rank that is missing, and for keys that are not gpt-neox's.
     """
@@ -105,13 +105,13 @@ def open_sections(folder: Path) -> dict[Path, dict[str, Tensor]]:
     sections: dict[Path, dict[str, Tensor]] = {}
     for rank in range(max(ranks) + 1):
         if rank not in ranks:
-            raise CheckpointError(f"{folder}: ranks 0 to {max(ranks)} are needed, and mp_rank_{rank:02d} is missing")
+            raise CheckpointError(f"{folder}: mp_rank_{rank:02d} is missing (of {max(ranks) + 1} ranks); fetch it")
         for key, tensor in open_tensors(ranks[rank]).items():
             match = SECTION.fullmatch(key)
             if match is None:
                 raise CheckpointError(
                     f"{ranks[rank]}: {key} is not a key of gpt-neox, expected names like "
-                    "sequential.0.word_embeddings.weight; of a run of Hugging Face's trainer, give the folder above"
+                    "sequential.0.word_embeddings.weight; for a run of Hugging Face's trainer, give the parent folder"
                 )
             path = ranks[rank].with_name(f"{ranks[rank].name}:sequential.{int(match[1])}")
             sections.setdefault(path, {})[match[2]] = tensor
@@ -119,11 +119,11 @@ def open_sections(folder: Path) -> dict[Path, dict[str, Tensor]]:
 
 
 class Shards:
-    """The layer files of a folder, or the files with all layers of a rank, as if they were layer files: their paths by
+    """The layer files of a folder, or the files with all layers of a rank as if they were layer files: their paths by
     index and rank, and each file opened once.
 
-    A file that was looked into stays open, mapped into memory, until its tensors are taken; files with all layers stay
-    so. Raises CheckpointError as `find_shards`, `open_sections` and `open_tensors` do.
+    After `look` a file stays open, memory-mapped, until `take`; files with all layers stay open. Raises CheckpointError
+    as `find_shards`, `open_sections` and `open_tensors` do.
     """
 
     def __init__(self, folder: str | Path):
@@ -138,7 +138,7 @@ class Shards:
             self.paths.setdefault(int(path.name.rpartition(".")[2]), []).append(path)
 
     def path_of(self, index: int) -> Path:
-        """Where rank 0's part of a layer lies, or ought to."""
+        """Where rank 0's part of a layer is, or should be."""
         for path in self.sections:
             return path.with_name(f"{path.name.rpartition('.')[0]}.{index}")
         return self.folder / layer_file_name(index, 0)
@@ -149,13 +149,13 @@ class Shards:
         return path.stat().st_size if section is None else sum(tensor.nbytes for tensor in section.values())
 
     def look(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a file that will be wanted again."""
+        """The tensors of a file that will be needed again."""
         if path not in self.opened:
             self.opened[path] = self.take(path)
         return self.opened[path]
 
     def take(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a file, which is let go of with the last of them."""
+        """The tensors of a file, which is closed with the last of them."""
         if path in self.opened:
             return self.opened.pop(path)
         return unwrap_keys(path, self.sections.get(path) or open_tensors(path), FIRST_WORDS)

@@ -61,7 +61,7 @@ def add_up(parts: list[Tensor]) -> Tensor:
 def average(parts: list[Tensor]) -> Tensor:
     """The mean, in fp32: the first part minus its mean distance from the others.
 
-    So equal parts have exactly themselves as their mean; (x + x + x) / 3 can miss x by a rounding.
+    So the mean of equal parts is exact; (x + x + x) / 3 can differ from x by a rounding.
     """
     first, *others = [part.float() for part in parts]
     return first - sum(first - other for other in others) / len(parts)
@@ -76,17 +76,17 @@ MERGE: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 
 def merge_shards(key: str, parts: list[Tensor]) -> Tensor:
-    """One tensor from the ranks' parts of it, in memory of its own: joined in their dtype, summed or averaged in fp32.
+    """One tensor from the ranks' parts, in its own memory: joined in their dtype, summed or averaged in fp32.
 
-    Nothing is rounded here: the sum of two fp16 numbers need not be one, and whoever wants fp16 casts the result once.
+    Nothing is rounded to fp16 here: a sum of fp16 numbers need not be one, and a caller can cast the result once.
     Heads stay whole: the rows of `query_key_value` are interleaved head by head, and a rank holds some of the heads.
-    Averaging the norms is an approximation, the one that the model's makers chose (`merge20b.py`).
+    Averaging the norms is an approximation, the one that the model's authors chose (`merge20b.py`).
     """
     return MERGE[merge_rule(key)](parts)
 
 
 def merge_as_stored(key: str, parts: list[Tensor]) -> Tensor:
-    """`merge_shards` for other files: in the parts' dtype again, as `split_tensor` found it, unless that rounds."""
+    """`merge_shards` for writing files: cast back to the parts' dtype, unless that would round."""
     merged = merge_shards(key, parts)
     stored = merged.to(parts[0].dtype)
     return stored if stored is merged or torch.equal(stored.float(), merged) else merged
@@ -114,8 +114,8 @@ def spacing(values: Tensor) -> Tensor:
 def split_sum(total: Tensor, ranks: int, generator: torch.Generator | None) -> list[Tensor]:
     """Parts that add up to `total`, equal or at random.
 
-    All but the last are whole steps of `total`'s own precision, and the last takes the remainder: so parts and partial
-    sums are all exact. Halving alone is not: half of the smallest number is none.
+    All but the last are multiples of `total`'s `spacing`, and the last takes the remainder, so parts and partial sums
+    are exact. Halving is not: half of the smallest number can't be represented.
     """
     shares = torch.full((ranks, *total.shape), 1.0, dtype=torch.float64)
     if generator is not None:
@@ -127,7 +127,7 @@ def split_sum(total: Tensor, ranks: int, generator: torch.Generator | None) -> l
 
 
 def split_average(mean: Tensor, ranks: int, generator: torch.Generator | None) -> list[Tensor]:
-    """Parts whose mean is `mean`: all equal, or spread around it by about 5 % and the last one making up for it."""
+    """Parts whose mean is `mean`: all equal, or spread around it by about 5 %, with the last making up for it."""
     if generator is None:
         return [mean.double()] * ranks
     step = spacing(mean)
@@ -140,7 +140,7 @@ def split_tensor(key: str, tensor: Tensor, ranks: int, spread_seed: int | None =
     """The inverse of `merge_as_stored`, exact to the bit for finite numbers: one part for each rank, on the CPU.
 
     With `spread_seed` the ranks' row-parallel biases and norms differ at random, as a trained model's do. Where a
-    number can't be spread exactly, the last rank takes all of a bias, and every rank takes the norm as it is. Raises
+    number can't be spread exactly, the last rank takes all of a bias, and every rank the unchanged norm. Raises
     CheckpointError when the ranks don't divide the tensor.
     """
     rule, tensor = merge_rule(key), tensor.detach().cpu()

@@ -1,4 +1,4 @@
-"""The slim layout, read: files of one layer and one rank each.
+"""Reads the slim layout: one file per layer and rank.
 
 Built in notebook 05.
 """
@@ -28,10 +28,10 @@ def inventory(shards: Shards, num_layers: int) -> list[LayerFile]:
 
 
 def open_layer(shards: Shards, index: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Tensor]]:
-    """The ranks' parts of each tensor of one layer, mapped and checked: key -> a part for each of the files.
+    """The ranks' parts of each tensor of one layer, mapped and checked: key -> one part per file.
 
     `shapes` are those of the whole tensors. Raises CheckpointError, naming the file, for keys, shapes and dtypes that
-    are not the config's, or that differ between ranks.
+    don't match the config or differ between ranks.
     """
     paths = shards.paths[index]
     expected = {key: shard_shape(key, shape, len(paths)) for key, shape in shapes.items()}
@@ -43,7 +43,7 @@ def open_layer(shards: Shards, index: int, shapes: dict[str, tuple[int, ...]]) -
             if files and tensor.dtype != files[0][key].dtype:
                 raise CheckpointError(
                     f"{path}: {key} is {tensor.dtype}, expected {files[0][key].dtype} as in {paths[0].name}; the files "
-                    "are of different checkpoints"
+                    "belong to different checkpoints; fetch them again"
                 )
         files.append(tensors)
     return {key: [tensors[key] for tensors in files] for key in expected}
@@ -55,7 +55,7 @@ def check_tied(shards: Shards, config: NeoXConfig) -> None:
         embedding, output = [*shards.look(first).values()], [*shards.take(last).values()]
         if len(output) != 1 or not torch.equal(output[0], embedding[0]):
             raise CheckpointError(
-                f"{last}: differs from {first.name}, and the config says that both are tied; check it"
+                f"{last}: differs from {first.name}, but the config says that they are tied; check the config"
             )
 
 
@@ -78,14 +78,14 @@ class SlimCheckpoint:
         return str(self.folder)
 
     def layers(self) -> Iterator[tuple[int, dict[str, str], dict[str, tuple[int, ...]]]]:
-        """Each layer file's index, and by the keys in it our parameters' names and their shapes."""
+        """Each layer file's index, and our parameter names and their shapes by its keys."""
         shapes, count = parameter_shapes(self.config), self.config.num_hidden_layers
         for index, group in groupby(shapes, key=lambda name: place_of(name, count)[0]):
             names = {place_of(name, count)[1]: name for name in group}
             yield index, names, {key: shapes[name] for key, name in names.items()}
 
     def opened_layers(self) -> Iterator[tuple[dict[str, str], dict[str, list[Tensor]]]]:
-        """Each layer's names and parts by their keys; take the parts out, so that their memory can be given back."""
+        """Each layer's names and parts by key; pop the parts, so that their memory can be freed."""
         if self.config.tie_word_embeddings:
             check_tied(self.shards, self.config)
         with reading_bar(sum(row.nbytes for row in self.files())) as bar:

@@ -1,4 +1,4 @@
-"""Which settings of gpt-neox change what a model computes, and which of their values this library computes.
+"""Which settings of gpt-neox change what a model computes, and which of their values this library supports.
 
 From gpt-neox's own list (`megatron/neox_arguments/neox_args.py`), names with underscores.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-# Settings that a config is made from.
+# Settings that the config is made from.
 READ = (
     "num_layers",
     "hidden_size",
@@ -21,7 +21,7 @@ READ = (
     "no_weight_tying",
     "use_bias_in_attn_linear",
 )
-# Settings that must be as here.
+# Settings that must have these values.
 COMPUTED = {
     "activation": "gelu",
     "gpt_j_tied": False,
@@ -41,7 +41,7 @@ def only_full_attention(value: Any) -> bool:
     return all(kind in ("global", "flash") for kind in kinds)
 
 
-# Settings that change nothing as long as this holds for their value; where they are off, it need not be asked.
+# Settings that change nothing if this holds for their value; one that is off needs no check.
 HARMLESS_WHEN: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "attention_config": lambda value, fields: only_full_attention(value),
     "moe_num_experts": lambda value, fields: value == 1,
@@ -51,14 +51,14 @@ HARMLESS_WHEN: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "sliding_window_width": lambda value, fields: value >= fields.get("max_position_embeddings", value + 1),
     "soft_prompt_tuning": lambda value, fields: not value.get("enabled", True),
 }
-# Settings that sound as if they changed a pass and do not: how a kernel computes the same (query-key layer scaling
-# divides by the layer's number and multiplies again), training, and the details of what is off or refused above.
+# Settings that sound as if they changed a forward pass but do not: how a kernel computes the same (query-key layer
+# scaling divides by the layer's number and multiplies again), training, and details of what is off or refused above.
 HARMLESS = re.compile(
     r"\w+_(fusion|dropout|epsilon|data_paths|init_method)|(log|loss|moe|mup|mamba|rpe|gmlp)_\w+|attention_softmax_in_fp32"
     r"|apply_query_key_layer_scaling|rotary_save_freqs_buffer|sparsity_config|expert_interval|create_moe_param_group"
     r"|enable_expert_tensor_parallelism|use_flashattn_swiglu|local_rank|mlp_multiple_of|return_logits|prompt_end|sparse_gradients"
 )
-# A word of its name by which a setting that is not known here, a fork's perhaps, may change a pass.
+# Words in an unknown setting's name, perhaps a fork's, which suggest that it changes a forward pass.
 TELLING = re.compile(
     r"(^|_)(adapter|alibi|attention|attn|bias|embeddings?|experts?|gelu|glu|interleaved|kv|local|logits?|lora|mha|mlp|moe|mup"
     r"|norms?|layernorm|rmsnorm|pos|positions?|prompt|qkv?|residual|rope|rotary|sliding|softcap|softmax|sparse|swiglu"
@@ -67,9 +67,9 @@ TELLING = re.compile(
 
 
 def unusual_settings(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings among `fields`, name and value, that ask for something else than this library computes.
+    """The settings among `fields`, name and value, that ask for something that this library doesn't compute.
 
-    A setting that is not known is one of them when it is on and its name has one of the TELLING words.
+    An unknown setting is one of them when it is on and its name has one of the TELLING words.
     """
     for name, value in fields.items():
         if name in READ:
@@ -91,7 +91,7 @@ def unusual_settings(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def what_can_be_run(name: str) -> str:
-    """What an error says beside a setting and its value."""
+    """The part of an error that follows a setting and its value."""
     if name in COMPUTED:
         return f"only {COMPUTED[name]!r} can be run"
     if name in HARMLESS_WHEN:

@@ -1,4 +1,4 @@
-"""The slim layout, written: files of one layer and one rank each."""
+"""Writes the slim layout: one file per layer and rank."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -41,10 +41,10 @@ def write_tensors(
 
 
 def write_slim(model: NeoXModel, folder: str | Path, ranks: int, spread_seed: int | None = None) -> None:
-    """Save a model in the slim layout; `build_model` gives back exactly the same numbers in the same dtypes.
+    """Save a model in the slim layout; `build_model` restores exactly the same numbers and dtypes.
 
     `spread_seed` as in `split_tensor`. Raises CheckpointError when the ranks don't divide the model, when the folder
-    already holds one, and when the disk has no room, all before anything is written.
+    already holds a model, and when the disk has no room, all before anything is written.
     """
     folder = Path(folder)
     check_ranks(model.config, ranks)
