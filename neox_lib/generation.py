@@ -270,8 +270,8 @@ def stream_generate(
 def prompt_ids(tokenizer, text: str, config: NeoXConfig | None = None) -> Tensor:
     """Token ids of a prompt, `[1, T]`; an empty one becomes the token that stood before every text in training.
 
-    That is the end token of the model's `config`; without one, `<|endoftext|>`. Raises ValueError for an empty prompt
-    where there is none.
+    That is the first of `config.eos_token_ids`, or `<|endoftext|>` where no config is given. Raises ValueError for an
+    empty prompt when there is no such token.
     """
     ids = encode_text(tokenizer, text)
     if not ids:
