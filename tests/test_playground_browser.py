@@ -428,7 +428,6 @@ def test_a_restarted_kernel_is_told_and_a_reopened_notebook_shows_the_still_pict
 def test_after_a_restart_the_cells_make_it_play_again(visit):
     visit.run_cells(len(CELLS))
     visit.page.get_by_text("Back as it was before the page was reloaded.").first.wait_for()
-    visit.errors.clear()  # ipywidgets logs, some time, that the reopened notebook's widgets had no kernel
     assert visit.page.locator(".np-text").first.inner_text().startswith("The king said")
     visit.set_tokens(5)
     visit.generate("Tom and Anna")
@@ -437,7 +436,8 @@ def test_after_a_restart_the_cells_make_it_play_again(visit):
 
 def test_nothing_was_asked_of_another_machine_and_no_error_was_logged(visit):
     assert visit.outside == []
-    assert visit.errors == []
+    # Of a reopened notebook whose kernel is gone ipywidgets says so, some seconds after the page is back.
+    assert [error for error in visit.errors if "widget model not found" not in error] == []
 
 
 # Collects every text that a visitor can read while a page loads.
