@@ -132,6 +132,7 @@ def test_a_token_can_be_looked_at_and_left_while_the_text_grows(visit):
     """20B writes for minutes: whoever wonders about a token should not have to wait for the last one."""
     visit.set_tokens(1500)
     visit.button("Generate").click()
+    visit.phase("writing")  # until then the text of the test before may stand there
     visit.wait("document.querySelectorAll('.np-text .np-token').length > 9")
     visit.page.locator(".np-text .np-token").nth(8).click()
     visit.wait("document.querySelector('.np-panel p').textContent.startsWith('Position 8,')")
@@ -156,6 +157,7 @@ def test_the_text_stays_in_view_below_a_long_prompt_and_a_reader_is_left_in_peac
     visit.set_tokens(1000)
     visit.page.locator(".np textarea").first.fill(("The king said to a little fox that he was glad. " * 63)[:3000])
     visit.button("Generate").click()
+    visit.phase("writing")
     for count in (5, 60):
         visit.wait(f"document.querySelector('.np-text').querySelectorAll('.np-token:not(.np-given)').length > {count}")
         visit.wait(SEES_THE_END)  # the page draws when the machine lets it
