@@ -82,7 +82,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def end_token_of(folder: Path, tokenizer: Path | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
+def end_token_of(folder: Path, tokenizer: Tokenizer | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
     """The tokens that end a text by the tokenizer's files, else `<|endoftext|>`; `unknown` without a tokenizer."""
     name = None
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -92,7 +92,7 @@ def end_token_of(folder: Path, tokenizer: Path | None, unknown: tuple[int, ...])
         raise CheckpointError(f"{folder}: the tokenizer's eos_token is {name!r}; expected a token")
     if tokenizer is None:
         return unknown if name == ENDOFTEXT else ()
-    token_id = open_tokenizer(tokenizer).token_to_id(name)
+    token_id = tokenizer.token_to_id(name)
     return () if token_id is None else (token_id,)
 
 
@@ -103,9 +103,11 @@ def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any])
     weights' own config, else from the tokenizer; without any of them it is 0, as in 20B, and never the 2 of
     `transformers`. Raises CheckpointError for an end that is not an id, and for another model's tokenizer.
     """
-    tokenizer = tokenizer_beside(folder)
+    file, rows, tokenizer = tokenizer_beside(folder), config.tokenizer_vocab_size, None
     try:
-        rows = config.tokenizer_vocab_size if tokenizer is None else count_rows(tokenizer, config.vocab_size)
+        if file is not None:
+            tokenizer = open_tokenizer(file)
+            rows = count_rows(file, tokenizer, config.vocab_size)
         said = read_fields(folder / GENERATION).get("eos_token_id")
         said = fields.get("eos_token_id", fields.get("eos_token_ids")) if said is None else said
         if said is None:
@@ -123,22 +125,21 @@ def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any])
     return config if found.items() <= vars(config).items() else replace(config, **found)
 
 
-def count_rows(tokenizer: Path, vocab_size: int) -> int:
-    """How many of `vocab_size` rows the tokenizer of a file reaches. A few added tokens past them, such as a [PAD]
+def count_rows(file: Path, tokenizer: Tokenizer, vocab_size: int) -> int:
+    """How many of `vocab_size` rows the tokenizer in `file` reaches. A few added tokens past them, such as a [PAD]
     that the model was not trained with, give a warning: they can't be read. Raises CheckpointError for another model's.
     """
-    opened = open_tokenizer(tokenizer)
-    tokens = count_ids(opened)
-    own = max(opened.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    tokens = count_ids(tokenizer)
+    own = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
     if tokens < 1 or own > vocab_size + 1:
         raise CheckpointError(
-            f"{tokenizer}: its ids end at {tokens - 1} and the config says vocab_size {vocab_size}; tokenizer and "
+            f"{file}: its ids end at {tokens - 1} and the config says vocab_size {vocab_size}; tokenizer and "
             "weights belong to different models. Fetch both from one place"
         )
     if tokens > vocab_size:
         logger.warning(
-            f"{tokenizer}: its ids end at {tokens - 1} and the model has {vocab_size} rows: it can't read "
-            f"{', '.join(repr(opened.id_to_token(token_id)) for token_id in range(vocab_size, tokens)[:3])}"
+            f"{file}: its ids end at {tokens - 1} and the model has {vocab_size} rows: it can't read "
+            f"{', '.join(repr(tokenizer.id_to_token(token_id)) for token_id in range(vocab_size, tokens)[:3])}"
         )
     return min(tokens, vocab_size)
 
