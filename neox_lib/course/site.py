@@ -102,7 +102,7 @@ def is_prose(text: nodes.Text) -> bool:
 
 def link_terms(app, doctree: nodes.document, page: str) -> None:
     entries = {entry.anchor: entry for entry in glossary(app.env) if page not in OTHER_SENSE.get(entry.anchor, ())}
-    if not entries:
+    if not entries or page.startswith("guides/"):  # which speak of blocks of commands, and of positions of files
         return
     longest_first = sorted(entries.values(), key=lambda entry: -len(entry.name))
     names = "|".join(f"(?P<{entry.anchor.replace('-', '_')}>{entry.pattern()})" for entry in longest_first)
@@ -198,8 +198,8 @@ def dark_heat_map(png: bytes) -> bytes | None:
     if inside.mean() < 0.1:
         return None
     area = Image.fromarray(inside).convert("L")
+    area = area.filter(ImageFilter.MinFilter(3)).filter(ImageFilter.MaxFilter(3))  # without grey edges of letters
     area = area.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.MinFilter(9))  # with the numbers in the cells
-    area = area.filter(ImageFilter.MinFilter(5)).filter(ImageFilter.MaxFilter(5))  # without letters and lines outside
     turned = np.where(np.asarray(area)[..., None] > 0, pixels, 255 - (pixels * 0.93).astype(np.uint8))
     buffer = io.BytesIO()
     Image.fromarray(turned).save(buffer, format="png")
