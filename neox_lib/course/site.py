@@ -45,10 +45,8 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-# The glossary: the first time that a section uses one of its terms, the word leads there
-
-
-# Words with an everyday sense too: how they are said where the term is meant, and pages on which it isn't
+# The glossary: the first time that a section uses one of its terms, the word leads there.
+# Some words have another sense too: how they are said where the term is meant, and pages on which they never mean it.
 SAID_AS = {"key": "keys and value", "value": "keys and value", "head": "(?<!your )head"}
 OTHER_SENSE = {
     "block": ("02_rotary_embeddings", "07_prompt_playground", "08_20b_on_a_small_machine"),
@@ -80,10 +78,8 @@ def text_of(node: nodes.Element) -> str:
 
 def entry_of(paragraph: nodes.Element) -> Entry | None:
     found = ANCHOR.match("".join(raw.astext() for raw in paragraph.children[:1] if isinstance(raw, nodes.raw)))
-    if found is None:
-        return None
-    name, meaning = text_of(paragraph).split(": ", 1)
-    return Entry(found[1], name, meaning)
+    name, _, meaning = text_of(paragraph).partition(": ")
+    return Entry(found[1], name, meaning) if found and meaning else None
 
 
 def glossary(env) -> list[Entry]:
@@ -105,7 +101,7 @@ def link_terms(app, doctree: nodes.document, page: str) -> None:
     if not entries or page.startswith("guides/"):  # which speak of blocks of commands, and of positions of files
         return
     longest_first = sorted(entries.values(), key=lambda entry: -len(entry.name))
-    names = "|".join(f"(?P<{entry.anchor.replace('-', '_')}>{entry.pattern()})" for entry in longest_first)
+    names = "|".join(f"({entry.pattern()})" for entry in longest_first)
     term = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])", re.IGNORECASE)
     place = "" if page == GLOSSARY else app.builder.get_relative_uri(page, GLOSSARY)
     linked: set[str] = set()
@@ -117,7 +113,7 @@ def link_terms(app, doctree: nodes.document, page: str) -> None:
         elif isinstance(node, nodes.Text) and is_prose(node):
             parts, end = [], 0
             for found in term.finditer(node):
-                entry = entries[str(found.lastgroup).replace("_", "-")]
+                entry = longest_first[(found.lastindex or 0) - 1]
                 if entry.anchor not in linked:
                     linked.add(entry.anchor)
                     parts += [nodes.Text(node[end : found.start()]), link_to(entry, place, found[0])]
