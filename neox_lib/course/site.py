@@ -71,7 +71,7 @@ class Entry:
         return "|".join(f"{word[:-1]}(?:y|ies)" if word[-1] == "y" else f"{word}s?" for word in words)
 
 
-def text_of(node: nodes.Element) -> str:
+def text_of(node: nodes.Node) -> str:
     """What a reader sees: the text without the tags that MyST passes on as they are."""
     return "".join(text.astext() for text in node.findall(nodes.Text) if not isinstance(text.parent, nodes.raw))
 
