@@ -239,7 +239,7 @@ def test_the_result_is_the_mean_of_the_weights_after_the_last_steps_also_after_a
 def test_muon_has_the_matrices_of_the_layers_and_nothing_else():
     """It is made for matrices between hidden states; an embedding's rows are no such thing."""
     model = NeoXModel(CONFIG)
-    muon, adamw = make_optimizers(model, dataclasses.replace(PLAN, optimizer="muon"))
+    adamw, muon = make_optimizers(model, dataclasses.replace(PLAN, optimizer="muon"))
     held = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
     kinds = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")

@@ -108,20 +108,21 @@ def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) ->
 
 
 def make_optimizers(model: NeoXModel, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
-    """AdamW, without weight decay on biases and norms; if the plan says so, behind Muon for the layers' matrices.
+    """AdamW, without weight decay on biases and norms; if the plan says so, beside Muon for the layers' matrices.
 
     Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025,
     https://arxiv.org/abs/2502.16982).
     """
-    common = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay}
+    rate, decay = plan.learning_rate, plan.weight_decay
     inner, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         by_muon = plan.optimizer == "muon" and name.startswith("layers.")
         (vectors if parameter.dim() != 2 else inner if by_muon else matrices).append(parameter)
-    adamw = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True, **common
-    )
-    return [torch.optim.Muon(inner, adjust_lr_fn="match_rms_adamw", **common), adamw] if inner else [adamw]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
+    if inner:
+        optimizers += [torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+    return optimizers
 
 
 def add_dropout(model: NeoXModel, probability: float) -> None:
