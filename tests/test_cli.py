@@ -18,6 +18,7 @@ from neox_lib.__main__ import main, parse
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig, format_bytes
+from neox_lib.evaluation.likelihood import stories_of
 from neox_lib.model import NeoXModel
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.small_models import WITH_TOKENIZER, load
@@ -173,6 +174,22 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     mean = ["train", str(tmp_path / "mean"), *argv[2:6], "--tokens", "0", "--start-from"]
     assert main([*mean, str(tmp_path / "run" / "model"), str(tmp_path / "run" / "model")]) == 0
     assert all(torch.equal(first[key], mine) for key, mine in load(tmp_path / "mean" / "model").state_dict().items())
+
+
+def test_the_stories_of_a_model_are_whole_different_and_the_same_again(tmp_path, capsys, monkeypatch):
+    """What lessons train and calibrate on is made by a command, and can be made again."""
+    monkeypatch.setattr("neox_lib.cli.write_stories.ROWS", 6)
+    argv = ["write-stories", str(tmp_path / "a.txt"), "--bytes", "1500", "--temperature", "0.7"]
+    assert main(argv) == 0
+    assert main(["write-stories", str(tmp_path / "b.txt"), *argv[2:]]) == 0
+    text = (tmp_path / "a.txt").read_text("utf-8")
+    assert text == (tmp_path / "b.txt").read_text("utf-8")
+    stories = stories_of(text)
+    assert 1500 <= len(text) < 4000
+    assert len(set(stories)) == len(stories) > 1
+    assert all(story == story.strip() for story in stories)
+    assert f"{len(stories)} stories, " in capsys.readouterr().out
+    assert main([*argv[:4], "--temperature", "0"]) == 2
 
 
 def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
