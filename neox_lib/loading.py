@@ -49,8 +49,8 @@ def create_model(
     dtype: str | torch.dtype = "auto",
     revision: str = "main",
 ) -> NeoXModel:
-    """Load a model for inference: from a slim, Hugging Face or int8 folder, from an int8 file, or by its name on the
-    Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
+    """Load a model for inference: from a slim, Hugging Face, LoRA or int8 folder, from an int8 file, or by its name on
+    the Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
     `revision` is a branch, tag or commit on the Hub, such as "step1000", one of Pythia's training steps.
 
     `use_cache` is the default for generation with this model. `device` "auto" is CUDA, else the CPU. For `dtype` "auto"
