@@ -17,10 +17,10 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.tokenizer_files import find_tokenizer, read_fields
 from neox_lib.generation import Step, stream_generate
-from neox_lib.loading import beside_weights
+from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
 from neox_lib.recall import Recall
 from neox_lib.sampling import GREEDY, Sampling
@@ -102,7 +102,7 @@ def create_chat_template(path: str | Path | None = None, revision: str = "main")
     The model is given as to `create_model`, or a tokenizer's file. Raises CheckpointError where there is none and as
     `ChatTemplate` does, and what `create_tokenizer` raises.
     """
-    folder = find_tokenizer(beside_weights(path, revision)).parent
+    folder = find_tokenizer(SHIPPED_MODEL if path is None else local_path(path, revision)).parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     fields = read_fields(folder / "special_tokens_map.json") | read_fields(config)
     source = fields.get("chat_template")

@@ -205,6 +205,12 @@ def test_defaults_with_stop_strings_and_where_there_are_none(folder, tmp_path):
     say(folder, "generation_config.json", stop_strings=["w1", "w2w3"], temperature=None)
     assert create_sampling(folder) == Sampling(stop_strings=("w1", "w2w3"), top_k=50, top_p=1.0)
     assert create_sampling(folder / "model.safetensors") == create_sampling(folder)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    said = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "r": 2, "target_modules": ["dense"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    assert create_sampling(adapter) == create_sampling(folder)
     (folder / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"generation_config\.json: missing, so this model has no defaults"):
         create_sampling(folder)

@@ -11,12 +11,21 @@ from dataclasses import replace
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "stop_strings")
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--revision",
+        default="main",
+        help="branch, tag or commit of a name on the Hub, such as step1000 (default: main)",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
         help="checkpoint folder, or a name on the Hub (default: the shipped model)",
     )
+    add_revision(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
 
@@ -25,7 +34,6 @@ def add(commands) -> None:
     parser = commands.add_parser("generate", help="continue a text", description="Continue a text, token by token.")
     parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from standard input")
     add_model_arguments(parser)
-    parser.add_argument("--revision", default="main", help="of a name on the Hub, such as step1000 (default: main)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer JSON (default: the one in the model's folder)")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 0)")

@@ -20,9 +20,10 @@ class Playground:
     """A prompt, the text that streams from it, and views of how it came about. Needs JupyterLab, Notebook or Voila.
 
     `Playground()` plays with the shipped model, `Playground(path)` with any checkpoint (its tokenizer beside it, or
-    given as the second argument), `Playground(model, tokenizer)` with your own. `sampling`, such as `create_sampling`
-    gives, and further arguments, such as `tokens=100`, are settings; see `neox_lib.playground.settings`. Raises what
-    `create_model` and `create_tokenizer` raise, and ValueError for a model without a tokenizer or an invalid setting.
+    given as the second argument), `Playground(name, revision="step1000")` with one on the Hub, `Playground(model,
+    tokenizer)` with your own. `sampling`, such as `create_sampling` gives, and further arguments, such as `tokens=100`,
+    are settings; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise, and
+    ValueError for a model without a tokenizer or an invalid setting.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Playground:
         model=None,
         tokenizer=None,
         *,
+        revision="main",
         prompt: str = "Once upon a time, a fox",
         sampling: Sampling | None = None,
         **settings,
@@ -40,9 +42,9 @@ class Playground:
             name = "your model"
         else:
             path, name = model, "shipped model" if model is None else Path(model).absolute().name
-            model = create_model(path)
+            model = create_model(path, revision=revision)
             if tokenizer is None:
-                tokenizer = create_tokenizer(path)
+                tokenizer = create_tokenizer(path, revision)
             else:
                 use_tokenizer(model, tokenizer)
         self.session = Session(model, tokenizer, name)
@@ -54,9 +56,9 @@ class Playground:
         self.session.show = self.page.publish
 
     @classmethod
-    def open(cls, file: str | Path, model=None, tokenizer=None) -> "Playground":
+    def open(cls, file: str | Path, model=None, tokenizer=None, revision="main") -> "Playground":
         """A playground as it was when the file was saved. Raises ValueError for a file that does not fit the model."""
-        play = cls(model, tokenizer)
+        play = cls(model, tokenizer, revision=revision)
         saved.read_into(play.state, file)
         play.page.publish()
         return play
