@@ -1,6 +1,6 @@
 """A conversation with a model: its chat template turns the messages into one text, and each reply continues that.
 
-May import loading and every room above it; the command line may import it.
+May import loading and every room above it; the playground and the command line may import it.
 """
 
 import contextlib
@@ -30,7 +30,12 @@ Message = dict[str, str]  # "role" (system, user or assistant) and "content"
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NEOX_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT) | {"pad_token": PADDING}
+REPLY = "\ue000"  # stands for a reply: a character of no script, so no template writes it of its own
 MOST_CHARACTERS = 10**7  # of a text made by a template: one that makes more would take the memory
+
+
+class NoChatTemplateError(CheckpointError):
+    """A model without a chat template."""
 
 
 class GenerationTag(Extension):
@@ -95,12 +100,23 @@ class ChatTemplate:
             raise CheckpointError(f"{self.name}: this chat template can't be used ({reason}); correct it") from error
         return "".join(pieces)
 
+    def turn(self, text: str) -> str:
+        """What follows a reply when the user then says `text`, up to where the next reply begins.
+
+        Raises CheckpointError where that fails, and for a template that leaves replies out.
+        """
+        asked, said = ({"role": "user", "content": each} for each in ("a question", text))
+        _, reply, after = self.text([asked, {"role": "assistant", "content": REPLY}, said]).partition(REPLY)
+        if not reply:
+            raise CheckpointError(f"{self.name}: this chat template leaves replies out, so none can be answered")
+        return after
+
 
 def create_chat_template(path: str | Path | None = None, revision: str = "main") -> ChatTemplate:
     """The chat template beside a model's tokenizer: `chat_template.jinja`, else in `tokenizer_config.json`.
 
-    The model is given as to `create_model`, or a tokenizer's file. Raises CheckpointError where there is none and as
-    `ChatTemplate` does, and what `create_tokenizer` raises.
+    The model is given as to `create_model`, or a tokenizer's file. Raises NoChatTemplateError where there is none, and
+    what `ChatTemplate` and `create_tokenizer` raise.
     """
     folder = find_tokenizer(SHIPPED_MODEL if path is None else local_path(path, revision)).parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -115,7 +131,7 @@ def create_chat_template(path: str | Path | None = None, revision: str = "main")
         with contextlib.suppress(TypeError, KeyError):
             source = {each["name"]: each["template"] for each in source}.get("default")
     if source is None:
-        raise CheckpointError(
+        raise NoChatTemplateError(
             f"{folder}: no chat template, neither chat_template.jinja nor one in tokenizer_config.json, so the form of "
             "its conversations is unknown; continue a text instead, or give a model that was trained to chat"
         )

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from conftest import randomize
 
 from neox_lib.checkpoints.build import build_model
+from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
 from neox_lib.rope_scaling import RopeScaling
+from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
 WITH_TOKENIZER = NeoXConfig(  # room for a tokenizer of 300 tokens, and padding rows behind it
     vocab_size=384,
@@ -30,6 +33,10 @@ BASE = NeoXConfig(
     max_position_embeddings=64,
 )
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=16, beta_fast=4)
 
 
@@ -57,3 +64,13 @@ def family(base: NeoXConfig) -> dict[str, NeoXConfig]:
 def load(path: str | Path, dtype: torch.dtype | None = None) -> NeoXModel:
     """A checkpoint's model on the CPU, all of it in `dtype`, or as it is stored: nothing chosen, nothing made fast."""
     return build_model(open_checkpoint(path), dtype_of=lambda name: dtype)
+
+
+def write_chat_model(folder: Path) -> Path:
+    """A random model that converses, in Hugging Face's layout; its folder."""
+    model, tokenizer = NeoXModel(WITH_TOKENIZER).eval(), folder.with_name("own.json")
+    randomize(model, seed=4)
+    save_tokenizer(train_tokenizer(["the fox and the hen"], 300), tokenizer)
+    write_huggingface(model, folder, tokenizer)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder

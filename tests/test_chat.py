@@ -5,26 +5,19 @@ import json
 import sys
 
 import pytest
-from conftest import randomize
 
 from neox_lib import Chat, create_chat_template
 from neox_lib.__main__ import main
 from neox_lib.chat import ChatTemplate, conversation_ids
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
-from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.generation import stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
-from neox_lib.tokenizer import save_tokenizer, train_tokenizer
-from tests.small_models import WITH_TOKENIZER
+from tests.small_models import CHAT_TEMPLATE, write_chat_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 PARTS = """{%- if messages[0].role == 'system' %}
     {{- messages[0].content | trim + '\\n' }}
 {%- endif %}
@@ -45,14 +38,7 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model that converses, in Hugging Face's layout."""
-    folder = tmp_path_factory.mktemp("chat")
-    model = NeoXModel(WITH_TOKENIZER).eval()
-    randomize(model, seed=4)
-    save_tokenizer(train_tokenizer(["the fox and the hen"], 300), folder / "own.json")
-    write_huggingface(model, folder / "model", folder / "own.json")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    return folder / "model"
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def chat(folder):
     return Chat(model, create_tokenizer(folder), create_chat_template(folder), stop_token_ids=())
 
 
-@pytest.mark.parametrize("source", [TEMPLATE, PARTS], ids=["short", "with all parts"])
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, PARTS], ids=["short", "with all parts"])
 @pytest.mark.parametrize("where", ["jinja", "config", "list"])
 def test_a_template_writes_what_transformers_writes(folder, tmp_path, source, where):
     """Another text than a model was trained with is answered badly, and nobody sees why."""
@@ -80,6 +66,18 @@ def test_a_template_writes_what_transformers_writes(folder, tmp_path, source, wh
     assert template.text(MESSAGES) == expected
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     assert conversation_ids(create_tokenizer(tmp_path), expected) == ids
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, PARTS], ids=["short", "with all parts"])
+def test_a_turn_is_what_the_template_writes_behind_a_reply(source):
+    """Whoever goes on from a text has no messages, only the text."""
+    template = ChatTemplate(source, {"eos_token": "#"})
+    said = [("user", "a"), ("assistant", "so"), ("user", "b")]
+    whole = template.text([{"role": role, "content": content} for role, content in said])
+    assert whole.endswith("so" + template.turn("b"))
+    deaf = ChatTemplate("{{ messages[0].content }}{{ messages[-1].content }}", name="F/chat")
+    with pytest.raises(CheckpointError, match=r"^F/chat: this chat template leaves replies out"):
+        deaf.turn("b")
 
 
 def reply(chat: Chat, text: str, new: int = 6) -> str:

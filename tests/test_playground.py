@@ -12,18 +12,20 @@ import torch
 from ipywidgets import Widget
 from jupyter_client.manager import start_new_kernel
 
-from neox_lib import create_model, create_tokenizer, greedy_generate_text
+from neox_lib import Chat, create_chat_template, create_model, create_tokenizer, greedy_generate_text
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.inspection.attention import attention_of_last, model_attention_weights
 from neox_lib.model import NeoXModel
 from neox_lib.playground import Playground, jobs, saved
+from neox_lib.playground.branches import Branch, Branches
 from neox_lib.playground.costs import needs_of_20b
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.token_text import spell, text_of
 from neox_lib.recall import Recall
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import encode_text, train_tokenizer
+from tests.small_models import write_chat_model
 
 PROMPT = "Once upon a time, a fox"
 
@@ -456,6 +458,124 @@ def test_recall_reads_only_what_it_does_not_know(shipped):
     finally:
         del model.forward
     assert lengths == [len(ids), 1, 1, 2]
+
+
+# Turns
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def chatty(chat_folder):
+    """A playground whose model takes turns and writes capitals: no two make one token, as words could."""
+    playground = Playground(chat_folder, tokens=6, sampled=True, seed=5)
+    model, capitals = playground.state.model, encode_text(playground.state.tokenizer, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    model.norm.weight.data[0], model.norm.bias.data[0] = 0, 1
+    model.final_linear.weight.data[:, 0] = -1000
+    model.final_linear.weight.data[capitals, 0] = 0
+    yield playground
+    playground.close()
+    playground.session.worker.join(10)
+
+
+def test_turns_are_those_of_a_conversation_and_read_only_what_is_new(chatty, chat_folder, monkeypatch):
+    """Another form, or a doubled end of a reply, and the model answers badly."""
+    state, template = chatty.state, create_chat_template(chat_folder)
+    chat = Chat(state.model, state.tokenizer, template, state.settings.sampling())
+    shapes, real = [], NeoXModel.forward
+
+    def counted(self, ids, *given, **named):
+        shapes.append(ids.shape[1])
+        return real(self, ids, *given, **named)
+
+    for text in ("the fox", "and the\nhen", "the"):
+        monkeypatch.undo()
+        list(chat.send(text, 6))
+        monkeypatch.setattr(NeoXModel, "forward", counted)
+        before, shapes[:] = len(state.branches.branch.ids) if len(state.branches) else 0, []
+        assert done(chatty, do="send", text=text)["error"] == ""
+        conversation = template.text(chat.messages[:-1])
+        assert chatty.page.prompt == conversation and chatty.page.facts["chat"]
+        assert chatty.written == conversation + chat.messages[-1]["content"] and len(state.branches) == 1
+        branch = state.branches.branch
+        assert shapes[0] <= branch.given - before + 1, "the cache is kept"
+        assert branch.ids == state.recall.ids
+    done(chatty, do="generate", prompt=chatty.page.prompt)
+    assert chatty.written == conversation + chat.messages[-1]["content"], "Generate makes the reply again"
+
+
+def test_a_reply_that_has_ended_is_answered_with_one_end(chatty):
+    done(chatty, do="send", text="the fox")
+    branch = chatty.state.branches.branch
+    written = chatty.written
+    branch.add(chatty.state.model.config.eos_token_ids[0], -0.1)
+    assert chatty.state.ended
+    done(chatty, do="send", text="the hen")
+    assert chatty.page.prompt == written + "<|endoftext|><user>the hen<|endoftext|><assistant>"
+    assert chatty.written.startswith(chatty.page.prompt) and len(chatty.state.branches) == 1
+
+
+def test_a_turn_goes_on_from_the_branch_in_hand_and_is_saved_with_it(chatty, chat_folder, tmp_path):
+    done(chatty, do="send", text="the fox")
+    done(chatty, do="look", position=chatty.state.branches.branch.given + 2)
+    token = next(row[0] for row in chatty.page.bars["rows"] if row[0] != chatty.state.taken.token_id)
+    first = chatty.written
+    done(chatty, do="take", token=token)
+    other = chatty.written
+    done(chatty, do="send", text="the hen")
+    assert chatty.written.startswith(f"{other}<|endoftext|><user>the hen") and len(chatty.state.branches) == 2
+    assert {row["current"] for row in chatty.page.branches} == {False, True}
+    chatty.save(tmp_path / "play.json")
+    opened = Playground.open(tmp_path / "play.json", chat_folder)
+    assert opened.state.branches == chatty.state.branches and opened.page.prompt == chatty.page.prompt
+    done(opened, do="branch", branch=0)
+    done(opened, do="send", text="and")
+    assert opened.page.prompt == f"{first}<|endoftext|><user>and<|endoftext|><assistant>"
+    opened.close()
+    done(chatty, do="clear")
+    done(chatty, do="send", text="and")
+    assert chatty.page.prompt == "<user>and<|endoftext|><assistant>", "after Clear another conversation begins"
+
+
+def test_a_turn_that_reads_otherwise_as_a_whole_leaves_the_text_before_it():
+    """A template or a tokenizer may join what a reply ends with to what follows it."""
+    branches = Branches()
+    branches.go_on([1, 2])
+    branches.branch.add(3, -0.5)
+    branches.go_on([1, 2, 3, 4])
+    assert branches.branches == [Branch([1, 2, 3, 4], [None, None, -0.5, None], 4)]
+    branches.go_on([1, 2, 3, 5, 6])
+    assert branches.branch == Branch([1, 2, 3, 5, 6], [None, None, -0.5, None, None], 5, parent=0, fork=3)
+    assert branches.branches[0].ids == [1, 2, 3, 4]
+
+
+def test_a_turn_that_cant_be_taken_is_said_and_changes_nothing(chatty, slow_steps):
+    done(chatty, do="send", text="the fox")
+    before = copy.deepcopy(chatty.state.branches), chatty.state.prompt
+    assert "the context holds 256" in done(chatty, do="send", text="the hen " * 200)["error"]
+    assert (chatty.state.branches, chatty.state.prompt) == before
+    chatty.act({"do": "continue", "settings": {"tokens": 100}})
+    wait_for(lambda: chatty.state.phase == "writing")
+    chatty.act({"do": "send", "text": "the hen"})
+    assert chatty.page.marks["error"].startswith("The model is still writing")
+    done(chatty, do="stop")
+    assert done(chatty, do="send", text="and", settings={"tokens": 2})["error"] == ""
+    assert chatty.written.count("<user>") == 2
+
+
+def test_a_model_without_a_template_takes_no_turns_and_one_with_a_bad_one_plays(play, chat_folder, tmp_path):
+    assert not play.page.facts["chat"] and play.page.marks["error"] == ""
+    assert "no chat template" in done(play, do="send", text="the fox")["error"]
+    for file in chat_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}")
+    bad = Playground(tmp_path, tokens=2)
+    assert not bad.page.facts["chat"] and "this chat template can't be used" in bad.page.marks["error"]
+    assert done(bad, do="generate", prompt="the fox")["error"] == ""
+    bad.close()
 
 
 # Save and open

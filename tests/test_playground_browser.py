@@ -12,6 +12,7 @@ import pytest
 from tests.browsing import TOKEN, free_port, needs_chromium, serve, serve_lab, wait_until_served
 from tests.browsing import browser as browser  # a fixture
 from tests.playground_page import IDLE, PlaygroundVisit
+from tests.small_models import write_chat_model
 
 CELLS = [
     "from neox_lib.playground import Playground\n\none = Playground(tokens=40)\none",
@@ -26,6 +27,7 @@ for layer in slow_reader.layers:
 three = Playground(slow_reader, create_tokenizer(), tokens=5)
 three
 """,
+    "four = Playground('chatty', tokens=5)\nfour",
 ]
 HARD_PROMPT = (
     "<script>window.hacked = 1</script></pre><img src=x onerror='window.hacked=1'> 🦊👩‍👩‍👧 e\u0301 <|endoftext|>"
@@ -36,10 +38,11 @@ pytestmark = needs_chromium
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory) -> Path:
-    """A notebook with a playground in each cell; the third one's model reads slowly."""
+    """A notebook with a playground in each cell; the third one's model reads slowly, the fourth one's takes turns."""
     file = tmp_path_factory.mktemp("lab") / "play.ipynb"
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    write_chat_model(file.with_name("chatty"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), file)
     return file
 
@@ -318,6 +321,34 @@ def test_two_playgrounds_in_one_notebook_keep_apart(visit):
     assert second.locator(".np-text .np-token:not(.np-given)").count() == 9, "a double click writes once"
     assert second.locator(".np-text").inner_text().startswith("Tom")
     assert first.locator(".np-text").inner_text() == before
+
+
+def test_a_conversation_is_typed_turn_by_turn_where_the_model_has_a_template(visit):
+    """What can't be sent stays in the field."""
+    assert visit.page.get_by_label("Say", exact=True).count() == 1, "only where the model takes turns"
+    chatty = visit.page.locator(".np").nth(3)
+    field, prompt = chatty.get_by_label("Say", exact=True), chatty.get_by_label("Prompt", exact=True)
+    state = "document.querySelectorAll('.np')[3].dataset"
+    answered = f"{state}.answered === 'true' && {state}.phase === 'idle'"
+    field.fill("the fox")
+    field.press("Shift+Enter")
+    field.press_sequentially("and")
+    assert field.input_value() == "the fox\nand" and prompt.input_value().startswith("Once")
+    field.press("Enter")
+    visit.wait(answered)
+    first = "<user>the fox\nand<|endoftext|><assistant>"
+    assert (field.input_value(), prompt.input_value()) == ("", first)
+    written = "".join(chatty.locator(".np-text .np-token").all_text_contents())
+    assert written.startswith(first) and len(written) > len(first)
+    field.fill("the hen")
+    chatty.get_by_role("button", name="Send").click()
+    visit.wait(answered)
+    assert prompt.input_value() == f"{written}<|endoftext|><user>the hen<|endoftext|><assistant>"
+    field.fill("the fox " * 200)
+    field.press("Enter")
+    chatty.get_by_role("alert").get_by_text("The conversation would have").wait_for()
+    assert field.input_value() == "the fox " * 200
+    field.fill("")
 
 
 def test_generate_works_while_another_cell_runs(visit):

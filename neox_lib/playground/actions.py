@@ -12,7 +12,7 @@ def perform(session: Session, message: dict) -> None:
     for an invalid message, naming what it holds and what was expected.
     """
     action = message.get("do")
-    if action in ("generate", "continue", "prompt", "settings", "take"):
+    if action in ("generate", "continue", "prompt", "settings", "take", "send"):
         if "settings" in message:
             session.set(**expect(message, "settings", dict))
         if "prompt" in message:
@@ -24,6 +24,8 @@ def perform(session: Session, message: dict) -> None:
             session.generate()
         case "continue":
             session.go_on()
+        case "send":
+            session.send(expect(message, "text", str))
         case "stop":
             session.stop()
         case "clear":

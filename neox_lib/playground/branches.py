@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from neox_lib.recall import shared_beginning
+
 Score = float | None  # a token's log-probability, None for a token of the prompt
 
 
@@ -42,6 +44,24 @@ class Branches:
         """Forget all branches and begin with a prompt's tokens."""
         self.branches, self.current = [Branch(list(ids), [None] * len(ids), len(ids))], 0
         return self.branch
+
+    def go_on(self, ids: list[int]) -> Branch:
+        """Go on with a longer prompt's tokens, or begin with them where there is no branch.
+
+        The current branch grows where they begin with all of it; else a new one forks off where they differ.
+        """
+        if not self.branches:
+            return self.start(ids)
+        branch = self.branch
+        shared = shared_beginning(branch.ids, ids)
+        if shared < len(branch.ids):
+            branch = Branch(branch.ids[:shared], branch.scores[:shared], shared, self.current, shared)
+            self.branches.append(branch)
+            self.current = len(self.branches) - 1
+        for token_id in ids[shared:]:
+            branch.add(token_id, None)
+        branch.given = len(ids)
+        return branch
 
     def clear(self) -> None:
         self.branches, self.current = [], 0

@@ -77,7 +77,7 @@ class Page(anywidget.AnyWidget):
             now = self.shown.view(branch)
             edge = [id(branch), len(now["settled"])]
             if self.text.get("edge") != edge:
-                self.text = {"edge": edge, "given": now["given"], "rows": now["settled"]}
+                self.text = {"edge": edge, "rows": now["settled"]}
             self.tail = now["tail"]
             names = ("phase", "status", "error", "chosen")
             self.marks = {name: getattr(state, name) for name in names}

@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable
 
+from neox_lib.chat import conversation_ids
 from neox_lib.generation import prompt_ids
 from neox_lib.model import NeoXModel
 from neox_lib.playground import jobs, saved
 from neox_lib.playground.costs import Costs
 from neox_lib.playground.state import State
 from neox_lib.playground.streaming import Worker
-from neox_lib.playground.token_text import without_surrogates
+from neox_lib.playground.token_text import spell, text_of, without_surrogates
 
 Job = Callable[[threading.Event], None]
 
@@ -90,6 +91,38 @@ class Session:
             self._ask("write", lambda stopping: jobs.write(self.state, None, stopping, self.say))
         else:
             self.generate()
+
+    def send(self, text: str) -> None:
+        """Say `text` as the user behind the text in hand, or to begin a conversation, and write the reply.
+
+        The prompt becomes the conversation up to that reply, as the model's chat template writes it. Raises ValueError
+        for a model without a template, while the model writes, and for a full context.
+        """
+        state, text = self.state, without_surrogates(text)
+        if state.template is None:
+            raise ValueError("this model has no chat template, so it takes no turns; continue a text instead")
+        if state.phase in ("reading", "writing"):
+            raise ValueError("The model is still writing: wait, or press Stop, and send it again.")
+        if len(state.branches):
+            ids = state.branches.branch.ids
+            so_far = text_of(spell(state.tokenizer, ids[:-1] if state.ended else ids))
+            prompt = so_far + state.template.turn(text)  # which writes the end of a reply itself
+        else:
+            prompt = state.template.text([{"role": "user", "content": text}])
+        said = conversation_ids(state.tokenizer, prompt)  # type: ignore[arg-type]
+        if len(said) >= state.context:
+            raise ValueError(
+                f"The conversation would have {len(said):,} tokens, and the context holds {state.context:,}, one of "
+                "them new. Send less, or press Clear to begin another one."
+            )
+
+        def job(stopping: threading.Event) -> None:
+            state.prompt = prompt
+            state.branches.go_on(said)
+            jobs.write(state, None, stopping, self.say)
+
+        state.error = ""
+        self._ask("change", job)
 
     def stop(self) -> None:
         """Stop the running job, within one token or one layer of the prompt, and drop the waiting one."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from neox_lib.chat import ChatTemplate
 from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
 from neox_lib.playground.branches import Branches
@@ -25,6 +26,7 @@ class State:
     model: NeoXModel
     tokenizer: object
     name: str = "model"
+    template: ChatTemplate | None = None
     prompt: str = ""
     settings: Settings = field(default_factory=Settings)
     branches: Branches = field(default_factory=Branches)

@@ -42,12 +42,10 @@ class Text:
                 self.rows.append([*row_of(token), None if score is None else round(score, 4)])
 
     def view(self, branch: Branch | None) -> dict:
-        """`settled` + `tail` are the text, [id, text, control, log-probability] each; the first `given` are the
-        prompt.
-        """
+        """`settled` + `tail` are the text, [id, text, control, log-probability] each."""
         self.update(branch)
         edge = len(self.rows) // SETTLED * SETTLED
-        return {"settled": self.rows[:edge], "tail": self.rows[edge:], "given": branch.given if branch else 0}
+        return {"settled": self.rows[:edge], "tail": self.rows[edge:]}
 
 
 def row_of(token: TokenText) -> list:
@@ -62,6 +60,7 @@ def facts_view(state: State) -> dict:
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "vocabulary": config.tokenizer_vocab_size,
+        "chat": state.template is not None,
         "prompts": list(READY_PROMPTS.items()),
         "kind": json.dumps([state.name, state.prompt, vars(state.settings)]),  # the same for the same cell run again
     }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from IPython.display import display
 
+from neox_lib.chat import NoChatTemplateError, create_chat_template
 from neox_lib.loading import create_model, create_tokenizer, use_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.playground import saved
@@ -22,7 +23,8 @@ class Playground:
     `Playground()` plays with the shipped model, `Playground(path)` with any checkpoint (its tokenizer beside it, or
     given as the second argument), `Playground(name, revision="step1000")` with one on the Hub, `Playground(model,
     tokenizer)` with your own. `sampling`, such as `create_sampling` gives, and further arguments, such as `tokens=100`,
-    are settings; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise, and
+    are settings; see `neox_lib.playground.settings`. A model whose chat template lies beside its tokenizer takes turns
+    too. Raises what `create_model` and `create_tokenizer` raise, and
     ValueError for a model without a tokenizer or an invalid setting.
     """
 
@@ -36,6 +38,7 @@ class Playground:
         sampling: Sampling | None = None,
         **settings,
     ):
+        template, problem = None, ""
         if isinstance(model, NeoXModel):
             if tokenizer is None:
                 raise ValueError("a model needs its tokenizer: Playground(model, tokenizer)")
@@ -45,9 +48,16 @@ class Playground:
             model = create_model(path, revision=revision)
             if tokenizer is None:
                 tokenizer = create_tokenizer(path, revision)
+                try:
+                    template = create_chat_template(path, revision)
+                except NoChatTemplateError:
+                    pass  # it takes no turns
+                except ValueError as error:  # it can be played with all the same
+                    problem = str(error)
             else:
                 use_tokenizer(model, tokenizer)
         self.session = Session(model, tokenizer, name)
+        self.state.template, self.state.error = template, problem
         self.session.set(**(settings_of(sampling) if sampling else {}) | settings)
         self.session.set_prompt(prompt)
         self.page = Page(self.state)

@@ -338,6 +338,29 @@ function textPart(model, id, post, ask) {
   return { choose, follow: (what) => (follow = what), cursor: () => cursor, rows: () => rows, node: [list, told, legend] };
 }
 
+// What the user says next. The field is emptied when the kernel has heard and taken it, not before: nothing typed is lost.
+function sayPart(model, id, post, say) {
+  const field = make("textarea", { id: `${id}-say`, rows: 1, title: "Enter sends, Shift+Enter begins a new line" });
+  let sent = "";
+  const send = () => {
+    if (sent || !field.value.trim() || ["reading", "writing"].includes(model.get("marks").phase)) return;
+    say((sent = field.value));
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send();
+  });
+  model.on("change:heard", () => {
+    if (!sent || !post.answered()) return;
+    if (model.get("marks").error === "" && field.value.startsWith(sent)) field.value = field.value.slice(sent.length);
+    sent = "";
+  });
+  const button = make("button", { type: "button", class: "np-main", onclick: send }, "Send");
+  const label = make("label", { for: `${id}-say`, class: "np-heading" }, "Say");
+  return { button, node: make("div", { class: "np-row np-say" }, label, field, button) };
+}
+
 // The ten likeliest tokens; each is a button that takes that token.
 function nextPart(model, ask) {
   const title = make("p", { class: "np-note" });
@@ -560,6 +583,10 @@ function render({ model, el }) {
     text.follow("page");
     ask("continue", { settings: settings.values() });
   };
+  const say = (said) => {
+    text.follow("page");
+    ask("send", { text: said, settings: settings.values() });
+  };
   const take = (action, more) => {
     text.follow("list");
     ask(action, { ...more, settings: settings.values() });
@@ -572,6 +599,7 @@ function render({ model, el }) {
   const go = button("Continue", goOn);
   const buttons = make("div", { class: "np-row np-buttons" }, generate, stop, go, button("Clear", () => ask("clear")), settings.row);
   const text = textPart(model, id, post, ask);
+  const turns = model.get("facts").chat ? sayPart(model, id, post, say) : null;
   const all = () => text.rows().map((row) => row[1]).join("");
   const said = make("span", { class: "np-note", role: "status" });
   const copied = button("Copy text", async () => {
@@ -595,6 +623,7 @@ function render({ model, el }) {
     const busy = phase === "reading" || phase === "writing";
     generate.setAttribute("aria-disabled", String(busy));
     go.setAttribute("aria-disabled", String(busy));
+    turns?.button.setAttribute("aria-disabled", String(busy));
     if (phase !== before) {
       if (phase === "writing") spoken.textContent = "Writing.";
       if (phase === "idle") spoken.textContent = `${message} ${all().slice(-400)}`;
@@ -617,7 +646,7 @@ function render({ model, el }) {
   views3.select(0);
   started = true;
   const textTop = make("div", { class: "np-row np-spread" }, heading(`${id}-text`, "Text"), make("span", { class: "np-row" }, said, copied, saved));
-  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node);
+  const left = make("div", { class: "np-left" }, prompt.node, buttons, settings.drawn, make("div", { class: "np-row" }, status), silence, error, textTop, ...text.node, ...(turns ? [turns.node] : []));
   const right = make("div", { class: "np-right" }, ...views3.node);
   root.append(make("div", { class: "np-columns" }, left, right), branchesPart(model, id, ask), speed, spoken);
   root.addEventListener("keydown", (event) => event.key === "Escape" && ask("stop"));
