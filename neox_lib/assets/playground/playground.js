@@ -26,6 +26,8 @@ function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   // Keys belong to the playground, not to the notebook's shortcuts. Lab looks for this on the very node with the focus.
   if (["button", "input", "select", "textarea"].includes(tag) || "tabindex" in attributes) node.dataset.lmSuppressShortcuts = "true";
+  // Lab takes Shift+Enter's line break out of all that stands in a cell, by a later listener on this node.
+  if (tag === "textarea") node.addEventListener("beforeinput", (event) => event.stopImmediatePropagation());
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== false && value !== undefined && value !== null) node.setAttribute(name, value === true ? "" : value);
