@@ -25,6 +25,12 @@ async ([smallest]) => {
                     say(`${name} lies under the buttons`);
             if (part.tagName === "IMG" && box(part).width < 0.6 * part.naturalWidth) say("its figure is too small");
         }
+        const said = slide.innerText;
+        for (const { alt } of slide.querySelectorAll("img"))
+            if (alt && said.includes(alt.slice(0, 20))) say(`an alt text is on the wall: ${alt.slice(0, 20)}`);
+        for (const line of slide.querySelectorAll(".cm-line"))
+            if (/\bassert/.test(line.textContent) && line.checkVisibility())
+                say(`an assert is on the wall: ${line.textContent.trim()}`);
         const texts = document.createTreeWalker(slide, NodeFilter.SHOW_TEXT);
         for (let text = texts.nextNode(); text; text = texts.nextNode()) {
             const around = text.parentElement;

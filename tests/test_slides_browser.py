@@ -68,6 +68,7 @@ def unexpected(errors: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_small_wall_nothing_is_cut_off_and_all_can_be_read(show, name):
+    """Nor are asserts and alt texts in the way."""
     visit = show(name)
     seen = visit.page.evaluate(LOOK_AT_ALL, [SMALLEST])
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
@@ -113,6 +114,41 @@ def test_cells_that_are_not_shown_run_too_and_the_show_stays_where_it_is(show, f
     assert page.evaluate("location.hash") in ("", "#/", "#/slide-0-0")
     page.keyboard.press("Space")
     page.wait_for_function("location.hash === '#/slide-0-1'")
+
+
+def test_asserts_and_alt_texts_are_not_on_the_wall_unless_they_are_typed_there(show, folder):
+    """Whoever types on a slide must see what they type; whoever shows a lesson shows what it is about."""
+    source = """\
+for each in "abc":
+    assert each, "a loop of claims alone"
+value = 1
+assert value == (  # over several lines
+    1
+), "(a bracket"
+draw(
+    value,
+    alt="A figure " + str(value)
+    + " and more",
+)
+alt = "Another"
+torch.testing.assert_close(1, 1)
+for each in "abc":
+    print(each)
+    assert each
+print(alt)"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=KERNEL)
+    mark_new_cells(notebook)
+    nbformat.write(notebook, folder / "claims.ipynb")
+    page = show("claims").page
+    seen = page.locator(".cm-line")
+    page.wait_for_function("!document.querySelector('.cm-content').innerText.includes('assert')")
+    kept = ["value = 1", "draw(", "    value,", ")", 'for each in "abc":', "    print(each)", "print(alt)"]
+    assert seen.all_text_contents() == kept
+    seen.last.click()
+    page.keyboard.press("End")
+    page.keyboard.type("\nassert kept == 1")
+    assert seen.all_text_contents() == [*kept, "assert kept == 1"]
+    assert page.evaluate(LOOK_AT_ALL, [SMALLEST])["found"] == ["slide 0/0: an assert is on the wall: assert kept == 1"]
 
 
 def run_the_cell(visit: Visit, source: str) -> None:
