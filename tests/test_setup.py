@@ -222,6 +222,17 @@ def test_a_finished_set_up_is_not_run_again(stand_in, target):
 
 
 @needs_make
+def test_students_and_their_site_get_the_edition_without_answers(stand_in):
+    """Nobody has to name a folder twice, or to rename one."""
+    said = run_make(stand_in, "--dry-run", "lab", "EDITION=student")
+    assert "neox_lib learner-copy --edition student\n" in said and said.endswith("jupyterlab  notebooks/student\n")
+    assert "learner-copy --edition student --refresh" in run_make(stand_in, "-n", "lab-refresh", "EDITION=student")
+    said = run_make(stand_in, "--dry-run", "site", "FROM=my class/out")
+    assert "-E -D 'edition=my class/out' -d build/student-site-parts notebooks build/student-site\n" in said
+    assert "edition" not in run_make(stand_in, "--dry-run", "lab", "site")
+
+
+@needs_make
 @pytest.mark.parametrize("target", FOR_LEARNERS)
 def test_a_learner_never_installs_the_second_lock(stand_in, target):
     (stand_in / ".venv" / "share" / "neox" / "ready-test").unlink()
