@@ -23,6 +23,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.browsing import LAB_SETTINGS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
@@ -230,6 +232,13 @@ def test_students_and_their_site_get_the_edition_without_answers(stand_in):
     said = run_make(stand_in, "--dry-run", "site", "FROM=my class/out")
     assert "-E -D 'edition=my class/out' -d build/student-site-parts notebooks build/student-site\n" in said
     assert "edition" not in run_make(stand_in, "--dry-run", "lab", "site")
+
+
+@needs_make
+def test_lab_gets_the_settings_that_the_tests_in_a_browser_have(stand_in):
+    (stand_in / ".venv" / "bin" / "python").write_text('#!/bin/sh\necho "$JUPYTER_CONFIG_PATH"\n', "utf-8")
+    path = Path(run_make(stand_in, "--silent", "lab").splitlines()[-1])
+    assert path.relative_to(stand_in.resolve()) == LAB_SETTINGS.relative_to(ROOT) and LAB_SETTINGS.is_dir()
 
 
 @needs_make
