@@ -103,6 +103,7 @@ def test_on_a_small_wall_nothing_is_cut_off_and_all_can_be_read(show, name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     predictions = sum("predict" in cell.metadata.get("tags", []) for cell in notebook.cells)
     visit.page.wait_for_function(f"document.querySelectorAll('.widget-radio').length === {predictions}")
+    visit.page.add_style_tag(content=".jupyter-widgets-disconnected::before { display: none !important }")
     seen = visit.page.evaluate(LOOK_AT_ALL, SMALLEST)
     types = [cell.metadata.slideshow.slide_type for cell in notebook.cells]
     assert seen["slides"] == types.count("slide") + types.count("subslide")
