@@ -29,7 +29,7 @@ from neox_lib.checkpoints.tokenizer_files import GENERATION, TOKENIZER_FILES
 logger = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".yml")
+FILE_ENDINGS = (".safetensors", ".gguf", ".json", ".bin", ".pt", ".yml")
 SMALL_FILES = (*TOKENIZER_FILES, GENERATION, "config.json")
 
 

@@ -14,6 +14,14 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_copy_source = False
 html_show_search_summary = False  # the summaries are fetched, which pages opened as files may not do
-html_show_copyright = False
+html_show_copyright = html_use_index = False
 html_css_files = ["site.css"]
 html_static_path = ["_site"]
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2", "picture": "none"},
+    "dark_css_variables": {
+        "color-brand-primary": "#56b4e9",
+        "color-brand-content": "#56b4e9",
+        "picture": "invert(0.93) hue-rotate(180deg)",
+    },
+}

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import their_name
 from neox_lib.checkpoints.safetensors_writer import lay_out
@@ -26,7 +27,7 @@ WATCH = """
 import json, re, sys, threading, time
 import torch
 from neox_lib.checkpoints.build import build_model
-from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
+from neox_lib.checkpoints.convert import convert_to_gguf, convert_to_huggingface, convert_to_slim
 from neox_lib.checkpoints.opening import open_checkpoint
 
 def private_bytes():
@@ -48,7 +49,7 @@ seconds = time.perf_counter() - start
 done.set()
 watcher.join()
 sizes = [parameter.nbytes for parameter in result.parameters()] if result else []
-mapped = any(name in open("/proc/self/maps").read() for name in ("model_states.pt", ".safetensors"))
+mapped = any(name in open("/proc/self/maps").read() for name in ("model_states.pt", ".safetensors", ".gguf"))
 print(json.dumps({"peak": peak, "model": sum(sizes), "largest": max(sizes, default=0), "seconds": seconds,
                   "mapped": mapped}))
 """
@@ -123,7 +124,13 @@ def test_converting_holds_a_part_of_the_model_at_a_time(tmp_path):
     write_hollow_huggingface(tmp_path / "hollow", config)
     largest, whole = 2 * config.vocab_size * config.hidden_size, config.weight_bytes(torch.float16)
     to_slim = "convert_to_slim(sys.argv[1], sys.argv[2], ranks=2)"
-    for work, *paths in ((to_slim, "hollow", "slim"), ("convert_to_huggingface(*sys.argv[1:])", "slim", "back")):
+    (tmp_path / "hollow" / "tokenizer.json").write_bytes((SHIPPED_MODEL / "tokenizer.json").read_bytes())
+    to_gguf, to_huggingface = "convert_to_gguf(*sys.argv[1:]) and None", "convert_to_huggingface(*sys.argv[1:])"
+    for work, *paths in (
+        (to_slim, "hollow", "slim"),
+        (to_gguf, "slim", "m.gguf"),
+        (to_huggingface, "m.gguf", "back"),
+    ):
         found = watched(work, *(tmp_path / name for name in paths))
         assert found["peak"] <= 0.3e9 + 3 * largest < 0.9 * whole, (work, found)
         print(f"{found['peak'] / 1e6:.0f} MB at most, {whole / found['seconds'] / 1e6:.0f} MB/s")

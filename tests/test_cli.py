@@ -170,14 +170,17 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     second = load(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
+    mean = ["train", str(tmp_path / "mean"), *argv[2:6], "--tokens", "0", "--start-from"]
+    assert main([*mean, str(tmp_path / "run" / "model"), str(tmp_path / "run" / "model")]) == 0
+    assert all(torch.equal(first[key], mine) for key, mine in load(tmp_path / "mean" / "model").state_dict().items())
 
 
 def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
     """Weights mean nothing under another tokenizer, and every loss would still look like a number."""
-    give_tokenizer(tmp_path / "run", stories=[], start_from=checkpoint)
+    give_tokenizer(tmp_path / "run", stories=[], start_from=[checkpoint])
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
     (tmp_path / "run" / "tokenizer.json").write_text("mine")
-    give_tokenizer(tmp_path / "run", stories=[], start_from=checkpoint)
+    give_tokenizer(tmp_path / "run", stories=[], start_from=[checkpoint])
     assert (tmp_path / "run" / "tokenizer.json").read_text() == "mine"
 
 

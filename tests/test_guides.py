@@ -63,6 +63,15 @@ NOT_RUN = {
     "python -m neox_lib bench": "takes minutes; test_bench.py measures a tiny shape",
     "python -m neox_lib doctor": "judges the machine; test_doctor.py runs it",
     "python -m neox_lib full-size all FOLDER": "writes 62 GB; test_full_size.py takes a small shape",
+    "pip install gguf": NETWORK,
+    **dict.fromkeys(
+        [
+            'llama-completion --model MODEL.gguf --prompt "Once upon a time" --temp 0 -no-cnv',
+            "ollama create my-neox -f Modelfile",
+            'ollama run my-neox "Once upon a time"',
+        ],
+        "another program; test_gguf.py runs llama.cpp",
+    ),
     'torchrun --nproc-per-node 2 -m neox_lib generate "Once upon a time" --model FOLDER': (
         "test_parallel.py starts ranks with torchrun"
     ),

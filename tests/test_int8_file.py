@@ -148,7 +148,7 @@ def test_a_stream_of_wrapped_shards_is_the_model_without_its_value_head(random_m
 
 
 def test_int8_is_no_source(folder, tmp_path, capsys):
-    for target in ("slim", "huggingface", "int8"):
+    for target in ("slim", "huggingface", "gguf", "int8"):
         assert main(["convert", str(folder), str(tmp_path / "out"), "--to", target]) == 2
         assert "int8 weights, which can be run but not converted" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="the model in memory: int8 weights"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ from neox_lib.training import loop as training
 from neox_lib.training.loop import (
     TrainingPlan,
     initialize,
-    make_optimizer,
+    make_optimizers,
     sample_batch,
     spread_sample,
     train,
     training_step,
 )
+from neox_lib.training.names import BOYS, GIRLS, with_other_names
 
 CONFIG = NeoXConfig(
     vocab_size=32,
@@ -190,6 +192,101 @@ def test_learning_rate_starts_small_peaks_after_the_warm_up_and_ends_at_nearly_n
     assert rates[200:] == sorted(rates[200:], reverse=True)
 
 
+def test_the_rate_stays_where_averaging_begins():
+    """The mean of weights under a rate that falls to nothing would be the mean of equal weights."""
+    plan = TrainingPlan(total_tokens=1000 * 8192, warmup_steps=200, learning_rate=3e-3, average_from=0.6)
+    rates = [plan.learning_rate_at(step) for step in range(plan.steps)]
+    assert rates[599] > rates[600] == rates[999] == pytest.approx(1.5e-3)
+    from_the_start = dataclasses.replace(plan, average_from=0.0)
+    assert from_the_start.learning_rate_at(100) < from_the_start.learning_rate_at(999) == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_result_is_the_mean_of_the_weights_after_the_last_steps_also_after_a_stop(tmp_path, monkeypatch, optimizer):
+    """A mean that forgot what it held before a stop, or held the steps before its share, is another model."""
+    plan = dataclasses.replace(PLAN, average_from=0.5, optimizer=optimizer, dropout=0.1)
+    after_each_step: list[dict] = []
+    real = training.training_step
+
+    def note(model, *others) -> float:
+        loss = real(model, *others)
+        after_each_step.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(training, "training_step", note)
+    whole, history = run(tmp_path / "whole", plan)
+    last = after_each_step[-plan.steps // 2 :]
+    for name, found in whole.state_dict().items():
+        torch.testing.assert_close(found, torch.stack([state[name] for state in last]).mean(dim=0))
+    assert history[-1]["validation_loss"] == pytest.approx(
+        training.negative_log_likelihood(whole, VALIDATION, CONFIG.max_position_embeddings).mean().item(), abs=1e-4
+    )
+    a_save_after_every_step(monkeypatch)
+
+    def stop_late(*arguments) -> float:
+        if len(after_each_step) == plan.steps + plan.steps - 2:
+            raise Interrupted
+        return note(*arguments)
+
+    monkeypatch.setattr(training, "training_step", stop_late)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", plan)
+    monkeypatch.setattr(training, "training_step", real)
+    resumed, _ = run(tmp_path / "parts", plan)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_muon_has_the_matrices_of_the_layers_and_nothing_else():
+    """It is made for matrices between hidden states; an embedding's rows are no such thing."""
+    model = NeoXModel(CONFIG)
+    adamw, muon = make_optimizers(model, dataclasses.replace(PLAN, optimizer="muon"))
+    held = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    kinds = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+    assert len(names) == 4 * CONFIG.num_hidden_layers
+    assert all(any(f"{kind}.weight" in name for kind in kinds) for name in names)
+    assert sum(len(group["params"]) for group in adamw.param_groups) + len(held) == len(list(model.parameters()))
+
+
+def test_products_in_bfloat16_leave_the_weights_in_fp32():
+    """Small updates vanish in a weight of 8 bits."""
+    model = NeoXModel(CONFIG)
+    initialize(model, 0)
+    seen = []
+    model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2, torch.bfloat16)
+    assert seen[0] == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_mean_of_models_is_taken_weight_by_weight_and_only_of_one_shape():
+    """Two runs from one start, averaged, are better than each."""
+    first, second = NeoXModel(CONFIG), NeoXModel(CONFIG)
+    initialize(first, 1)
+    initialize(second, 2)
+    expected = (first.final_linear.weight + second.final_linear.weight).detach() / 2
+    torch.testing.assert_close(training.mean_of([first, second]).final_linear.weight.detach(), expected)
+    other = NeoXModel(dataclasses.replace(CONFIG, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="model 2 has another shape than the first"):
+        training.mean_of([first, other])
+
+
+def test_a_story_told_again_has_other_names_and_the_same_people():
+    """Two children who become one, or one who becomes two, make a story that makes no sense."""
+    stories = ['Lily met Tom. "Tom\'s kite!" said Lily. Sue ran.', "Tomorrow Max sang.", "A bear slept."] * 20
+    retold = with_other_names(stories, seed=3)
+    assert sorted(retold) != sorted(stories)
+    assert retold == with_other_names(stories, seed=3) != with_other_names(stories, seed=4)
+    assert retold.count("A bear slept.") == 20
+    assert all(re.fullmatch(r"Tomorrow [A-Z]\w+ sang\.", story) for story in retold if "sang" in story)
+    long = [re.findall(r"[A-Z]\w+", story) for story in retold if "kite" in story]
+    assert all(a == d and b == c and len({a, b, e}) == 3 for a, b, c, d, e in long)
+    girls, boys = ({names[place] for names in long} for place in (0, 1))
+    assert girls <= set(GIRLS.split())
+    assert boys <= set(BOYS.split())
+    assert len(girls) > 1
+
+
 def test_window_lengths_take_turns_from_their_share_of_the_run_on():
     """Long windows among the short ones are what makes the model hold over 2048 tokens."""
     plan = TrainingPlan(total_tokens=12 * 8192, windows=((0.0, (256, 2048)), (0.5, (1024,))))
@@ -210,7 +307,7 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     first, _ = run(tmp_path / "first")
     nothing = dataclasses.replace(PLAN, total_tokens=64, learning_rate=0.0)
     folder = tmp_path / "second"
-    second, _ = train(CONFIG, nothing, STORIES, MIX, VALIDATION, folder, start_from=tmp_path / "first")
+    second, _ = train(CONFIG, nothing, STORIES, MIX, VALIDATION, folder, start=first)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -275,7 +372,7 @@ def test_scoring_before_training_does_not_break_it():
     initialize(model, 0)
     with torch.inference_mode():
         model(STORIES[None, :9])
-    loss = training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+    loss = training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
     assert loss == pytest.approx(3.47, abs=0.3)
 
 
@@ -290,7 +387,7 @@ def test_a_step_in_parts_is_a_step_in_one():
     loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    found = training_step(model, optimizer, windows, 1.0)
+    found = training_step(model, [optimizer], windows, 1.0)
     assert found == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         expected = before[name] - gradients[name] * min(1.0, 1.0 / norm.item())  # clipped to length 1
@@ -304,7 +401,7 @@ def test_gradients_that_are_no_numbers_leave_the_weights_alone():
     model.norm.bias.data[3] = float("inf")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="the gradients are NaN or infinite, at a loss of nan"):
-        training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+        training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -325,7 +422,7 @@ def test_initial_deviations_are_20bs():
 
 def test_weight_decay_leaves_biases_and_norms_alone():
     """Pulling a norm's weight towards zero silences its layer."""
-    groups = make_optimizer(NeoXModel(CONFIG), PLAN).param_groups
+    groups = make_optimizers(NeoXModel(CONFIG), PLAN)[0].param_groups
     decays = {group["weight_decay"]: {parameter.dim() for parameter in group["params"]} for group in groups}
     assert decays == {0.1: {2}, 0.0: {1}}
     assert sum(len(group["params"]) for group in groups) == len(list(NeoXModel(CONFIG).parameters()))

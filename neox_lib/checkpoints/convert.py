@@ -1,9 +1,10 @@
-"""Converts a model's files: slim to Hugging Face and back, to another number of ranks, and, rounded, to int8."""
+"""Converts a model's files: slim to Hugging Face and back, to another number of ranks, to GGUF and int8."""
 
 from pathlib import Path
 
 from neox_lib.checkpoints.checkpoint import Checkpoint, check_convertible
 from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.gguf.writer import write_gguf
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import write_int8
@@ -55,3 +56,11 @@ def convert_to_int8(source: str | Path, target: str | Path) -> Path:
     """
     checkpoint, tokenizer = open_source(source, target)
     return write_int8(checkpoint, target, tokenizer)
+
+
+def convert_to_gguf(source: str | Path, target: str | Path, dtype: str | None = None) -> Path:
+    """Write any checkpoint and its tokenizer as one GGUF file, NAME.gguf or in the folder `target`, and return the file
+    (`write_gguf`). Holds one tensor at a time. Raises CheckpointError as that does.
+    """
+    checkpoint, tokenizer = open_source(source, target)
+    return write_gguf(checkpoint, target, tokenizer, dtype)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from neox_lib.checkpoints.checkpoint import Checkpoint
 from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
+from neox_lib.checkpoints.gguf.file import find_gguf
+from neox_lib.checkpoints.gguf.reader import open_gguf_checkpoint
 from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, is_huggingface
 from neox_lib.checkpoints.huggingface.reader import open_huggingface
 from neox_lib.checkpoints.quantized import INT8_ENDING, Int8Checkpoint, find_int8
@@ -12,7 +15,7 @@ from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a slim or Hugging Face folder, an int8 file or a folder with one, told apart by the names of the files.
+    """Open a slim or Hugging Face folder, an int8 or GGUF file or a folder with one, told apart by the names of files.
 
     Reads config and headers, no weights. Raises CheckpointError for a config that can't be used and, saying what is
     there, for a path without a checkpoint.
@@ -26,6 +29,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return open_huggingface(path)
     if (file := find_int8(path)) is not None:
         return Int8Checkpoint(file)
+    if (file := find_gguf(path)) is not None:
+        return open_gguf_checkpoint(file)
     if is_whole(path):
         return SlimCheckpoint(path)
     raise CheckpointError(describe_what_is_there(path))
@@ -35,10 +40,10 @@ def describe_what_is_there(path: Path) -> str:
     """One line for a path that holds no checkpoint: what was expected, and what is there instead."""
     expected = (
         "expected a folder with layer_00-model_00-model_states.pt and so on, or with config.json and "
-        f"{' or '.join(WEIGHT_FILES[::2])}, or a NAME{INT8_ENDING}"
+        f"{' or '.join(WEIGHT_FILES[::2])}, a NAME{INT8_ENDING} or a NAME{GGUF_ENDING}"
     )
     if not path.exists():
-        return f"{path}: no such {'file' if path.name.endswith(INT8_ENDING) else 'folder'}; {expected}"
+        return f"{path}: no such {'file' if path.name.endswith((INT8_ENDING, GGUF_ENDING)) else 'folder'}; {expected}"
     if path.is_file():
         return f"{path}: a file; {expected}"
     if (path / "config.json").is_file():

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from tokenizers import Tokenizer
 
 from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_object
+from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
+from neox_lib.checkpoints.gguf.tokenizer import read_bpe
 from neox_lib.checkpoints.slim.layout import is_slim, is_whole
 from neox_lib.config import NeoXConfig
 from neox_lib.spelling import count_ids
-from neox_lib.tokenizer import ENDOFTEXT
+from neox_lib.tokenizer import ENDOFTEXT, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,8 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer file meant by a path: the file itself, or the one of a folder or of a file of weights.
+    """The tokenizer file meant by a path: the file itself, or the one of a folder or of a file of weights. A GGUF file
+    holds its own; beside other weights it is another model's.
 
     20B's release keeps its `20B_tokenizer.json` one level above its slim folder; a file above any other folder is
     another model's. Raises FileNotFoundError when there is none.
@@ -37,6 +41,10 @@ def find_tokenizer(path: str | Path) -> Path:
         places = [path / "tokenizer.json", path / "20B_tokenizer.json"]
         if is_slim(path) or is_whole(path):
             places.append(path.absolute().parent / "20B_tokenizer.json")
+        elif len(files := list(path.glob(f"*{GGUF_ENDING}"))) == 1 and not any(
+            file.suffix in (".safetensors", ".bin") for file in path.iterdir()
+        ):
+            places += files
         path = next((place for place in places if place.is_file()), places[0])
     if not path.is_file():
         advice = "give a tokenizer JSON, such as 20B_tokenizer.json"
@@ -55,7 +63,7 @@ def tokenizer_beside(folder: Path) -> Path | None:
 
 
 def open_tokenizer(file: str | Path) -> Tokenizer:
-    """The fast tokenizer (Hugging Face `tokenizers`) of a file; its ids are `BPETokenizer.encode`'s.
+    """The fast tokenizer (Hugging Face `tokenizers`) of a file, or in a GGUF file; its ids are `BPETokenizer.encode`'s.
 
     A file may still hold the truncation and padding of its last training batch: they are switched off. Raises
     ValueError when the file is no tokenizer or one that reads no text.
@@ -63,7 +71,12 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
     try:
         if Path(file).is_file():
             check_no_pointer(Path(file))
-        tokenizer = Tokenizer.from_file(str(file))
+        if Path(file).suffix == GGUF_ENDING:
+            with tempfile.TemporaryDirectory() as folder:
+                save_tokenizer(read_bpe(Path(file)), path := Path(folder, "tokenizer.json"))
+                tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         for ids in ([], tokenizer.encode("a text").ids):
@@ -163,7 +176,10 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
         for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else ():
             if (tokenizer.parent / name).is_file():
                 shutil.copyfile(tokenizer.parent / name, folder / name)
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        if tokenizer.suffix == GGUF_ENDING:
+            open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+        else:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
     roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)
     if said or roles != role_fields(config):
         write_text_atomically(folder / GENERATION, json.dumps(said | roles, indent=2) + "\n")

@@ -3,19 +3,26 @@
 import argparse
 from pathlib import Path
 
+LAYOUTS = ("slim", "huggingface", "gguf", "int8")
+GGUF_DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+
 
 def add(commands) -> None:
     description = (
-        "Write a checkpoint, slim or Hugging Face's, in another layout; the model stays the same. slim: a file per "
-        "layer and rank, as GPT-NeoX-20B was released. huggingface: safetensors, for transformers and others. int8: "
-        "one file of half the bytes, rounded, for a small machine."
+        "Write a checkpoint, slim, Hugging Face's or GGUF, in another layout; the model stays the same. slim: a file "
+        "per layer and rank, as GPT-NeoX-20B was released. huggingface: safetensors, for transformers and others. "
+        "gguf: one file, its tokenizer included, for llama.cpp, Ollama and LM Studio. int8: one file of half the "
+        "bytes, rounded, for a small machine."
     )
     parser = commands.add_parser("convert", help="rewrite a checkpoint", description=description)
-    parser.add_argument("source", type=Path, help="checkpoint folder to read")
-    parser.add_argument("target", type=Path, help="folder to write; for int8 a folder or a NAME.int8.safetensors")
-    parser.add_argument("--to", choices=("slim", "huggingface", "int8"), default="slim", help="layout (default: slim)")
+    parser.add_argument("source", type=Path, help="checkpoint to read, a folder or a NAME.gguf")
+    parser.add_argument("target", type=Path, help="folder to write; also NAME.gguf or NAME.int8.safetensors")
+    parser.add_argument("--to", choices=LAYOUTS, default="slim", help="layout (default: slim)")
     parser.add_argument(
         "--ranks", type=int, help="slim: tensor-parallel ranks; must divide heads, MLP width, vocabulary (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=GGUF_DTYPES, help="gguf: of the matrices; q8_0 and q4_0 are rounded (default: as they are)"
     )
     parser.set_defaults(run=run)
 
@@ -25,9 +32,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.ranks is not None and arguments.to != "slim":
         raise ValueError(f"--ranks belongs to --to slim; {arguments.to} has no ranks")
+    if arguments.dtype is not None and arguments.to != "gguf":
+        raise ValueError(f"--dtype belongs to --to gguf; {arguments.to} keeps the dtype or has only one")
     if arguments.to == "huggingface":
         convert.convert_to_huggingface(arguments.source, arguments.target)
         print(f"wrote {arguments.target}, for AutoModelForCausalLM.from_pretrained and the like")
+    elif arguments.to == "gguf":
+        file = convert.convert_to_gguf(arguments.source, arguments.target, arguments.dtype)
+        size = f"{file.stat().st_size / 1e9:.2f} GB"
+        print(f"wrote {file}, {size}; llama-completion --model {file} and generate --model {file} run it")
     elif arguments.to == "int8":
         file = convert.convert_to_int8(arguments.source, arguments.target)
         print(f"wrote {file}, {file.stat().st_size / 1e9:.2f} GB; generate --model {arguments.target} runs it")

@@ -22,7 +22,16 @@ def add(commands) -> None:
     parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
     parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
-    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="another run, to begin with its weights")
+    parser.add_argument(
+        "--start-from",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="a model to begin with, or several of one shape: then with the mean of their weights",
+    )
+    parser.add_argument(
+        "--retellings", type=int, default=0, metavar="N", help="read the stories N times more, with other names"
+    )
     parser.add_argument(
         "--windows",
         nargs="+",
@@ -30,7 +39,17 @@ def add(commands) -> None:
         metavar="SHARE:LENGTHS",
         help="window lengths that take turns from a share of the steps on, such as 0:256,256,2048 0.9:2048",
     )
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="how many tokens go into one step")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="of the layers' matrices (default: adamw)")
     parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
+    parser.add_argument("--warmup-steps", type=int, metavar="N", help="after how many steps it is reached")
+    parser.add_argument(
+        "--average-from",
+        type=float,
+        metavar="SHARE",
+        help="from this share of the steps on, keep the learning rate and average the weights",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: float32)")
     parser.add_argument("--weight-decay", type=float, help="how hard the matrices are pulled towards zero")
     parser.add_argument("--dropout", type=float, help="share of each branch's output that is dropped while training")
     parser.add_argument("--seed", type=int, help="of the first weights and of the order of windows")
@@ -38,7 +57,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -> None:
+def give_tokenizer(folder: Path, stories: list[Path], start_from: list[str]) -> None:
     """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew."""
     import shutil
 
@@ -51,8 +70,8 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: Path | None) -
     if (folder / "tokenizer.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if start_from is not None:
-        shutil.copy(find_tokenizer(start_from), folder / "tokenizer.json")
+    if start_from:
+        shutil.copy(find_tokenizer(start_from[0]), folder / "tokenizer.json")
         return
     print("training the tokenizer")
     texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
@@ -83,15 +102,19 @@ def run(arguments: argparse.Namespace) -> None:
     plan = dataclasses.replace(training.TrainingPlan(), **given)
     give_tokenizer(folder, arguments.stories, arguments.start_from)
     tokenizer = create_tokenizer(folder)
-    stories, mix, validation = (
-        training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])
-    )
+    stories = training.read_streams(tokenizer, arguments.stories, arguments.retellings)
+    mix, validation = (training.read_streams(tokenizer, paths) for paths in (arguments.mix, [arguments.validation]))
     print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
     end = tokenizer.token_to_id(ENDOFTEXT)  # which stands between the stories of a stream
     config = dataclasses.replace(tiny(), tokenizer_vocab_size=count_ids(tokenizer), eos_token_ids=(end,))
+    start = None
+    if arguments.start_from:
+        start = training.mean_of([create_model(each, dtype=torch.float32) for each in arguments.start_from])
+        config = start.config
     sample = training.spread_sample(validation, 16, config.max_position_embeddings)
-    model, history = training.train(config, plan, stories, mix, sample, folder, arguments.start_from)
-    plots.loss_curves(history).savefig(folder / "curves.png")
+    model, history = training.train(config, plan, stories, mix, sample, folder, start)
+    if history:
+        plots.loss_curves(history).savefig(folder / "curves.png")
     shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
     write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
     shutil.copy(folder / "tokenizer.json", finished)

@@ -1,18 +1,20 @@
-"""The loop that trained the shipped model: windows of stories, AdamW, a cosine schedule, and a saved state to
-resume.
+"""The loop that trained the shipped model: windows of stories, AdamW or Muon, a cosine schedule or an average of the
+weights, and a saved state to resume.
 """
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from neox_lib.block import Block
@@ -20,15 +22,22 @@ from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import negative_log_likelihood, stories_of, story_stream
 from neox_lib.model import NeoXModel
+from neox_lib.training.names import with_other_names
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What to train on and how fast to learn. The defaults made the shipped model.
+    """What to train on and how fast to learn.
 
     `windows` holds (share of the steps done, window lengths): from that share on, the steps take these lengths in turn.
     Short windows are cheap; without some long ones the model would fail at the end of its context. A corpus that is
     read many times is memorized; `dropout` and a larger `weight_decay` counter that.
+
+    `optimizer` "muon" trains the layers' matrices with Muon (Jordan et al. 2024), the rest with AdamW. `dtype` is what
+    matrix products compute in; the weights stay in fp32. From the share `average_from` of the steps on, the learning
+    rate no longer falls, and the run's result is the mean of the weights after all those steps: as good as a rate that
+    falls to zero where the steps are few, and better where two such results are averaged once more (Izmailov et al.
+    2018, https://arxiv.org/abs/1803.05407; Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
     """
 
     total_tokens: int = 20_000_000
@@ -38,6 +47,9 @@ class TrainingPlan:
     weight_decay: float = 0.1
     dropout: float = 0.0
     warmup_steps: int = 200
+    optimizer: str = "adamw"
+    dtype: str = "float32"
+    average_from: float = 1.0
     windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
     seed: int = 0
 
@@ -50,10 +62,11 @@ class TrainingPlan:
         return lengths[step % len(lengths)]
 
     def learning_rate_at(self, step: int) -> float:
-        """A linear warm-up, then half a cosine down to zero."""
+        """A linear warm-up, then half a cosine down to zero, or to where averaging begins."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        falling = max(0, min(step, round(self.average_from * self.steps)) - self.warmup_steps)
+        progress = falling / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -94,12 +107,22 @@ def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) ->
     return torch.stack(rows)
 
 
-def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.AdamW:
-    """AdamW, without weight decay on biases and norms."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
+def make_optimizers(model: NeoXModel, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
+    """AdamW, without weight decay on biases and norms; if the plan says so, beside Muon for the layers' matrices.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025,
+    https://arxiv.org/abs/2502.16982).
+    """
+    rate, decay = plan.learning_rate, plan.weight_decay
+    inner, matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        by_muon = plan.optimizer == "muon" and name.startswith("layers.")
+        (vectors if parameter.dim() != 2 else inner if by_muon else matrices).append(parameter)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
+    if inner:
+        optimizers += [torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+    return optimizers
 
 
 def add_dropout(model: NeoXModel, probability: float) -> None:
@@ -118,7 +141,13 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
         block.mlp.dense_4h_to_h.register_forward_hook(drop)
 
 
-def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor, learning_rate: float) -> float:
+def training_step(
+    model: NeoXModel,
+    optimizers: list[torch.optim.Optimizer],
+    batch: Tensor,
+    learning_rate: float,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """One update on windows `[B, length + 1]`, in parts of about 2,048 tokens, which fit the processor's caches better.
 
     Returns the loss before the update, in nats per token. Raises ValueError, before it, for NaN or infinite gradients.
@@ -126,8 +155,9 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
     rows = max(1, 2048 // batch.shape[1])
     total = 0.0
     for part in batch.split(rows):
-        logits = model(part[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(batch))
+        with torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(part[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(batch))
         loss.backward()
         total += loss.item()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():  # an update would spoil every weight
@@ -135,10 +165,11 @@ def training_step(model: NeoXModel, optimizer: torch.optim.AdamW, batch: Tensor,
             f"the gradients are NaN or infinite, at a loss of {total:.3g}; the state on the disk is still whole: start "
             "anew in another folder with a lower learning rate"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return total
 
 
@@ -156,24 +187,25 @@ def train(
     mix: Tensor,
     validation: Tensor,
     folder: Path,
-    start_from: Path | None = None,
+    start: NeoXModel | None = None,
 ) -> tuple[NeoXModel, list[dict]]:
     """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
 
     `folder/state.pt` is written every five minutes, and a second call resumes from it; `folder/history.json` holds
     step, tokens, loss, validation loss (nats per token, in windows of the whole context) and seconds of training.
-    `start_from` is the folder of another run, whose weights (not its optimizer state) this one starts with. Raises
-    ValueError if the state in the folder belongs to another config or plan.
+    A run begins with the weights of `start`, else with random ones. Raises ValueError if the state in the folder
+    belongs to another config or plan.
     """
     model = NeoXModel(config)
     initialize(model, plan.seed)
-    if start_from is not None:
-        model.load_state_dict(torch.load(start_from / "state.pt", weights_only=True)["model"])
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     if plan.dropout:
         add_dropout(model, plan.dropout)
-    optimizer = make_optimizer(model, plan)
+    average, optimizers = AveragedModel(model), make_optimizers(model, plan)
+    parts = {"model": model, "average": average} | {f"optimizer{i}": each for i, each in enumerate(optimizers)}
     identity = json.dumps([config.stored_fields(), dataclasses.asdict(plan)])
-    history, step, seconds = restore(folder / "state.pt", identity, model, optimizer)
+    history, step, seconds = restore(folder / "state.pt", identity, parts)
     saved_at = last = time.monotonic()
     losses = []
     with tqdm(total=plan.steps, initial=step, unit="step", mininterval=10) as bar:
@@ -181,14 +213,17 @@ def train(
             batch = sample_batch(stories, mix, plan, step)
             torch.manual_seed(plan.seed * 1_000_003 + step)
             model.train()
-            losses.append(training_step(model, optimizer, batch, plan.learning_rate_at(step)))
+            rate, dtype = plan.learning_rate_at(step), getattr(torch, plan.dtype)
+            losses.append(training_step(model, optimizers, batch, rate, dtype))
             step += 1
+            if step > plan.average_from * plan.steps:
+                average.update_parameters(model)
             seconds, last = seconds + time.monotonic() - last, time.monotonic()
             bar.update()
             if step % 100 == 0 or step == plan.steps:
-                model.eval()
+                judged = best_weights(model, average).eval()
                 validation_loss = (
-                    negative_log_likelihood(model, validation, config.max_position_embeddings).mean().item()
+                    negative_log_likelihood(judged, validation, config.max_position_embeddings).mean().item()
                 )
                 loss = sum(losses) / len(losses)
                 losses.clear()
@@ -198,31 +233,49 @@ def train(
                 )
                 bar.set_postfix(loss=f"{loss:.3f}", validation=f"{validation_loss:.3f}")
             if time.monotonic() - saved_at > 300 or step == plan.steps:
-                save(folder, identity, model, optimizer, history, step, seconds)
+                save(folder, identity, parts, history, step, seconds)
                 saved_at = time.monotonic()
-    return model.eval(), history
+    return best_weights(model, average).eval(), history
 
 
-def save(folder: Path, identity: str, model, optimizer, history: list[dict], step: int, seconds: float) -> None:
-    """Write everything that a later call needs to resume, atomically."""
-    state = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"history": history, "step": step, "seconds": seconds}
+def mean_of(models: Sequence[NeoXModel]) -> NeoXModel:
+    """The first of some models, its weights now the mean of all. Raises ValueError if they differ in shape."""
+    first = models[0]
+    for number, model in enumerate(models):
+        if model.config.stored_fields() != first.config.stored_fields():
+            raise ValueError(f"model {number + 1} has another shape than the first; the mean needs models of one shape")
+    states = [model.state_dict() for model in models]
+    first.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
+    return first
+
+
+def best_weights(model: NeoXModel, average: AveragedModel) -> NeoXModel:
+    """The averaged model once averaging has begun, until then the model itself."""
+    return cast(NeoXModel, average.module) if average.n_averaged > 0 else model
+
+
+def save(folder: Path, identity: str, parts: dict, history: list[dict], step: int, seconds: float) -> None:
+    """Write everything that a later call needs to resume, atomically; `parts` have a `state_dict` each."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"identity": identity, "history": history, "step": step, "seconds": seconds}
     write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
     write_text_atomically(folder / "history.json", json.dumps(history, indent=1))
 
 
-def restore(path: Path, identity: str, model, optimizer) -> tuple[list[dict], int, float]:
-    """Load a saved state into model and optimizer, if there is one; returns history, steps done and seconds spent."""
+def restore(path: Path, identity: str, parts: dict) -> tuple[list[dict], int, float]:
+    """Load a saved state into its parts, if there is one; returns history, steps done and seconds spent."""
     if not path.exists():
         return [], 0, 0.0
     state = torch.load(path, weights_only=True)
     if state["identity"] != identity:
         raise ValueError(f"{path} belongs to another config or plan; use another folder to start a new run")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["history"], state["step"], state["seconds"]
 
 
-def read_streams(tokenizer, paths: Iterable[Path]) -> Tensor:
-    """The token stream of some corpus files, `[N]`; empty if there are none."""
-    return story_stream(tokenizer, [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))])
+def read_streams(tokenizer, paths: Iterable[Path], retellings: int = 0) -> Tensor:
+    """The token stream of some corpus files, `[N]`, and behind it `retellings` of their stories with other names."""
+    stories = [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))]
+    retold = [story for seed in range(retellings) for story in with_other_names(stories, seed)]
+    return story_stream(tokenizer, stories + retold)
