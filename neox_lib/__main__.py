@@ -21,12 +21,13 @@ from neox_lib.cli import (
     store_outputs,
     student,
     train,
+    write_stories,
 )
 from neox_lib.cli.messages import show_messages
 
 COMMANDS = {
     "to learn": (generate, playground, learner_copy, promote),
-    "models and weights": (info, download, convert, train, bench, full_size),
+    "models and weights": (info, download, convert, train, write_stories, bench, full_size),
     "to teach": (doctor, slides, student, class_report),
     "for authors": (store_outputs,),
 }

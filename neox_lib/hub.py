@@ -10,27 +10,29 @@ May import checkpoints and every room above it; loading and every room below may
 import contextlib
 import hashlib
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub  # its parts are imported when they are first used
+import torch
 from huggingface_hub import constants
 
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes
+from neox_lib.checkpoints.adapters.layout import ADAPTER_CONFIG, ADAPTER_FILES, is_adapter, read_lora
+from neox_lib.checkpoints.cached import cached_folder, is_hub_name
+from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes, read_object
 from neox_lib.checkpoints.huggingface.config import read_huggingface_config, stored_dtype
-from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, find_files, read_index
+from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, read_index
 from neox_lib.checkpoints.int8_stream import Int8Stream
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import INT8_FILE
-from neox_lib.checkpoints.tokenizer_files import GENERATION, TOKENIZER_FILES
+from neox_lib.checkpoints.quantized_by_others import check_own_config, check_size
+from neox_lib.checkpoints.tokenizer_files import GENERATION, OLDER_FILES, TOKENIZER_FILES, TOKENIZERS
+from neox_lib.config import NeoXConfig
 
 logger = logging.getLogger(__name__)
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-FILE_ENDINGS = (".safetensors", ".gguf", ".json", ".bin", ".pt", ".yml")
-SMALL_FILES = (*TOKENIZER_FILES, GENERATION, "config.json")
 
 
 class DownloadError(OSError):
@@ -132,24 +134,54 @@ def fetch(listing: Listing, name: str, folder: Path | None = None) -> Path:
     return path
 
 
-def choose_files(listing: Listing, folder: Path | None) -> list[str]:
-    """The files to fetch: one format of the weights, then the small files, and config.json last: without it a folder is
-    not a model. Fetches an index of shards to learn their names. Raises DownloadError for a model without weights that
-    we can read, CheckpointError for a damaged index.
+def fetch_small(listing: Listing, folder: Path | None = None) -> Path:
+    """Fetch the files that say what a model is, config and tokenizer, and return the config's path. An adapter's is its
+    own: the base model has a name of its own.
+
+    Raises DownloadError for a model without weights that we can read, and CheckpointError for one that can't be run, so
+    that nothing large is fetched in vain.
     """
-    weights = next((name for name in WEIGHT_FILES if name in listing.files), None)
-    if weights is None or "config.json" not in listing.files:
+    adapter = ADAPTER_CONFIG in listing.files
+    config, weights = (ADAPTER_CONFIG, ADAPTER_FILES) if adapter else ("config.json", WEIGHT_FILES)
+    if config not in listing.files or listing.files.keys().isdisjoint(weights):
+        check_own_config(listing.model, listing.files, {})
         found = ", ".join(sorted(listing.files)[:8]) or "nothing"
         raise DownloadError(
-            f"{listing.model}: expected config.json and model*.safetensors or pytorch_model*.bin there, found {found}"
+            f"{listing.model}: expected config.json and model*.safetensors or pytorch_model*.bin there, or a LoRA "
+            f"adapter's files, found {found}"
         )
-    shards = read_index(fetch(listing, weights, folder)).values() if weights.endswith(".json") else ()
-    return [weights, *sorted(set(shards)), *(name for name in SMALL_FILES if name in listing.files)]
+    older = () if "tokenizer.json" in listing.files else OLDER_FILES
+    names = [name for name in (*TOKENIZER_FILES, *older, GENERATION) if name in listing.files]
+    path = [fetch(listing, name, folder) for name in (*names, config)][-1]
+    if adapter:
+        read_lora(path.parent)
+    else:
+        read_huggingface_config(path.parent)
+    return path
+
+
+def weight_files(listing: Listing, config: Path, folder: Path | None) -> list[str]:
+    """The names of one format's weights; an index of shards, whose files come after it, is fetched into `folder`.
+
+    Raises CheckpointError for a damaged index, for quantized weights, and for a whole model beside an adapter.
+    """
+    known = ADAPTER_FILES if config.name == ADAPTER_CONFIG else WEIGHT_FILES
+    first = next(name for name in known if name in listing.files)
+    if known is ADAPTER_FILES:
+        if not listing.files.keys().isdisjoint(WEIGHT_FILES):
+            raise CheckpointError(f"{listing.model}: holds a whole model and an adapter; give one that has only one")
+        return [first]
+    shards = sorted(set(read_index(fetch(listing, first, folder)).values())) if first.endswith(".json") else []
+    nbytes = sum(listing.file(name).size for name in shards or [first])
+    half_precision = read_huggingface_config(config.parent).weight_bytes(torch.float16)
+    check_size(listing.model, read_object(config), nbytes, half_precision)
+    return [first, *shards]
 
 
 def bring(listing: Listing, folder: Path | None) -> Path:
-    """Fetch the files of `choose_files` one after another, so an interruption loses only the current one, and return
-    their folder. Raises DownloadError and, before fetching weights, CheckpointError when the disk has no room.
+    """Fetch a model's files one after another, so an interruption loses only the current one, and return its config's
+    path. The weights come last: without them a folder is not a model. Raises DownloadError and, before fetching
+    weights, CheckpointError as `fetch_small` does and when the disk has no room.
     """
 
     def is_missing(name: str) -> bool:
@@ -159,14 +191,17 @@ def bring(listing: Listing, folder: Path | None) -> Path:
             plan = huggingface_hub.hf_hub_download(listing.model, name, revision=listing.commit, dry_run=True)
         return plan.will_download
 
-    names, disk = choose_files(listing, folder), folder or Path(constants.HF_HUB_CACHE)
+    config, disk = fetch_small(listing, folder), folder or Path(constants.HF_HUB_CACHE)
+    names = weight_files(listing, config, folder)
     missing = [file.size for name in names if (file := listing.file(name)) and is_missing(name)]
     logger.info(
         f"{listing.model} ({listing.commit[:8]}): {sum(missing) / 1e6:,.1f} MB in {len(missing)} file(s) to fetch; the "
         f"disk of {disk} has {free_bytes(disk) / 1e9:,.1f} GB free"
     )
     check_free_disk(disk, sum(missing))
-    return [fetch(listing, name, folder) for name in names][-1].parent
+    for name in names:
+        fetch(listing, name, folder)
+    return config
 
 
 def publish(listing: Listing, path: Path) -> Path:
@@ -174,18 +209,6 @@ def publish(listing: Listing, path: Path) -> Path:
     with clear_errors(listing.model, listing.revision):
         huggingface_hub.hf_hub_download(listing.model, path.name, revision=listing.revision)
     return path
-
-
-def cached_folder(model: str, revision: str = "main") -> Path | None:
-    """A model's snapshot in the cache, if its config and all of its weights are there. Uses no network."""
-    try:
-        config = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
-        if not isinstance(config, str):
-            return None
-        find_files(Path(config).parent)
-    except ValueError:  # not a name on the Hub; or a CheckpointError: something is missing
-        return None
-    return Path(config).parent
 
 
 def download(model: str, revision: str = "main") -> Path:
@@ -201,7 +224,7 @@ def download(model: str, revision: str = "main") -> Path:
             raise
         logger.warning(f"{error}. Using the copy in the cache")
         return folder
-    return publish(listing, bring(listing, None) / "config.json").parent
+    return publish(listing, bring(listing, None)).parent
 
 
 @contextlib.contextmanager
@@ -253,14 +276,14 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
     with new_folder(folder, listing.commit) as place:
         parts = place / "parts"  # the unfinished file, and the current shard
         parts.mkdir(exist_ok=True)
-        first, *names = choose_files(listing, parts)
-        for name in names:
-            if name in SMALL_FILES:
-                fetch(listing, name, place)
+        config = fetch_small(listing, place)
+        if config.name == ADAPTER_CONFIG:
+            raise DownloadError(f"{model}: an adapter; download it without --to, then convert it to int8")
+        first, *shards = weight_files(listing, config, parts)
         stream = Int8Stream(parts, read_huggingface_config(place), stored_dtype(place))
         if first.endswith(".json"):
             stream.check_complete(first, read_index(parts / first))
-        shards = [name for name in (first, *names) if name.endswith((".safetensors", ".bin"))]
+        shards = shards or [first]
         sizes = [listing.file(name).size for name in shards if name not in stream.done]
         largest = max(sizes, default=0)
         held = sum(path.stat().st_size for path in parts.iterdir() if path.name in shards)
@@ -279,44 +302,100 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
     return folder
 
 
-def is_hub_name(path: str | Path | None) -> bool:
-    """Whether to look for this on the Hub: a string like OWNER/NAME that is no path on this disk.
-
-    >>> is_hub_name("EleutherAI/pythia-70m")
-    True
-    >>> [is_hub_name(path) for path in ("./runs/model", "runs/first/model", "model", "runs/model.int8.safetensors")]
-    [False, False, False, False]
-    """
-    if not isinstance(path, str) or not HUB_NAME.fullmatch(path) or path.endswith(FILE_ENDINGS):
-        return False
-    return not Path(path).exists()
-
-
 def local_path(path: str | Path, revision: str = "main") -> Path:
-    """The local path of a checkpoint, which may be given by its name on the Hub.
+    """The local path of a checkpoint, which may be given by its name on the Hub. The base model of an adapter is on
+    this machine as well then.
 
     A model in the Hub's cache is used from there without the network; otherwise it is downloaded, and messages say so.
     Raises DownloadError, and CheckpointError when the disk has no room.
     """
-    if not is_hub_name(path):
-        return Path(path)
-    try:
-        return cached_folder(str(path), revision) or download(str(path), revision)
-    except DownloadError as error:
-        raise DownloadError(f"no folder {path} here; on the Hub: {error}") from error
+    folder = Path(path)
+    if is_hub_name(path):
+        try:
+            folder = cached_folder(str(path), revision) or download(str(path), revision)
+        except DownloadError as error:
+            raise DownloadError(f"no folder {path} here; on the Hub: {error}") from error
+    bring_base(folder)
+    return folder
+
+
+def bring_base(folder: Path) -> None:
+    """Fetch the base model of an adapter, unless it is here; of another folder nothing. Raises what `download` does."""
+    if is_adapter(folder):
+        lora = read_lora(folder)
+        if is_hub_name(lora.base) and cached_folder(lora.base, lora.base_revision) is None:
+            download(lora.base, lora.base_revision)
 
 
 def local_tokenizer(path: str | Path, revision: str = "main") -> Path:
     """The local path of a tokenizer, or of a folder with one; for a name on the Hub only the tokenizer is fetched,
-    unless it is in the cache. Raises DownloadError.
+    unless it is in the cache. An adapter without one has its base model's. Raises DownloadError.
+    """
+    folder = Path(path)
+    if is_hub_name(path):
+        try:
+            folder = cached_tokenizer(str(path), revision) or fetch_tokenizer(str(path), revision)
+        except DownloadError as error:
+            raise DownloadError(f"no file or folder {path} here; on the Hub: {error}") from error
+    if is_adapter(folder) and not any((folder / name).is_file() for name in TOKENIZERS):
+        lora = read_lora(folder)
+        if is_hub_name(lora.base):
+            folder = cached_tokenizer(lora.base, lora.base_revision) or fetch_tokenizer(lora.base, lora.base_revision)
+    return folder
+
+
+def cached_tokenizer(model: str, revision: str) -> Path | None:
+    """A model's snapshot in the cache, if it has a tokenizer, or an adapter's config, which leads to one."""
+    for name in (*TOKENIZERS, ADAPTER_CONFIG):
+        found = huggingface_hub.try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def fetch_tokenizer(model: str, revision: str) -> Path:
+    """Fetch a model's tokenizer, or an adapter's config, which leads to one, and return its folder in the cache."""
+    listing = list_files(model, revision)
+    main = next((name for name in (*TOKENIZERS, ADAPTER_CONFIG) if name in listing.files), TOKENIZERS[0])
+    beside = (*TOKENIZER_FILES, *OLDER_FILES) if main in OLDER_FILES else ()
+    for name in beside:
+        if name in listing.files and name != main:
+            fetch(listing, name)
+    return publish(listing, fetch(listing, main)).parent
+
+
+@dataclass(frozen=True)
+class OnTheHub:
+    """What can be said about a model before its weights are fetched; as a string, where it is."""
+
+    listing: Listing
+    config: NeoXConfig
+    dtype: torch.dtype
+    weights: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.listing.model} on the Hub, revision {self.listing.revision}, commit {self.listing.commit[:8]}"
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def files(self) -> list[LayerFile]:
+        return [LayerFile(name, 0, "not fetched yet", self.listing.file(name).size) for name in self.weights]
+
+
+def look_up(path: str | Path, revision: str = "main") -> Checkpoint | OnTheHub:
+    """A checkpoint, opened; or, for a name on the Hub that isn't in the cache, what its small files and the list of its
+    weights say. Raises DownloadError, also for an adapter in that list: its base model is another one; and
+    CheckpointError as `open_checkpoint` and `fetch_small` do.
     """
     if not is_hub_name(path):
-        return Path(path)
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(str(path), "tokenizer.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        listing = list_files(str(path), revision)
-        return publish(listing, fetch(listing, "tokenizer.json"))
-    except DownloadError as error:
-        raise DownloadError(f"no file or folder {path} here; on the Hub: {error}") from error
+        return open_checkpoint(path)
+    if (folder := cached_folder(str(path), revision)) is not None:
+        return open_checkpoint(folder)
+    listing = list_files(str(path), revision)
+    config = fetch_small(listing)
+    if config.name == ADAPTER_CONFIG:
+        raise DownloadError(f"{path}: an adapter of {read_lora(config.parent).base}; download both, then ask again")
+    weights = [name for name in weight_files(listing, config, None) if not name.endswith(".json")]
+    return OnTheHub(listing, read_huggingface_config(config.parent), stored_dtype(config.parent), weights)

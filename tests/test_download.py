@@ -13,23 +13,32 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
 from neox_lib.checkpoints import int8_stream
+from neox_lib.checkpoints.cached import cached_folder, is_hub_name
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import INT8_FILE, write_int8
-from neox_lib.hub import DownloadError, cached_folder, download, download_int8, download_to_folder, is_hub_name
+from neox_lib.hub import DownloadError, download, download_int8, download_to_folder
+from neox_lib.playground.widget import Playground
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.hub_server import HubServer
 from tests.small_models import WITH_TOKENIZER
 
 NAME = "someone/small-model"
-SMALL = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+SMALL_FILES = {
+    "tokenizer_config.json": b"{}",
+    "generation_config.json": b"{ }",  # equal files would be fetched once
+    "config.json": b'{"model_type": "gpt_neox"}',
+    "tokenizer.json": Tokenizer(models.BPE({"a": 0}, [])).to_str().encode(),
+}
+SMALL = set(SMALL_FILES)
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
 
 
@@ -48,12 +57,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def model_files(**weights: bytes) -> dict[str, bytes]:
-    """Files under the names of a model, with content that is none."""
-    return (
-        {name: name.encode() for name in SMALL}
-        | {"README.md": b"# A model", "tf_model.h5": b"of no use to us"}
-        | weights
-    )
+    """Small files of a model, and under the names of others content that is none."""
+    return SMALL_FILES | {"README.md": b"# A model", "tf_model.h5": b"of no use to us"} | weights
 
 
 @pytest.fixture
@@ -141,15 +146,15 @@ def test_an_index_that_names_what_is_not_there_reaches_no_other_file(hub, capsys
     hub.put(NAME, model_files(**{"model.safetensors.index.json": index, "../../outside.safetensors": b"x"}))
     assert main(["download", NAME]) == 2
     assert said in one_line(capsys)
-    assert hub.fetched == ["model.safetensors.index.json"]
+    assert set(hub.fetched) == SMALL | {"model.safetensors.index.json"}
 
 
 def test_without_room_on_the_disk_nothing_is_fetched(hub, stored, capsys, monkeypatch):
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 200_000)
     assert main(["download", NAME]) == 2
     said = capsys.readouterr().err
-    assert "0.3 MB in 5 file(s) to fetch" in said and "GB free" in said and "make room" in said
-    assert not hub.fetched
+    assert "0.3 MB in 1 file(s) to fetch" in said and "GB free" in said and "make room" in said
+    assert set(hub.fetched) == SMALL
 
 
 def test_a_connection_that_breaks_is_one_clear_line_and_whole_files_are_kept(hub, capsys):
@@ -287,8 +292,97 @@ def test_another_revision_is_another_model_and_needs_no_network_either(hub, real
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         assert torch.equal(create_model(NAME, revision="step1000")(ids), create_model(step)(ids))
         assert torch.equal(create_model(NAME)(ids), create_model(real)(ids))
+    play = Playground(NAME, revision="step1000")
+    assert torch.equal(play.state.model(ids), create_model(step)(ids))
+    assert main(["convert", NAME, str(tmp_path / "slim"), "--revision", "step1000"]) == 0
+    assert torch.equal(create_model(tmp_path / "slim")(ids), create_model(step)(ids))
     assert main(["generate", "the fox", "--model", NAME, "--revision", "step1000", "--tokens", "1"]) == 0
     assert main(["generate", "the fox", "--model", NAME, "--revision", "step2000", "--tokens", "1"]) == 2
+
+
+def test_info_asks_the_hub_for_no_weights_and_after_a_download_for_nothing(hub, real, capsys, monkeypatch):
+    """What a model costs is asked before it is fetched; and Pythia's 154 revisions have one name."""
+    hub.add(NAME, real, revision="step1000")
+    words = ["info", NAME, "--revision", "step1000"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert set(hub.fetched) == SMALL | {"model.safetensors.index.json"}
+    assert f"{NAME} on the Hub, revision step1000, commit " in said and "float16" in said
+    assert all(f"{name} " in said for name in SHARDS) and "not fetched yet" in said and "hidden_size" in said
+    assert main(["info", NAME]) == 2 and "no revision 'main'" in one_line(capsys)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(words) == 2 and "HF_HUB_OFFLINE" in one_line(capsys)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    folder = download(NAME, "step1000")
+    hub.requests.clear()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert f"read from                  {folder}\n" in capsys.readouterr().out and not hub.requests
+
+
+def test_an_adapter_brings_its_base_model_and_needs_no_network_then(hub, real, tmp_path, capsys, monkeypatch):
+    """The base is named in its config, with a revision: nobody knows that name by heart."""
+    base, adapter = "someone/base", tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base, "revision": "step7"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    module = "base_model.model.gpt_neox.layers.0.attention.dense"
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(32, 2)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    hub.add(NAME, adapter)
+    hub.add(base, real, revision="step7")
+    assert main(["info", str(adapter)]) == 2
+    assert "not in the Hub's cache; fetch it with: python -m neox_lib download someone/base" in one_line(capsys)
+    assert main(["info", NAME]) == 2 and f"an adapter of {base}; download both" in one_line(capsys)
+    int8 = ["download", NAME, "--to", "int8", str(tmp_path / "int8")]
+    assert main(int8) == 2 and "then convert it to int8" in one_line(capsys)
+    assert main(["generate", "the fox", "--model", NAME, "--tokens", "1"]) == 0
+    assert cached_folder(base, "step7") is not None
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    expected = dict(open_checkpoint(real).tensors())["layers.0.attention.dense.weight"].float() + 4
+    for source in (NAME, adapter):
+        assert torch.equal(create_model(source).layers[0].attention.dense.weight, expected.half().float())
+        assert create_tokenizer(source).to_str() == create_tokenizer(real).to_str()
+    capsys.readouterr()
+    assert main(["info", NAME]) == 0
+    assert f"LoRA of rank 2 on {cached_folder(base, 'step7')}" in capsys.readouterr().out
+    assert not hub.requests
+
+
+QUANTIZED = {"model_type": "gpt_neox", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+NOT_FETCHED = {
+    "quantized": (QUANTIZED, {}, "quantized by GPTQ (0.00 GB, in half precision 41.11 GB), which can't be read here"),
+    "AutoGPTQ's own names": ({"model_type": "gpt_neox"}, {"quantize_config.json": b"{}"}, "quantized by GPTQ"),
+    "another architecture": ({"model_type": "llama"}, {}, "model_type is 'llama'"),
+}
+
+
+@pytest.mark.parametrize(("config", "more", "said"), NOT_FETCHED.values(), ids=NOT_FETCHED)
+def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(hub, capsys, tmp_path, config, more, said):
+    """Gigabytes later it would be no better."""
+    weights = "gptq_model-4bit.safetensors" if more else "model.safetensors"
+    hub.put(NAME, model_files(**{weights: b"weights", "config.json": json.dumps(config).encode()} | more))
+    int8 = ["download", NAME, "--to", "int8", str(tmp_path / "int8")]
+    for words in (["download", NAME], int8, ["info", NAME]):
+        assert main(words) == 2 and said in one_line(capsys)
+    assert weights not in hub.fetched
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt", "added_tokens.json"), ("spiece.model",)])
+def test_a_tokenizer_in_an_older_layout_comes_with_all_of_its_files(hub, names):
+    small = {name: content for name, content in SMALL_FILES.items() if name != "tokenizer.json"}
+    content = {
+        "vocab.json": b'{"a": 0, "b": 1}',
+        "merges.txt": b"#version: 0.2\n",
+        "added_tokens.json": b'{"<|end|>": 2}',
+    }
+    content["spiece.model"] = b"\x0a\x09\x0a\x05<unk>\x18\x02\x0a\x05\x0a\x01b\x18\x01"
+    hub.put(NAME, small | {name: content[name] for name in names} | {"model.safetensors": b"weights"})
+    for _ in range(2):
+        assert create_tokenizer(NAME).token_to_id("b") == 1
+    assert set(hub.fetched) == {*names, "tokenizer_config.json"} and len(hub.fetched) == len(names) + 1
+    assert {*names} <= {path.name for path in download(NAME).iterdir()}
 
 
 def test_once_cached_a_model_needs_no_network(hub, real, capsys, monkeypatch):

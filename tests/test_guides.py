@@ -122,12 +122,17 @@ def copy_of_the_repository(folder: Path) -> None:
 def results(tmp_path_factory) -> dict[str, tuple[int, str]]:
     """Exit code and output of every line in TYPED, typed one after the other into a copy of the repository.
 
-    FOLDER and IN are the shipped model; the Hub has it too, under the names that the guides ask for.
+    FOLDER and IN are the shipped model, FOLDER with a way of writing and a form of conversation; the Hub has it too,
+    under the names that the guides ask for.
     """
     folder, model = tmp_path_factory.mktemp("typed") / "clone", ROOT / "neox_lib" / "assets" / "tiny"
     copy_of_the_repository(folder)
-    for name in ("FOLDER", "IN"):
-        (folder / name).symlink_to(model)
+    (folder / "IN").symlink_to(model)
+    (folder / "FOLDER").mkdir()
+    for file in model.iterdir():
+        (folder / "FOLDER" / file.name).symlink_to(file)
+    (folder / "FOLDER" / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 0}')
+    (folder / "FOLDER" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\\n{% endfor %}")
     (folder / "DIR" / "a student").mkdir(parents=True)
     published = folder.parent / "published"
     assert main(["convert", str(model), str(published), "--to", "huggingface"]) == 0

@@ -420,6 +420,36 @@ def quantize(folder: Path, dtype: torch.dtype) -> None:
     edit_weights(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
 
 
+def quantized(method: str | None, *endings: str, dtype: torch.dtype = torch.int32):
+    """A matrix as another program's method stores it: in place of the weight, tensors of these endings."""
+
+    def write(folder: Path) -> None:
+        name = "gpt_neox.layers.0.attention.dense"
+        edit_weights(folder, lambda tensors: tensors.pop(f"{name}.weight"))
+        parts = {f"{name}.{ending}": torch.zeros(4, 4, dtype=dtype) for ending in endings}
+        edit_weights(folder, lambda tensors: tensors.update(parts))
+        if method is not None:
+            edit_config(folder, quantization_config={"quant_method": method})
+
+    return write
+
+
+def quantized_to_half_the_size(folder: Path) -> None:
+    """As torchao has it: nothing but the config tells, and the file would be refused as a pickle."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"gpt_neox.embed_in.weight": torch.zeros(4)}, folder / "pytorch_model.bin")
+    edit_config(folder, quantization_config={"quant_method": "torchao"}, _name_or_path="EleutherAI/pythia-70m")
+
+
+def weights_named_as(name: str, **config):
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+        (folder / name).write_text("{}")
+        edit_config(folder, **config)
+
+    return write
+
+
 class Hostile:
     """A pickle that would make a file."""
 
@@ -601,6 +631,29 @@ REFUSED = {
         r"dense\.weight is F8_E4M3, expected float16",
     ),
     "int8 weights": (lambda folder: quantize(folder, torch.int8), r"dense\.weight is torch\.int8, expected float16"),
+    "GPTQ": (quantized("gptq", "qweight", "qzeros", "g_idx", "scales"), r"safetensors: quantized by GPTQ \(.*dense"),
+    "GPTQ, by names": (quantized(None, "qweight", "qzeros", "g_idx", "scales"), r"by GPTQ \(.*\.g_idx\), which can't"),
+    "AWQ": (quantized("awq", "qweight", "qzeros", "scales"), r"quantized by AWQ .*fetch the model as it was before"),
+    "AWQ, by names": (quantized(None, "qweight", "qzeros", "scales"), r"quantized by GPTQ or AWQ \(.*\.q"),
+    "bitsandbytes in 8 bits": (
+        quantized(None, "SCB", "weight", dtype=torch.int8),
+        r"quantized by bitsandbytes \(\S+\.SCB\)",
+    ),
+    "bitsandbytes in 4 bits": (
+        quantized("bitsandbytes", "weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", dtype=torch.uint8),
+        "quantized by bitsandbytes",
+    ),
+    "a method that is not known": (quantized("new", "weight", dtype=torch.uint8), r"by new \(\S+ is torch\.uint8, exp"),
+    "a method that only the config tells": (
+        quantized_to_half_the_size,
+        r"by torchao \(0\.00 GB, in half precision .*before \(config\.json names EleutherAI/pythia-70m\), and give",
+    ),
+    "AutoGPTQ's own files": (weights_named_as("quantize_config.json"), r"quantized by GPTQ \(quantize_config\.json\)"),
+    "AutoAWQ's own files": (weights_named_as("quant_config.json"), r"quantized by AWQ \(quant_config\.json\)"),
+    "weights of another name": (
+        weights_named_as("README.md", quantization_config={"load_in_4bit": True}),
+        r"quantized by bitsandbytes \(quantization_config\)",
+    ),
     "a pickle that runs code": (hostile, r"pytorch_model\.bin: refused, and nothing in it was run"),
     "truncated bin": (truncated_bin, r"pytorch_model\.bin: truncated, damaged .*expected a \.bin file of weights"),
     "tokenizer of another model": (

@@ -62,6 +62,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return fields
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a small JSON file, none where there is no such file. Raises CheckpointError for anything else."""
+    return read_object(path) if path.exists() else {}
+
+
 def unwrapped(key: str, first_words: Collection[str]) -> str:
     """A tensor's key without the prefix of a wrapper that the model was saved in, such as DDP, torch.compile, FSDP or a
     trainer; `first_words` are those that a key may begin with.

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError, check_no_pointer, open_tensors
+from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, open_tensors
+from neox_lib.checkpoints.quantized_by_others import check_tensors_are_weights
 from neox_lib.checkpoints.safetensors_writer import SAFETENSORS_DTYPES
 from neox_lib.memory import available_memory
 
@@ -34,8 +35,8 @@ class Stored(NamedTuple):
 def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
     """What a file holds, except keys with an ignored ending; reads no weights.
 
-    Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for a tensor in
-    a dtype other than fp16, bf16 or fp32.
+    Raises CheckpointError, naming the file, for damage, for a pickle that may run code, and for weights that are
+    quantized or in a dtype other than fp16, bf16 or fp32.
     """
     found: dict[str, tuple[torch.dtype | str, tuple[int, ...]]] = {}
     if path.suffix == ".safetensors":
@@ -47,17 +48,9 @@ def describe_file(path: Path, ignored: tuple[str, ...] = ()) -> list[Stored]:
     else:
         for key, tensor in open_tensors(path).items():
             found[key] = (tensor.dtype, tuple(tensor.shape))
-    stored = []
-    for key, (dtype, shape) in found.items():
-        if key.endswith(ignored):
-            continue
-        if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES.values():
-            raise CheckpointError(
-                f"{path}: {key} is {dtype}, expected float16, bfloat16 or float32; quantized files are not read, so "
-                "fetch the weights as they were before quantizing"
-            )
-        stored.append(Stored(path, key, dtype, shape))
-    return stored
+    found = {key: kind for key, kind in found.items() if not key.endswith(ignored)}
+    check_tensors_are_weights(path, {key: dtype for key, (dtype, _) in found.items()})
+    return [Stored(path, key, dtype, shape) for key, (dtype, shape) in found.items() if isinstance(dtype, torch.dtype)]
 
 
 @contextlib.contextmanager

@@ -11,11 +11,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from neox_lib.checkpoints.adapters.layout import is_adapter
 from neox_lib.checkpoints.atomic import write_text_atomically
-from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_object
+from neox_lib.checkpoints.cached import find_base
+from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_fields
 from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
 from neox_lib.checkpoints.gguf.tokenizer import read_bpe
+from neox_lib.checkpoints.sentencepiece import read_sentencepiece
 from neox_lib.checkpoints.slim.layout import is_slim, is_whole
+from neox_lib.checkpoints.vocab_and_merges import ADDED, MERGES, VOCAB, read_vocab_and_merges
 from neox_lib.config import NeoXConfig
 from neox_lib.spelling import count_ids
 from neox_lib.tokenizer import ENDOFTEXT, save_tokenizer
@@ -23,7 +27,9 @@ from neox_lib.tokenizer import ENDOFTEXT, save_tokenizer
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+TOKENIZERS = ("tokenizer.json", VOCAB, "spiece.model", "tokenizer.model")  # the first that a folder has is its own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+OLDER_FILES = (ADDED, MERGES, *TOKENIZERS[1:])  # in place of a tokenizer.json
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -32,25 +38,25 @@ def find_tokenizer(path: str | Path) -> Path:
     holds its own; beside other weights it is another model's.
 
     20B's release keeps its `20B_tokenizer.json` one level above its slim folder; a file above any other folder is
-    another model's. Raises FileNotFoundError when there is none.
+    another model's. An adapter without one has its base model's. Raises FileNotFoundError when there is none.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         path = path.parent
     if path.is_dir():
-        places = [path / "tokenizer.json", path / "20B_tokenizer.json"]
+        places = [path / name for name in (*TOKENIZERS, "20B_tokenizer.json")]
         if is_slim(path) or is_whole(path):
             places.append(path.absolute().parent / "20B_tokenizer.json")
         elif len(files := list(path.glob(f"*{GGUF_ENDING}"))) == 1 and not any(
             file.suffix in (".safetensors", ".bin") for file in path.iterdir()
         ):
             places += files
-        path = next((place for place in places if place.is_file()), places[0])
+        found = next((place for place in places if place.is_file()), None)
+        if found is None and is_adapter(path):
+            return find_tokenizer(find_base(path))
+        path = found or places[0]
     if not path.is_file():
-        advice = "give a tokenizer JSON, such as 20B_tokenizer.json"
-        if any((path.parent / name).is_file() for name in ("spiece.model", "tokenizer.model")):
-            advice += "; a sentencepiece file is not read, but transformers' AutoTokenizer can save it as such a JSON"
-        raise FileNotFoundError(f"{path}: no tokenizer there; {advice}")
+        raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
     return path
 
 
@@ -68,12 +74,17 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
     A file may still hold the truncation and padding of its last training batch: they are switched off. Raises
     ValueError when the file is no tokenizer or one that reads no text.
     """
+    file = Path(file)
     try:
-        if Path(file).is_file():
-            check_no_pointer(Path(file))
-        if Path(file).suffix == GGUF_ENDING:
+        if file.is_file():
+            check_no_pointer(file)
+        if file.name == VOCAB:
+            tokenizer = read_vocab_and_merges(file)
+        elif file.name in OLDER_FILES:
+            tokenizer = read_sentencepiece(file)
+        elif file.suffix == GGUF_ENDING:
             with tempfile.TemporaryDirectory() as folder:
-                save_tokenizer(read_bpe(Path(file)), path := Path(folder, "tokenizer.json"))
+                save_tokenizer(read_bpe(file), path := Path(folder, "tokenizer.json"))
                 tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = Tokenizer.from_file(str(file))
@@ -88,11 +99,6 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
             raise
         raise ValueError(f"{file}: not a tokenizer file: {' '.join(str(error).split())[:200]}") from error
     return tokenizer
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a small JSON file, none where there is no such file. Raises CheckpointError for anything else."""
-    return read_object(path) if path.exists() else {}
 
 
 def end_token_of(folder: Path, tokenizer: Tokenizer | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
@@ -118,8 +124,7 @@ def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any])
     """
     file, rows, tokenizer = tokenizer_beside(folder), config.tokenizer_vocab_size, None
     try:
-        if file is not None:
-            tokenizer = open_tokenizer(file)
+        if file is not None and (tokenizer := open_known(file)) is not None:
             rows = count_rows(file, tokenizer, config.vocab_size)
         said = read_fields(folder / GENERATION).get("eos_token_id")
         said = fields.get("eos_token_id", fields.get("eos_token_ids")) if said is None else said
@@ -136,6 +141,19 @@ def with_vocabulary(config: NeoXConfig, folder: Path, fields: Mapping[str, Any])
         )
     found = {"tokenizer_vocab_size": rows, "eos_token_ids": tuple(token_id for token_id in ends if token_id >= 0)}
     return config if found.items() <= vars(config).items() else replace(config, **found)
+
+
+def open_known(file: Path) -> Tokenizer | None:
+    """`open_tokenizer`; but a file in an older layout that is of another kind than ours doesn't keep the model from
+    being read, since another tokenizer may be given: a message says so, and there is none.
+    """
+    try:
+        return open_tokenizer(file)
+    except ValueError as error:
+        if file.name not in OLDER_FILES:
+            raise
+        logger.warning("%s. Until then give another tokenizer", error)
+        return None
 
 
 def count_rows(file: Path, tokenizer: Tokenizer, vocab_size: int) -> int:
@@ -173,10 +191,11 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
     source's files say more than `config` does, a `generation_config.json`.
     """
     if tokenizer is not None:
-        for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else ():
+        older = tokenizer.name in OLDER_FILES  # whose roles belong to a class that would not read a tokenizer.json
+        for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else TOKENIZER_FILES[-1:] if older else ():
             if (tokenizer.parent / name).is_file():
                 shutil.copyfile(tokenizer.parent / name, folder / name)
-        if tokenizer.suffix == GGUF_ENDING:
+        if older or tokenizer.suffix == GGUF_ENDING:
             open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
         else:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from neox_lib.cli.generate import add_revision
+
 
 def add(commands) -> None:
     description = (
@@ -18,7 +20,7 @@ def add(commands) -> None:
         help="a new folder (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
         "shard by shard, so that the disk never holds all of the model",
     )
-    parser.add_argument("--revision", default="main", help="branch, tag or commit, such as step1000 (default: main)")
+    add_revision(parser)
     parser.set_defaults(run=run)
 
 
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             folder = hub.download_to_folder(arguments.model, where, arguments.revision)
         else:
             folder = hub.download(arguments.model, arguments.revision)
+        hub.bring_base(folder)
     except KeyboardInterrupt:
         print("\nneox_lib: stopped; complete files are kept, and the same command continues", file=sys.stderr)
         raise

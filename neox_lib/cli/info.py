@@ -2,14 +2,19 @@
 
 import argparse
 
+from neox_lib.cli.generate import add_revision
+
 
 def add(commands) -> None:
     description = (
         "Config, parameters, files, and for each precision the bytes, whether they fit into this machine's free "
-        "memory, and how fast the model could be. Loads no weights."
+        "memory, and how fast the model could be. Loads no weights, and fetches none of a model on the Hub."
     )
     parser = commands.add_parser("info", help="what a checkpoint is and what it costs", description=description)
-    parser.add_argument("model", nargs="?", help="checkpoint folder or int8 file (default: the shipped model)")
+    parser.add_argument(
+        "model", nargs="?", help="checkpoint folder, int8 file, or a name on the Hub (default: the shipped model)"
+    )
+    add_revision(parser)
     parser.add_argument("--preset", metavar="NAME", help="a shape instead of files: neox_20b, tiny, or 14m to 12b")
     parser.add_argument("--tokens", type=int, help="text that the cache holds (default: the whole context)")
     parser.set_defaults(run=run)
@@ -20,28 +25,28 @@ def run(arguments: argparse.Namespace) -> None:
 
     from neox_lib.bench.measure import memory_bandwidth
     from neox_lib.checkpoints.files import SHIPPED_MODEL
-    from neox_lib.checkpoints.opening import open_checkpoint
     from neox_lib.config import format_bytes, preset
+    from neox_lib.hub import look_up
     from neox_lib.memory import available_memory
     from neox_lib.precision import format_needs
 
     if arguments.preset is not None and arguments.model is not None:
         raise ValueError("give a checkpoint or --preset, not both")
     if arguments.preset is not None:
-        config, stored, files = preset(arguments.preset), None, []
+        config, source, files = preset(arguments.preset), None, []
     else:
-        checkpoint = open_checkpoint(arguments.model or SHIPPED_MODEL)
-        config, files = checkpoint.config, checkpoint.files()
-        dtypes = dict.fromkeys([checkpoint.dtype, checkpoint.float_dtype])  # of an int8 file two
-        stored = ", from ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        source = look_up(arguments.model or SHIPPED_MODEL, arguments.revision)
+        config, files = source.config, source.files()
     tokens = config.max_position_embeddings if arguments.tokens is None else arguments.tokens
     if not 1 <= tokens <= config.max_position_embeddings:
         raise ValueError(f"--tokens must be from 1 to the context of {config.max_position_embeddings}, got {tokens}")
     for field in dataclasses.fields(config):
         print(f"{field.name:26} {getattr(config, field.name)}")
     print(f"{'parameters':26} {config.parameter_count():,}")
-    if stored is not None:
-        print(f"{'stored as':26} {stored}")
+    if source is not None:
+        dtypes = dict.fromkeys([source.dtype, source.float_dtype])  # of an int8 file two
+        print(f"{'stored as':26} {', from '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
+        print(f"{'read from':26} {source}")
     print()
     print(format_needs(config, tokens, available_memory(), memory_bandwidth(128, repeats=3)))
     if files:

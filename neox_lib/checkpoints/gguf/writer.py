@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neox_lib.checkpoints.atomic import write_atomically
 from neox_lib.checkpoints.checkpoint import Checkpoint, cast, check_convertible, largest_value
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk, read_fields
 from neox_lib.checkpoints.gguf.config import ARCHITECTURE, gguf_fields, rows_by_kind, their_name
 from neox_lib.checkpoints.gguf.file import BLOCK, ENDING, FLOATS
 from neox_lib.checkpoints.gguf.tokenizer import read_bpe, tokenizer_fields
-from neox_lib.checkpoints.tokenizer_files import read_fields, role_fields
+from neox_lib.checkpoints.tokenizer_files import role_fields
 from neox_lib.config import NeoXConfig, parameter_shapes
 
 if TYPE_CHECKING:

@@ -90,8 +90,6 @@ def check_computable(path: Path, fields: Mapping[str, Any]) -> None:
     for key, harmless in WINDOWS.items():
         if (value := fields.get(key)) is not None and not harmless(value, context):
             raise CheckpointError(f"{path}: {key} is {value!r}; only attention to all earlier tokens can be run")
-    if fields.get("quantization_config"):
-        logger.info("%s: quantization_config is ignored; weights are read as stored", path)
     for name, value in unusual_settings(fields):
         if name in (*COMPUTED, *HARMLESS_WHEN):
             logger.warning("%s: %s is %r, which transformers ignores, and so do we", path, name, value)

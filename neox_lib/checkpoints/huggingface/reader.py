@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from neox_lib.checkpoints.checkpoint import LayerFile
-from neox_lib.checkpoints.files import CheckpointError, reading_bar
+from neox_lib.checkpoints.files import CheckpointError, read_object, reading_bar
 from neox_lib.checkpoints.huggingface.config import read_huggingface_config
-from neox_lib.checkpoints.huggingface.layout import OUTPUT_NAMES, find_stored, match_names
+from neox_lib.checkpoints.huggingface.layout import OUTPUT_NAMES, find_files, find_stored, match_names
+from neox_lib.checkpoints.quantized_by_others import check_size
 from neox_lib.checkpoints.slim.layout import part_of_file, place_of
 from neox_lib.checkpoints.tensor_files import Stored, TensorReader
 from neox_lib.config import NeoXConfig
@@ -95,6 +96,8 @@ def open_huggingface(folder: str | Path) -> HuggingFaceCheckpoint:
     """
     folder = Path(folder)
     config = read_huggingface_config(folder)
+    nbytes = sum(path.stat().st_size for path in find_files(folder)[0])
+    check_size(folder, read_object(folder / "config.json"), nbytes, config.weight_bytes(torch.float16))
     found = find_stored(folder)
     matched = match_names(folder, config, found)
     output = next((found[key] for key in OUTPUT_NAMES if key in found), None) if config.tie_word_embeddings else None
