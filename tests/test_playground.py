@@ -566,6 +566,23 @@ def test_a_turn_that_cant_be_taken_is_said_and_changes_nothing(chatty, slow_step
     assert chatty.written.count("<user>") == 2
 
 
+def test_a_turn_sent_while_the_model_looks_at_what_it_wrote_is_not_lost(chatty, monkeypatch):
+    look, looked = jobs.look, []
+
+    def patient(state, stopping, say, status=""):
+        looked.append(status)
+        say("looking", status)
+        if len(looked) == 1:
+            assert stopping.wait(20)
+        look(state, stopping, say, status)
+
+    monkeypatch.setattr(jobs, "look", patient)
+    chatty.act({"do": "send", "text": "the fox"})
+    wait_for(lambda: chatty.state.phase == "looking")
+    done(chatty, do="send", text="the hen")
+    assert looked == ["Wrote 6 tokens."] * 2 and chatty.written.count("<user>") == 2
+
+
 def test_a_model_without_a_template_takes_no_turns_and_one_with_a_bad_one_plays(play, chat_folder, tmp_path):
     assert not play.page.facts["chat"] and play.page.marks["error"] == ""
     assert "no chat template" in done(play, do="send", text="the fox")["error"]

@@ -348,7 +348,10 @@ def test_a_conversation_is_typed_turn_by_turn_where_the_model_has_a_template(vis
     field.press("Enter")
     chatty.get_by_role("alert").get_by_text("The conversation would have").wait_for()
     assert field.input_value() == "the fox " * 200
-    field.fill("")
+    field.fill("the")
+    field.press("Enter")
+    visit.wait(answered)
+    assert field.input_value() == "" and prompt.input_value().count("<user>") == 3
 
 
 def test_generate_works_while_another_cell_runs(visit):

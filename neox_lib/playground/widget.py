@@ -50,7 +50,7 @@ class Playground:
                 tokenizer = create_tokenizer(path, revision)
                 try:
                     template = create_chat_template(path, revision)
-                except NoChatTemplateError:
+                except (NoChatTemplateError, FileNotFoundError):
                     pass  # it takes no turns
                 except ValueError as error:  # it can be played with all the same
                     problem = str(error)
