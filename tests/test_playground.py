@@ -579,7 +579,10 @@ def test_a_turn_sent_while_the_model_looks_at_what_it_wrote_is_not_lost(chatty, 
     monkeypatch.setattr(jobs, "look", patient)
     chatty.act({"do": "send", "text": "the fox"})
     wait_for(lambda: chatty.state.phase == "looking")
-    done(chatty, do="send", text="the hen")
+    chatty.state.error = "an earlier one"
+    chatty.act({"do": "send", "text": "the hen"})
+    assert chatty.page.marks["error"] == "", "the page would take it for this turn's, and keep what was typed"
+    assert chatty.session.worker.join(60)
     assert looked == ["Wrote 6 tokens."] * 2 and chatty.written.count("<user>") == 2
 
 
