@@ -16,7 +16,9 @@ from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.cached import find_base
 from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_fields
 from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
-from neox_lib.checkpoints.gguf.tokenizer import read_bpe
+from neox_lib.checkpoints.gguf.file import find_gguf
+from neox_lib.checkpoints.gguf.tokenizer import chat_template, read_bpe
+from neox_lib.checkpoints.huggingface.layout import is_huggingface
 from neox_lib.checkpoints.sentencepiece import read_sentencepiece
 from neox_lib.checkpoints.slim.layout import is_slim, is_whole
 from neox_lib.checkpoints.vocab_and_merges import ADDED, MERGES, VOCAB, read_vocab_and_merges
@@ -38,22 +40,23 @@ def find_tokenizer(path: str | Path) -> Path:
     holds its own; beside other weights it is another model's.
 
     20B's release keeps its `20B_tokenizer.json` one level above its slim folder; a file above any other folder is
-    another model's. An adapter without one has its base model's. Raises FileNotFoundError when there is none.
+    another model's. An adapter without one has its base model's. Raises FileNotFoundError when there is none,
+    CheckpointError for a folder with several GGUF files.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a model or a tokenizer JSON there")
     if path.suffix == ".safetensors":
         path = path.parent
     if path.is_dir():
         places = [path / name for name in (*TOKENIZERS, "20B_tokenizer.json")]
-        if is_slim(path) or is_whole(path):
+        if slim := is_slim(path) or is_whole(path):
             places.append(path.absolute().parent / "20B_tokenizer.json")
-        elif len(files := list(path.glob(f"*{GGUF_ENDING}"))) == 1 and not any(
-            file.suffix in (".safetensors", ".bin") for file in path.iterdir()
-        ):
-            places += files
         found = next((place for place in places if place.is_file()), None)
         if found is None and is_adapter(path):
             return find_tokenizer(find_base(path))
+        if found is None and not (slim or is_huggingface(path) or any(path.glob("*.int8.safetensors"))):
+            found = find_gguf(path)
         path = found or places[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
@@ -199,6 +202,8 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
             open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
         else:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        if tokenizer.suffix == GGUF_ENDING and (template := chat_template(tokenizer)):
+            write_text_atomically(folder / TOKENIZER_FILES[-1], template)
     roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)
     if said or roles != role_fields(config):
         write_text_atomically(folder / GENERATION, json.dumps(said | roles, indent=2) + "\n")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neox_lib.checkpoints.files import CheckpointError
+from neox_lib.checkpoints.files import CheckpointError, read_fields
 from neox_lib.checkpoints.gguf.file import ENDING, GGUFFile, open_gguf
 from neox_lib.config import NeoXConfig
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, read_tokenizer
@@ -16,6 +16,7 @@ KEY = "tokenizer.ggml."
 RULE, SAME_RULE = "olmo", ("olmo", "gpt-2", "mpt", "jais", "trillion")
 NORMAL, CONTROL, LITERAL, UNUSED = 1, 3, 4, 5
 NFC = f"{KEY}normalizer.nfc"  # ours: llama.cpp reads a text as it is
+ADD_BOS, CHAT_TEMPLATE = f"{KEY}add_bos_token", "tokenizer.chat_template"
 ENDS = (f"{KEY}eos_token_id", f"{KEY}eot_token_id", f"{KEY}eom_token_id")
 
 
@@ -37,6 +38,8 @@ def bpe_of(file: GGUFFile) -> BPETokenizer:
             f"{file}: its tokenizer is {kind!r} with the rule {rule!r}; only 'gpt2' with one of "
             f"{', '.join(SAME_RULE)} is read here. Give the model's tokenizer.json"
         )
+    if file.fields.get(ADD_BOS, False) is not False:
+        raise CheckpointError(f"{file}: {ADD_BOS} is set, which is not read here. Give the model's tokenizer.json")
     tokens, types = tokens_of(file)
     ids = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != UNUSED}
     added = {token: token_id for token, token_id in ids.items() if types[token_id] in (CONTROL, LITERAL)}
@@ -83,7 +86,8 @@ def with_tokens(config: NeoXConfig, file: GGUFFile) -> NeoXConfig:
 
 def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping[str, Any]) -> dict[str, Any]:
     """The keys and values for a tokenizer: rows without a token get one that is marked unused. `roles` as from
-    `role_fields`. Raises CheckpointError for a model without an end or with more than three.
+    `role_fields`. Raises CheckpointError for a model without an end or with more than three, and for merges of
+    no token.
     """
     ends = config.eos_token_ids
     rows = range(config.vocab_size)
@@ -100,13 +104,18 @@ def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping
         else NORMAL
         for token in tokens
     ]  # fmt: skip
+    if not tokenizer.merges or not {left + right for left, right in tokenizer.merges} <= set(tokens):
+        raise CheckpointError(
+            f"the tokenizer has no merges, or some that make tokens past the {len(rows)} rows of the model, which a "
+            "GGUF file can't hold: write another layout"
+        )
     fields = {
         f"{KEY}model": "gpt2",
         f"{KEY}pre": RULE,
         f"{KEY}tokens": [f"[PAD{row}]" if token is None else token for row, token in zip(rows, tokens, strict=True)],
         f"{KEY}token_type": kinds,
         f"{KEY}merges": [" ".join(merge) for merge in tokenizer.merges],
-        f"{KEY}add_bos_token": False,
+        ADD_BOS: False,
         NFC: tokenizer.to_nfc,
         **dict(zip(ENDS, ends, strict=False)),
     }
@@ -116,3 +125,14 @@ def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping
         for role, token_id in others.items()
         if type(token_id) is int and token_id in rows
     }
+
+
+def chat_template(tokenizer: Path) -> str:
+    """The chat template in a GGUF file or beside a tokenizer's JSON; empty where there is none."""
+    if tokenizer.suffix == ENDING:
+        said = open_gguf(tokenizer).fields.get(CHAT_TEMPLATE)
+    elif (file := tokenizer.with_name("chat_template.jinja")).is_file():
+        said = file.read_text("utf-8")
+    else:
+        said = read_fields(tokenizer.with_name("tokenizer_config.json")).get("chat_template")
+    return said if isinstance(said, str) else ""
