@@ -104,6 +104,14 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def copy_as_json(tokenizer: Path, target: Path) -> None:
+    """Write a tokenizer's file as a JSON of `tokenizers`: another layout translated, such a JSON as it is."""
+    if tokenizer.name in OLDER_FILES or tokenizer.suffix == GGUF_ENDING:
+        open_tokenizer(tokenizer).save(str(target))
+    else:
+        shutil.copyfile(tokenizer, target)
+
+
 def end_token_of(folder: Path, tokenizer: Tokenizer | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
     """The tokens that end a text by the tokenizer's files, else `<|endoftext|>`; `unknown` without a tokenizer."""
     name = None
@@ -198,10 +206,7 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
         for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else TOKENIZER_FILES[-1:] if older else ():
             if (tokenizer.parent / name).is_file():
                 shutil.copyfile(tokenizer.parent / name, folder / name)
-        if older or tokenizer.suffix == GGUF_ENDING:
-            open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
-        else:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        copy_as_json(tokenizer, folder / "tokenizer.json")
         if tokenizer.suffix == GGUF_ENDING and (template := chat_template(tokenizer)):
             write_text_atomically(folder / TOKENIZER_FILES[-1], template)
     roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)
