@@ -207,7 +207,34 @@ def test_the_stories_of_a_model_are_whole_different_and_the_same_again(tmp_path,
     assert len(set(stories)) == len(stories) > 1
     assert all(story == story.strip() for story in stories)
     assert f"{len(stories)} stories, " in capsys.readouterr().out
-    assert main([*argv[:4], "--temperature", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.txt", "--temperature", "0"], "temperature must be above 0"),
+        (["a.txt", "--temperature", "nan"], "temperature must be above 0"),
+        (["a.txt", "--bytes", "0"], "bytes must be 1 or more"),
+        (["a.txt"], "none of 2 texts ended within 3 tokens"),
+        (["."], "Is a directory"),
+        (["a.txt", "--model", "gpt/neox", "--revision", "step1"], "no revision step1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_stories_that_can_not_be_written_are_known_at_once(tmp_path, capsys, monkeypatch, arguments, said):
+    """Not after an hour of drawing, and not never: a model that ends no text would be drawn from for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("neox_lib.cli.write_stories.ROWS", 2)
+    monkeypatch.setattr("neox_lib.cli.write_stories.MOST_TOKENS", 3)
+
+    def local_tokenizer(_path, revision):
+        raise ValueError(f"no revision {revision}")
+
+    if "--model" in arguments:
+        monkeypatch.setattr("neox_lib.loading.local_tokenizer", local_tokenizer)
+    assert main(["write-stories", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
