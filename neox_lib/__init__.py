@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neox_lib.cache import KVCache
+    from neox_lib.chat import Chat, create_chat_template
     from neox_lib.config import NeoXConfig
     from neox_lib.generation import greedy_generate, greedy_generate_text, stream_generate
-    from neox_lib.loading import create_model, create_tokenizer
+    from neox_lib.loading import create_model, create_sampling, create_tokenizer
     from neox_lib.model import NeoXModel
     from neox_lib.sampling import Sampling
 
 HOME = {
+    "Chat": "chat",
     "KVCache": "cache",
     "NeoXConfig": "config",
     "NeoXModel": "model",
     "Sampling": "sampling",
+    "create_chat_template": "chat",
     "create_model": "loading",
+    "create_sampling": "loading",
     "create_tokenizer": "loading",
     "greedy_generate": "generation",
     "greedy_generate_text": "generation",
@@ -28,11 +32,14 @@ HOME = {
 }
 
 __all__ = [
+    "Chat",
     "KVCache",
     "NeoXConfig",
     "NeoXModel",
     "Sampling",
+    "create_chat_template",
     "create_model",
+    "create_sampling",
     "create_tokenizer",
     "greedy_generate",
     "greedy_generate_text",

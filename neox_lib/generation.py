@@ -19,6 +19,7 @@ from neox_lib.model import NeoXModel, Stopped, check_token_ids
 from neox_lib.padding import pad_left, without_padding
 from neox_lib.sampling import GREEDY, Sampling
 from neox_lib.spelling import spelling_of
+from neox_lib.stop_strings import stop_at
 from neox_lib.tokenizer import ENDOFTEXT, encode_text
 
 
@@ -92,22 +93,22 @@ def generate_tokens(
     if not any(max_new_tokens):
         return
     device = model.norm.weight.device
-    input_ids, padding = pad_left(prompts, device)
+    ids, padding = pad_left(prompts, device)
     seeds = (sampling.seed + prompts[:row].count(prompt) for row, prompt in enumerate(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     stops, most = (torch.tensor(each, dtype=torch.int64, device=device) for each in (stop_token_ids, max_new_tokens))
-    tokens, finished = input_ids[:, -1], most < 1  # [B]: each row's last token, and whether it has ended
-    unread = input_ids
+    tokens, finished = ids[:, -1], most < 1  # [B]: each row's last token, and whether it has ended
+    unread = ids
     if cache is not None:  # the last token is read again even if it is held: its scores were not kept
-        cache.truncate(min(cache.length, input_ids.shape[1] - 1))
-        unread = input_ids[:, cache.length :]
+        cache.truncate(min(cache.length, ids.shape[1] - 1))
+        unread = ids[:, cache.length :]
     try:
         scores = prefill(model, unread, cache, chunk_size, on_progress, padding)  # [B, V]
     except Stopped:
         return
     for written in count(1):
         scores = scores.masked_fill(finished[:, None], 0)  # these rows are not used, even if they are NaN
-        chosen = sampling.choose(scores, *generators)
+        chosen = sampling.choose(scores, *generators, ids=ids, padding=padding)
         log_probabilities = scores.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0].masked_fill(finished, 0)
         tokens = tokens.where(finished, chosen)
         finished = finished | torch.isin(tokens, stops) | (written >= most)
@@ -116,8 +117,8 @@ def generate_tokens(
             return
         if padding is not None:  # a row past its limit takes no new position: its context may be full
             padding = padding + (written >= most)
-        new = tokens[:, None]
-        unread = new if cache is not None else torch.cat([unread, new], dim=1)  # append
+        ids = torch.cat([ids, tokens[:, None]], dim=1)  # append
+        unread = ids if cache is None else ids[:, -1:]
         scores = next_token_scores(model(unread, cache, last_only=True, padding=padding), model.config)
 
 
@@ -152,7 +153,8 @@ class Step:
 
     `log_probabilities` are the model's own, before temperature and cuts; `seconds` is the step's computing time, in
     the first step with the prefill. Without a tokenizer, `texts` are empty strings. `ended` is true for a row from its
-    last token on; later steps repeat that token with no text and log-probability 0.
+    last token on; later steps repeat that token with no text and log-probability 0. With stop strings, `held` tells how
+    many of a row's last tokens have text that is held back.
     """
 
     token_ids: list[int]
@@ -160,6 +162,7 @@ class Step:
     log_probabilities: list[float]
     seconds: float
     ended: list[bool] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
 
     @property
     def token_id(self) -> int:
@@ -235,7 +238,8 @@ def stream_generate(
 
     Prompts are ids `[B, T]`, a list of lists of any lengths, or ids with an `attention_mask` `[B, T]` that is 0 for
     padding on the left. Each row is written as it would be alone, but repeated prompts draw with `seed` + 1, `seed` + 2
-    and so on. Ends when every row has a token of `stop_token_ids`, by default the model's own; () for none.
+    and so on. Ends when every row has a token of `stop_token_ids`, by default the model's own; () for none; or, with a
+    tokenizer, one of `sampling.stop_strings`.
     `use_cache` defaults to the model's own. A `cache` that already holds the first tokens of the rows, and padding
     before them, saves computing them again, and is used whatever `use_cache` says. `on_progress(done, total)` is called
     after each layer of the prefill; when it returns False, the stream ends without a step. Raises ValueError, before
@@ -264,7 +268,8 @@ def stream_generate(
     if cache is not None:  # the last new token never goes through the model
         cache.check_room(len(prompts), longest + max(0, max(most) - 1))
     tokens = generate_tokens(model, prompts, most, sampling, stop_token_ids, cache, chunk_size, on_progress)
-    return decode_text(tokens, [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in prompts])
+    steps = decode_text(tokens, [] if tokenizer is None else [StreamDecoder(tokenizer) for _ in prompts])
+    return stop_at(steps, sampling.stop_strings, tokenizer, len(prompts)) if sampling.stop_strings else steps
 
 
 def prompt_ids(tokenizer, text: str, config: NeoXConfig | None = None) -> Tensor:

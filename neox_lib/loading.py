@@ -1,4 +1,4 @@
-"""From any checkpoint to a model that is ready to run, and its tokenizer."""
+"""From any checkpoint to a model that is ready to run, its tokenizer, and its own way of writing."""
 
 import logging
 from dataclasses import replace
@@ -7,15 +7,19 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from neox_lib.checkpoints.adapters.layout import is_adapter
 from neox_lib.checkpoints.build import build_model
+from neox_lib.checkpoints.cached import find_base
 from neox_lib.checkpoints.files import SHIPPED_MODEL
+from neox_lib.checkpoints.generation_settings import read_sampling
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import build_int8_model
-from neox_lib.checkpoints.tokenizer_files import find_tokenizer, open_tokenizer
+from neox_lib.checkpoints.tokenizer_files import GENERATION, find_tokenizer, open_tokenizer
 from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision, shrink_to_fit
+from neox_lib.sampling import Sampling
 from neox_lib.spelling import count_ids
 
 logger = logging.getLogger(__name__)
@@ -89,3 +93,15 @@ def create_tokenizer(path: str | Path | None = None, revision: str = "main") -> 
     the Hub that can't be fetched.
     """
     return open_tokenizer(find_tokenizer(SHIPPED_MODEL if path is None else local_tokenizer(path, revision)))
+
+
+def create_sampling(path: str | Path | None = None, revision: str = "main") -> Sampling:
+    """A model's own defaults, as its `generation_config.json` says them and `transformers` applies them; an adapter
+    without any has its base model's. The model is given as to `create_model`; one on the Hub is downloaded. Raises
+    CheckpointError as `read_sampling` does.
+    """
+    local = SHIPPED_MODEL if path is None else local_path(path, revision)
+    folder = local if local.is_dir() else local.parent
+    if is_adapter(folder) and not (folder / GENERATION).exists():
+        folder = find_base(folder)
+    return read_sampling(folder)

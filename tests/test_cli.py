@@ -1,19 +1,22 @@
 """The command line: what a newcomer types, and what they read when something is wrong."""
 
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import neox_lib
-from neox_lib import cli
+from neox_lib import cli, generation
 from neox_lib.__main__ import main, parse
 from neox_lib.checkpoints.convert import convert_to_gguf
 from neox_lib.checkpoints.slim.writer import write_slim
@@ -21,6 +24,7 @@ from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig, format_bytes
 from neox_lib.evaluation.likelihood import stories_of
 from neox_lib.model import NeoXModel
+from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.small_models import WITH_TOKENIZER, load
 
@@ -89,6 +93,21 @@ def test_cuts_and_seeds_without_a_temperature_get_a_line(checkpoint, capsys, wor
     assert len(lines) == (said is not None) and all(said in line for line in lines)
 
 
+def test_what_is_given_counts_more_than_the_models_own_defaults(checkpoint, tmp_path, monkeypatch):
+    """And each setting arrives where the text is written."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    said = {"do_sample": True, "temperature": 0.7, "top_k": 7, "min_p": 0.1, "stop_strings": ["x"]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(said))
+    found = []
+    monkeypatch.setattr(generation, "stream_generate", lambda *_, sampling, **__: found.append(sampling) or iter(()))
+    argv = ["generate", "the", "--model", str(tmp_path / "model"), "--defaults"]
+    for more in ([], ["--top-k", "3", "--seed", "4", "--stop", "a", "--stop", "b", "--repetition-penalty", "1.2"]):
+        assert main([*argv, *more]) == 0
+    own = Sampling(0.7, top_k=7, top_p=1.0, min_p=0.1, stop_strings=("x",))
+    given = replace(own, top_k=3, seed=4, stop_strings=("a", "b"), repetition_penalty=1.2)
+    assert found == [own, given]
+
+
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(checkpoint, capsys):
     texts = []
     for seed in ("1", "1", "2"):
@@ -111,6 +130,8 @@ def test_no_cache_writes_the_same_text(checkpoint, capsys):
         (["generate", "x", "--model", "no/such/folder"], "no/such/folder"),
         (["generate", "x", "--tokens", "5000"], "256"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--min-p", "2"], "min_p must be from 0 to 1"),
+        (["generate", "x", "--defaults"], "generation_config.json: missing"),
         (["generate", "x", "--dtype", "float8"], "float8"),
         (["generate", "x", "--device", "abacus"], "abacus"),
         (["generate", "\udcff"], "lone surrogate"),

@@ -18,9 +18,10 @@ from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.distributed.loading import build_rank
 from neox_lib.generation import greedy_generate, prompt_ids, stream_generate
-from neox_lib.loading import create_model, create_tokenizer, use_tokenizer
+from neox_lib.loading import create_model, create_sampling, create_tokenizer, use_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.playground.session import Session
+from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import ENDOFTEXT
 from tests.small_models import BASE
 
@@ -90,6 +91,149 @@ def test_a_text_ends_where_transformers_ends_it(theirs, tmp_path_factory, ends, 
     steps = stream_generate(found, ids, 23)
     assert [prompt, *(step.token_id for step in steps)] == expected
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return create_model(theirs[1], device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """Our tokenizer and theirs: # begins a prompt, and each other token is a letter from a to f, or two of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [(left, right) for left in "abc" for right in "abcdef"][:17]
+    tokens = ["#", *"abcdef", *map("".join, pairs)]
+    tokenizer = Tokenizer(models.BPE({token: token_id for token_id, token in enumerate(tokens)}, pairs))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer, PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),
+    drawn=st.lists(st.integers(0, 12), max_size=2),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+)
+def test_stop_strings_end_a_text_where_transformers_ends_it(theirs, ours, letters, stops, drawn, sizes):
+    """Within tokens and across them, in each row of a batch; their text shows the stop string and ours doesn't."""
+    (model, _), (tokenizer, their_tokenizer) = theirs, letters
+    prompts = [[0] * size for size in sizes]
+    for place in drawn:  # parts of a text that the model writes
+        ids = [step.token_id for step in stream_generate(ours, [prompts[0]], 12, stop_token_ids=())]
+        stops = [*stops, tokenizer.decode(ids)[place : place + 5]]
+    how = {"tokenizer": tokenizer, "sampling": Sampling(stop_strings=stops), "stop_token_ids": ()}
+    rows, texts, ended = [list(prompt) for prompt in prompts], [""] * len(prompts), [False] * len(prompts)
+    for step in stream_generate(ours, prompts, 12, **how):
+        for row, before in enumerate(ended):
+            if not before:
+                rows[row].append(step.token_ids[row])
+            texts[row] += step.texts[row]
+            assert not (before and step.texts[row])
+        ended = step.ended
+    for prompt, row, text in zip(prompts, rows, texts, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stop_strings=stops,
+            tokenizer=their_tokenizer,
+        )[0].tolist()
+        whole = tokenizer.decode(row[len(prompt) :])
+        assert row == expected
+        assert whole.startswith(text) and not any(stop in text for stop in stops)
+        assert text == whole or whole[len(text) :].startswith(tuple(stops))
+
+
+def test_a_control_tokens_name_is_a_stop_string_too():
+    """Many a chat model ends its turn with a token that its config doesn't name."""
+    tokenizer = tokenizer_with({6: "<|im_end|>"})
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    model = NeoXModel(CONFIG).eval()
+    sampling = Sampling(stop_strings=("w9w9w9", "<|im_end|>"))
+    assert [forced(model, 6, tokenizer=tokenizer, sampling=sampling) for _ in range(2)] == [6, 6]
+    steps = list(stream_generate(model, [[3], [4]], 5, tokenizer=tokenizer, sampling=sampling))
+    assert [(step.texts, step.ended) for step in steps] == [(["", ""], [True, True])]
+    with pytest.raises(ValueError, match=r"stop_strings \['w1'\] are found in text; give the tokenizer too"):
+        stream_generate(model, [[3]], 5, sampling=Sampling(stop_strings=("w1",)))
+
+
+# What a model's own files say of choosing
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.7},
+        {"do_sample": True, "top_k": 0, "min_p": 0.2, "repetition_penalty": 1.4},
+        {"do_sample": True, "top_k": 3, "typical_p": 1.0, "num_beams": 1},
+        {"do_sample": False, "temperature": 0.6, "top_k": 3, "repetition_penalty": 2.0, "typical_p": 0.5},
+    ],
+    ids=str,
+)
+def test_a_models_own_defaults_are_those_of_transformers(theirs, folder, said):
+    """Where nothing is said, transformers draws from 50 tokens, and greedily takes the likeliest."""
+    from transformers import GenerationConfig
+
+    say(folder, "generation_config.json", **said)
+    ids = torch.tensor([[5, 9, 9, 3]])
+    expected = theirs[0].generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig.from_pretrained(folder, max_new_tokens=1, pad_token_id=0),
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    scores, sampling = expected.scores[0], create_sampling(folder)
+    found = sampling.probabilities(expected.logits[0], ids)
+    if said.get("do_sample"):
+        torch.testing.assert_close(found.float(), scores.softmax(dim=-1))
+    else:
+        assert found.argmax() == scores.argmax() == expected.sequences[0, -1]
+        assert found.max() == 1
+
+
+def test_defaults_with_stop_strings_and_where_there_are_none(folder, tmp_path):
+    say(folder, "generation_config.json", stop_strings=["w1", "w2w3"], temperature=None)
+    assert create_sampling(folder) == Sampling(stop_strings=("w1", "w2w3"), top_k=50, top_p=1.0)
+    assert create_sampling(folder / "model.safetensors") == create_sampling(folder)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    said = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "r": 2, "target_modules": ["dense"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    assert create_sampling(adapter) == create_sampling(folder)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: missing, so this model has no defaults"):
+        create_sampling(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"num_beams": 4}, "num_beams is 4, which we can't do"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p is 0.5, which we can't do"),
+        ({"suppress_tokens": [3]}, r"suppress_tokens is \[3\], which we can't do"),
+        ({"top_p": 7}, "top_p must be above 0 and at most 1, got 7"),
+        ({"temperature": "0.8"}, "temperature must be a number, got '0.8'"),
+        ({"do_sample": 1}, "do_sample must be true or false, got 1"),
+        ({"stop_strings": [3]}, "stop_strings must be texts"),
+    ],
+    ids=str,
+)
+def test_defaults_that_cant_be_followed_are_named(folder, said, reason):
+    """A text that was chosen in another way than the model's makers chose would be taken for the model's."""
+    say(folder, "generation_config.json", **{"do_sample": True, **said})
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {reason}"):
+        create_sampling(folder)
 
 
 def test_who_says_where_a_text_ends_and_in_which_order(folder):
@@ -200,12 +344,12 @@ def chosen_of(folder: Path, wanted: int) -> int:
     return forced(model, wanted)
 
 
-def forced(model: NeoXModel, wanted: int) -> int:
+def forced(model: NeoXModel, wanted: int, **how) -> int:
     model.norm.weight.data.fill_(0)
     model.norm.bias.data.fill_(1)
     model.final_linear.weight.data.fill_(0)
     model.final_linear.weight.data[wanted] = 1
-    return next(iter(stream_generate(model, torch.tensor([[3]]), 1))).token_id
+    return next(iter(stream_generate(model, torch.tensor([[3]]), 1, **how))).token_id
 
 
 def test_only_a_tokenizer_makes_rows_padding(folder, tmp_path):

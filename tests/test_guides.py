@@ -26,6 +26,7 @@ NETWORK = "installs from the network; CI and its Windows job do it on every push
 SUITE = "runs the tests themselves, or the notebooks"
 NOT_RUN = {
     "make lab": SERVER,
+    "make lab EDITION=student": SERVER,
     "make playground": SERVER,
     'make playground PLAYGROUND_ARGS="--Voila.ip=0.0.0.0 --port=8866 --token=a-word-for-the-class --no-browser"': (
         SERVER
@@ -33,6 +34,7 @@ NOT_RUN = {
     "make slides NOTEBOOK=02": SERVER,
     "make slides LESSON=16": SERVER,
     "jupyter lab notebooks/mine": SERVER,
+    "jupyter lab notebooks/student": SERVER,
     "python -m neox_lib playground": SERVER,
     "python -m neox_lib slides 02": SERVER,
     "pip install -r requirements.lock": NETWORK,
@@ -55,6 +57,7 @@ NOT_RUN = {
     "python -m pytest": SUITE,
     "python -m pytest -m gpu": SUITE,
     "make site": "test_site.py builds the site",
+    "make site FROM=OUT": "test_site.py builds the site",
     "python -m sphinx notebooks build/site": "test_site.py builds the site",
     "python -m neox_lib train RUN --stories A.txt --validation B.txt": "trains for hours; test_training.py trains less",
     "python -m neox_lib bench": "takes minutes; test_bench.py measures a tiny shape",
@@ -119,12 +122,17 @@ def copy_of_the_repository(folder: Path) -> None:
 def results(tmp_path_factory) -> dict[str, tuple[int, str]]:
     """Exit code and output of every line in TYPED, typed one after the other into a copy of the repository.
 
-    FOLDER and IN are the shipped model; the Hub has it too, under the names that the guides ask for.
+    FOLDER and IN are the shipped model, FOLDER with a way of writing and a form of conversation; the Hub has it too,
+    under the names that the guides ask for.
     """
     folder, model = tmp_path_factory.mktemp("typed") / "clone", ROOT / "neox_lib" / "assets" / "tiny"
     copy_of_the_repository(folder)
-    for name in ("FOLDER", "IN"):
-        (folder / name).symlink_to(model)
+    (folder / "IN").symlink_to(model)
+    (folder / "FOLDER").mkdir()
+    for file in model.iterdir():
+        (folder / "FOLDER" / file.name).symlink_to(file)
+    (folder / "FOLDER" / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 0}')
+    (folder / "FOLDER" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\\n{% endfor %}")
     (folder / "DIR" / "a student").mkdir(parents=True)
     published = folder.parent / "published"
     assert main(["convert", str(model), str(published), "--to", "huggingface"]) == 0

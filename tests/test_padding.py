@@ -74,7 +74,7 @@ def test_each_row_gives_what_it_gives_alone(random_model, shape):
     @settings(max_examples=15, deadline=None)
     @given(
         prompts=batches(),
-        sampling=st.sampled_from([GREEDY, WARM]),
+        sampling=st.sampled_from([GREEDY, WARM, replace(WARM, repetition_penalty=1.5), Sampling(repetition_penalty=4)]),
         use_cache=st.booleans(),
         chunk_size=st.integers(1, 16),
         stop=st.sets(st.integers(0, 119), max_size=20).map(tuple),
@@ -93,8 +93,9 @@ def test_each_row_gives_what_it_gives_alone(random_model, shape):
 
 @torch.inference_mode()
 def test_rows_are_those_of_hugging_face(twins):
-    """The same tokens and scores as transformers gives with an attention mask."""
+    """The same tokens and scores as transformers gives with an attention mask, a penalty for repetition included."""
     for seed, name in enumerate(FAMILY):
+        penalty = (1.0, 1.6, 0.8)[seed % 3]
         ours, theirs = twins(FAMILY[name], seed=seed, attention="sdpa")
         theirs.generation_config.eos_token_id = None
         generator = torch.Generator().manual_seed(seed)
@@ -107,13 +108,15 @@ def test_rows_are_those_of_hugging_face(twins):
             do_sample=False,
             pad_token_id=1,
             suppress_tokens=list(range(120, 128)),
+            repetition_penalty=penalty,
             return_dict_in_generate=True,
-            output_scores=True,
+            output_logits=True,
         )
-        scores = torch.stack(expected.scores, dim=1).log_softmax(dim=-1)  # [B, 12, V], dead rows suppressed
+        scores = torch.stack(expected.logits, dim=1)[..., :120].log_softmax(dim=-1)  # [B, 12, V], no dead rows
         chosen = expected.sequences[:, 17:]
         likely = scores.gather(-1, chosen[..., None])[..., 0].tolist()
-        for row, (tokens, log_probabilities) in enumerate(columns(ours, prompts, 12, stop_token_ids=())):
+        how = {"sampling": Sampling(repetition_penalty=penalty), "stop_token_ids": (), "use_cache": bool(seed % 2)}
+        for row, (tokens, log_probabilities) in enumerate(columns(ours, prompts, 12, **how)):
             assert tokens == chosen[row].tolist()
             assert log_probabilities == pytest.approx(likely[row], abs=2e-5)
 

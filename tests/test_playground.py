@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from neox_lib.inspection.attention import attention_of_last, model_attention_wei
 from neox_lib.model import NeoXModel
 from neox_lib.playground import Playground, jobs, saved
 from neox_lib.playground.costs import needs_of_20b
-from neox_lib.playground.recall import Recall
 from neox_lib.playground.settings import Settings
 from neox_lib.playground.token_text import spell, text_of
+from neox_lib.recall import Recall
+from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import encode_text, train_tokenizer
 
 PROMPT = "Once upon a time, a fox"
@@ -97,6 +99,59 @@ def test_a_text_that_has_ended_goes_on_only_when_a_token_is_taken_after_its_end(
     assert branch.ids == ended and play.page.marks["chosen"] == len(ended)
     done(play, do="take", token=play.page.bars["rows"][0][0])
     assert branch.ids[: len(ended)] == ended and len(branch.ids) == len(ended) + 13
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stop_string_ends_the_text_before_its_first_token(play, shipped, use_cache):
+    """No part of it is shown, not even while it streams; a look in between must not spoil the run."""
+    whole = greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 40)
+    stop = whole[len(PROMPT) + 31 : len(PROMPT) + 44]
+    expected = whole[: whole.index(stop, len(PROMPT))]
+    seen, publish = [], play.page.publish
+    play.session.show = lambda: (publish(), seen.append(shown_text(play)))
+    settings = {"tokens": 40, "stop_strings": [stop], "use_cache": use_cache}
+    for action in ({"do": "generate", "prompt": PROMPT}, {"do": "continue"}):
+        marks = done(play, **action, settings=settings)
+        assert expected.startswith(play.written) and len(expected) - len(play.written) < 12
+        assert marks["status"].endswith(": a stop string comes next.") and marks["phase"] == "idle"
+        assert all(play.written.startswith(text) or text == PROMPT for text in seen[1:])
+    assert marks["status"].startswith("Stopped after 0 tokens")
+    done(play, do="continue", settings={"stop_strings": []})
+    assert play.written.startswith(expected + stop[:1])
+
+
+def test_a_look_back_while_a_stop_string_may_be_coming_changes_no_text(play, shipped, monkeypatch):
+    """The cache then holds more tokens than the text shows."""
+    whole = greedy_generate_text(*shipped, PROMPT, len(encode_text(shipped[1], PROMPT)) + 30)
+    stops = [whole[place : place + 9] + "!?" for place in range(len(PROMPT), len(whole) - 9, 4)]  # none ever comes
+    play.session.set(tokens=30, stop_strings=stops)
+
+    def looking_back(*given, **how):
+        for number, step in enumerate(stream_generate(*given, **how)):
+            play.state.chosen, play.state.scored = 1 + number % 5, None
+            yield step
+
+    monkeypatch.setattr(jobs, "stream_generate", looking_back)
+    done(play, do="generate", prompt=PROMPT)
+    assert play.written == whole
+
+
+def test_a_branch_counts_what_it_repeats(play, shipped):
+    """Counting another branch, or leaving out the prompt, would write another text than the library."""
+    sampling = Sampling(0.9, top_p=0.9, min_p=0.1, seed=4, repetition_penalty=1.8)
+    two = Playground(*shipped, sampling=sampling, tokens=5)
+    assert two.state.settings.sampling() == replace(sampling, stop_strings=())
+    two.write(PROMPT)
+    two.session.look(10)
+    assert two.session.worker.join(60)
+    two.session.take(two.state.candidates[1].token_id)
+    assert two.session.worker.join(60)
+    first, second = two.state.branches.branches
+    for branch, start in ((first, first.given), (second, 11)):
+        seeded = replace(sampling, seed=sampling.seed + start - branch.given)
+        steps = stream_generate(shipped[0], [branch.ids[:start]], 5, sampling=seeded)
+        assert [step.token_id for step in steps] == branch.ids[start:]
+    two.close()
 
 
 def test_the_line_below_speaks_when_something_has_run(play):
@@ -280,6 +335,9 @@ def test_a_text_that_reaches_the_end_of_the_context_says_so(shipped):
         {"do": "generate", "settings": {"tokens": 0}},
         {"do": "settings", "settings": {"temperature": 0}},
         {"do": "settings", "settings": {"top_p": 2.0}},
+        {"do": "settings", "settings": {"stop_strings": "a"}},
+        {"do": "settings", "settings": {"stop_strings": [""]}},
+        {"do": "settings", "settings": {"seed": -1}},
         {"do": "settings", "settings": {"colour": 1}},
         {"do": "head", "layer": 99, "head": 0},
         {"do": "restore", "saved": {"format": "another"}},
@@ -404,7 +462,7 @@ def test_recall_reads_only_what_it_does_not_know(shipped):
 
 
 def test_a_saved_playground_opens_as_it_was(play, shipped, tmp_path):
-    done(play, do="generate", prompt=PROMPT, settings={"sampled": True, "seed": 7, "tokens": 9})
+    done(play, do="generate", prompt=PROMPT, settings={"sampled": True, "seed": 7, "tokens": 9, "stop_strings": ["@"]})
     done(play, do="look", position=9)
     done(play, do="take", token=play.page.bars["rows"][2][0])
     play.save(tmp_path / "play.json")

@@ -243,6 +243,21 @@ def test_an_emptied_field_keeps_its_last_value_and_a_prompt_is_never_lost_to_ano
     assert visit.page.locator(".np-text").first.inner_text().startswith("Anna had a kite")
 
 
+def test_stop_strings_are_typed_one_per_line(visit):
+    """A line break is typed as a backslash and n, and comes back so."""
+    visit.set_tokens(40)
+    field = visit.page.get_by_label("stop before").first
+    field.fill(" \n.\n\\n")
+    field.press("Tab")
+    visit.generate()
+    assert visit.page.locator(".np-status").first.inner_text().endswith(": a stop string comes next.")
+    assert field.input_value() == " \n.\n\\n"
+    field.fill("")
+    field.press("Tab")
+    visit.generate()
+    assert visit.page.locator(".np-status").first.inner_text() == "Wrote 40 tokens."
+
+
 COUNT_SAVES = """() => {
     window.saves = 0;  // with their checkpoints: until then, Lab hears no second one
     const count = (_, {id, result}) => id === "docmanager:save" && result.then(() => (window.saves += 1));
@@ -331,6 +346,11 @@ def test_an_error_in_the_worker_is_seen_and_survived(visit):
 def serious_findings(visit: PlaygroundVisit) -> list[dict]:
     """What axe finds serious in the playground's own part of the page, in each of its views."""
     return [found for _ in visit.views() for found in visit.serious_findings(".np")]
+
+
+def test_nobody_is_asked_about_news(visit):
+    """A class that opens a lesson must not be greeted by a question about something else."""
+    assert visit.page.locator(".Toastify__toast").all_inner_texts() == []
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
@@ -463,7 +483,7 @@ def reload_and_compare(visit: PlaygroundVisit) -> None:
     visit.settled()
     assert [visit.page.locator(part).inner_text() for part in (".np-text", ".np-branches")] == written
     assert visit.page.get_by_label("tokens", exact=True).input_value() == "6"
-    assert visit.page.locator(".np textarea").input_value() == "Tom went to the sea"
+    assert visit.page.locator(".np textarea").first.input_value() == "Tom went to the sea"
     read = visit.page.evaluate("[...window.read]")
     assert any("Loading the model" in text for text in read)
     assert not [text for text in read if "un this cell" in text or "Executing" in text or "Running" in text]

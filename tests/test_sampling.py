@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import hugging_face_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from neox_lib.sampling import GREEDY, Sampling, top_k_mask, top_p_mask
+from tests.small_models import BASE
 
 # few different scores, so that ties are common: in fp16 the two best logits are often equal
 scores = st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=1, max_size=30)
@@ -101,6 +103,43 @@ def test_top_p_works_on_what_top_k_left():
     assert found[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     found = Sampling(temperature=1.0, top_k=2, top_p=0.55).probabilities(logits)
     assert found[0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from transformers import GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(hugging_face_config(BASE))
+
+
+# transformers keeps all that equal the k-th, we keep k
+different_scores = st.lists(st.integers(-90, 90).map(lambda n: n / 8), min_size=2, max_size=30, unique=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=different_scores,
+    said=st.fixed_dictionaries(
+        {},
+        optional={
+            "repetition_penalty": st.floats(0.3, 4),
+            "temperature": st.floats(0.3, 3),
+            "top_k": st.integers(1, 40),
+            "top_p": st.floats(0.05, 1),
+            "min_p": st.floats(0, 1),
+        },
+    ),
+    data=st.data(),
+)
+def test_all_settings_together_give_the_probabilities_of_transformers(theirs, values, said, data):
+    """In its order: the penalty on the raw scores, then temperature, top-k, top-p and min-p."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=8), "ids")])
+    config = GenerationConfig(do_sample=True, **said)
+    scores = theirs._get_logits_processor(config, input_ids_seq_length=ids.shape[1])(ids, row(values).double())
+    found = Sampling(**{"temperature": 1.0, **said}).probabilities(row(values).double(), ids)
+    torch.testing.assert_close(found, scores.softmax(dim=-1), rtol=1e-9, atol=1e-12)
 
 
 GREEDY_LIMITS = {
@@ -230,6 +269,11 @@ def test_half_precision_logits_are_drawn_from_in_full_precision():
         ("top_p", -0.5),
         ("top_p", 1.01),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
         ("seed", -1),
         ("seed", 1.5),
         ("seed", 2**64),
@@ -238,6 +282,23 @@ def test_half_precision_logits_are_drawn_from_in_full_precision():
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be .* got {value}"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("wrong", ["", ["a", ""], [b"a"], 3, None])
+def test_a_stop_string_that_is_no_text_is_named(wrong):
+    """An empty one would stand everywhere, and end each text at once."""
+    with pytest.raises(ValueError, match="stop_strings must be texts of a character or more"):
+        Sampling(stop_strings=wrong)
+
+
+def test_one_stop_string_may_stand_for_itself():
+    assert Sampling(stop_strings="ab") == Sampling(stop_strings=["ab"]) == Sampling(stop_strings=("ab",))
+
+
+def test_a_penalty_without_the_text_is_refused():
+    """A learner's loop of before the penalty would else write as if there were none."""
+    with pytest.raises(ValueError, match=r"repetition_penalty is 1\.2, which needs the ids so far; pass ids="):
+        Sampling(repetition_penalty=1.2).choose(row([1.0, 2.0]))
 
 
 def test_the_default_is_greedy():

@@ -14,6 +14,7 @@ from neox_lib.inspection.tokens import token_label
 from neox_lib.loading import create_tokenizer
 from neox_lib.playground.token_text import spell
 from neox_lib.sampling import Sampling
+from neox_lib.stop_strings import StopText
 from neox_lib.tokenizer import (
     BYTE_TO_CHARACTER,
     ENDOFTEXT,
@@ -132,6 +133,42 @@ def test_a_text_of_whole_characters_never_shows_a_broken_one(tokenizers, name):
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_hard_texts_stream_whole(tokenizers, name, text):
     assert "".join(shown_by(tokenizers[name], encode_text(tokenizers[name], text))) == as_read(text)
+
+
+few_letters = st.text("ab\n", max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(few_letters, min_size=1, max_size=8), st.lists(few_letters.filter(bool), min_size=1, max_size=3))
+def test_a_stop_string_ends_a_text_at_the_same_place_however_it_is_cut(pieces, stops):
+    """No character of it is ever shown, and nothing waits that can't be the beginning of one."""
+    whole = "".join(pieces)
+    complete = [end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stops))]
+    expected = whole
+    if complete:
+        before = whole[: complete[0]]
+        expected = before[: min(len(before) - len(stop) for stop in stops if before.endswith(stop))]
+    text, shown, said = StopText(stops), "", ""
+    for number, piece in enumerate(pieces, 1):
+        said += piece
+        shown += text.push(piece, last=number == len(pieces))
+        if text.stopped:
+            break
+        assert shown + text.waiting == said
+        assert not text.waiting or any(stop.startswith(text.waiting) for stop in stops)
+        assert "".join(pieces[number - text.held : number]).endswith(text.waiting)
+    assert (shown, text.stopped) == (expected, bool(complete))
+    assert "".join(pieces[: number - text.held]) == expected[: len("".join(pieces[: number - text.held]))]
+
+
+def test_half_a_character_before_a_stop_string_is_held_with_it():
+    """A program that drops the tokens that are held would else leave the first byte of é."""
+    held, text = [], StopText(["éa"])
+    decoder = StreamDecoder(BYTES_ONLY)
+    for token_id in BYTES_ONLY.encode("néa"):
+        text.push(decoder.push(token_id))
+        held.append(text.held)
+    assert text.stopped and held == [0, 1, 2, 3]
 
 
 def test_a_character_appears_with_its_last_byte():

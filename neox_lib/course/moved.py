@@ -22,6 +22,7 @@ MODULES = {
     "lesson.figures_two_devices": "course.figures.two_devices",
     "lesson.plots": "course.figures.plots",
     "play": "playground",
+    "playground.recall": "recall",
     "release": "checkpoints.slim.config",
     "scale.bench": "bench.measure",
     "scale.int8_file": "checkpoints.quantized",
@@ -87,7 +88,8 @@ OLDER_TEXTS = """
     4c4957f7 50f33967 52b1f016 580b10fc 5882f037 5946582b 5ab20cb8 607c02cb 63163ae4 6368e320 63998321 6e6af817
     6f4bdeac 700f5800 710a6cd1 72e1de97 747e6e49 74acc642 7c171cd2 7f7eb9d8 830ea038 89b50e7b 8a0a5e9e 8b53d44c
     996be67f 999d031b a1efa4af a98173c4 ab8cf9ed ae0068e1 b9b5fb66 bc4414cb c2cf30eb c9ea2a80 cae59866 cd3aba20
-    cd726bd1 d3f7aa50 d99271f2 da0805aa db788d96 f11c6ab3 f2d64d33 f3c03adb f52afd68 f78d89cb
+    cd726bd1 d3f7aa50 d99271f2 da0805aa db788d96 f11c6ab3 f2d64d33 f3c03adb f52afd68 f78d89cb 6d5f52bb bb38e63a
+    78e3d486
 """
 
 

@@ -137,9 +137,9 @@ def as_rank(device: str | torch.device) -> Iterator[None]:
             os._exit(code)  # torch's own shutdown would wait for ranks that are gone
 
 
-def read_once(read: Callable[[], str]) -> str:
+def read_once(read: Callable[[], Any]) -> Any:
     """What `read` gives, such as standard input, which the ranks share: rank 0 reads it and broadcasts it."""
-    text = [read() if dist.get_rank() == 0 else ""]
+    text = [read() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(text, src=0)
     return text[0]
 

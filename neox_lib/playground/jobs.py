@@ -64,36 +64,50 @@ def write(state: State, prompt: list[int] | None, stopping: threading.Event, say
         state.model,
         torch.tensor([branch.ids]),
         wanted,
+        tokenizer=state.tokenizer,
         sampling=settings.sampling(start - branch.given),
         use_cache=settings.use_cache,
         cache=cache,
         on_progress=progress(stopping, say, "Reading the prompt"),
     )
     moments = [time.perf_counter()]
+    waiting: list[Step] = []  # tokens of what may become a stop string
 
     def take(step: Step) -> None:
         if len(moments) > 1:  # the first one reads the prompt as well
-            state.costs.add(settings.use_cache, len(branch.ids), step.seconds)
+            state.costs.add(settings.use_cache, len(branch.ids) + len(waiting), step.seconds)
         moments.append(time.perf_counter())
-        branch.add(step.token_id, step.log_probability)
-        if state.chosen == len(branch.ids) - 1:  # else somebody has chosen a token of the text
-            state.chosen = len(branch.ids)
-        if settings.use_cache:
+        waiting.append(step)
+        while len(waiting) > sum(step.held):
+            settled = waiting.pop(0)
+            branch.add(settled.token_id, settled.log_probability)
+            if state.chosen == len(branch.ids) - 1:  # else somebody has chosen a token of the text
+                state.chosen = len(branch.ids)
+        if settings.use_cache and not waiting:  # else the cache holds more than the text
             glance(state, stopping)
 
     try:
         follow(steps, stopping, take, lambda: say("writing", f"Writing: {len(moments) - 1} of {wanted} tokens."))
     finally:
         state.recall.keep(branch.ids)
-    finish(state, settings, moments, wanted, stopping, say)
+    added, stop_string = len(branch.ids) - start, bool(waiting) and waiting[-1].ended[0]
+    finish(state, settings, moments, added, stop_string, wanted, stopping, say)
 
 
 def finish(
-    state: State, settings: Settings, moments: list[float], wanted: int, stopping: threading.Event, say: Say
+    state: State,
+    settings: Settings,
+    moments: list[float],
+    added: int,
+    stop_string: bool,
+    wanted: int,
+    stopping: threading.Event,
+    say: Say,
 ) -> None:
     """Report how a run ended, and score what could come next where that costs only one token's pass.
 
-    `moments` are the start and then the time of each token: the speed is the one a person saw, drawing included.
+    `moments` are the start and then the time of each token: the speed is the one a person saw, drawing included. Those
+    of a `stop_string` at the end are not `added` to the text.
     """
     written = len(moments) - 1
     if written:
@@ -103,8 +117,10 @@ def finish(
     if not written:
         say("idle", "Stopped while reading the prompt; no token was written.")
         return
-    amount = f"{written} token{'s' if written > 1 else ''}"
-    if state.ended:
+    amount = f"{added} token{'' if added == 1 else 's'}"
+    if stop_string:
+        status = f"Stopped after {amount}: a stop string comes next."
+    elif state.ended:
         status = f"The model ended the text after {amount}."
     elif written < wanted:
         status = f"Stopped after {amount}."

@@ -8,8 +8,8 @@ from neox_lib.inspection.tokens import Candidate
 from neox_lib.model import NeoXModel
 from neox_lib.playground.branches import Branches
 from neox_lib.playground.costs import Costs
-from neox_lib.playground.recall import Recall
 from neox_lib.playground.settings import Settings
+from neox_lib.recall import Recall
 
 
 @dataclass

@@ -11,7 +11,9 @@ from neox_lib.playground.actions import perform
 from neox_lib.playground.page import Page
 from neox_lib.playground.picture import picture_html, picture_text, text_in_hand
 from neox_lib.playground.session import Session
+from neox_lib.playground.settings import settings_of
 from neox_lib.playground.state import State
+from neox_lib.sampling import Sampling
 
 
 class Playground:
@@ -19,13 +21,20 @@ class Playground:
 
     `Playground()` plays with the shipped model, `Playground(path)` with any checkpoint (its tokenizer beside it, or
     given as the second argument), `Playground(name, revision="step1000")` with one on the Hub, `Playground(model,
-    tokenizer)` with your own. Further arguments are settings, such as `tokens=100`; see
-    `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise, and ValueError for a model
-    without a tokenizer or an invalid setting.
+    tokenizer)` with your own. `sampling`, such as `create_sampling` gives, and further arguments, such as `tokens=100`,
+    are settings; see `neox_lib.playground.settings`. Raises what `create_model` and `create_tokenizer` raise, and
+    ValueError for a model without a tokenizer or an invalid setting.
     """
 
     def __init__(
-        self, model=None, tokenizer=None, *, revision="main", prompt: str = "Once upon a time, a fox", **settings
+        self,
+        model=None,
+        tokenizer=None,
+        *,
+        revision="main",
+        prompt: str = "Once upon a time, a fox",
+        sampling: Sampling | None = None,
+        **settings,
     ):
         if isinstance(model, NeoXModel):
             if tokenizer is None:
@@ -39,7 +48,7 @@ class Playground:
             else:
                 use_tokenizer(model, tokenizer)
         self.session = Session(model, tokenizer, name)
-        self.session.set(**settings)
+        self.session.set(**(settings_of(sampling) if sampling else {}) | settings)
         self.session.set_prompt(prompt)
         self.page = Page(self.state)
         self.page.on_msg(lambda page, message, buffers: self.act(message))

@@ -181,19 +181,28 @@ function settingsPart(model, id, post) {
     number("temperature", "temperature", { min: 0.05, max: 5, step: 0.05 }),
     number("top_k", "top-k (0: all)", { min: 0, step: 1 }),
     number("top_p", "top-p", { min: 0.05, max: 1, step: 0.05 }),
+    number("min_p", "min-p", { min: 0, max: 1, step: 0.01 }),
     number("seed", "seed", { min: 0, step: 1 }),
   );
+  // One stop string per line, a line break in one as \n.
+  const shownStop = (stop) => stop.replaceAll("\\", "\\\\").replaceAll("\n", "\\n");
+  const typedStop = (line) => line.replace(/\\(.)/g, (_, letter) => (letter === "n" ? "\n" : letter));
+  const stops = make("textarea", { id: `${id}-stop_strings`, rows: 1, cols: 12, spellcheck: false, title: "one text per line; \\n is a line break" });
+  fields.stop_strings = stops;
   const row = make("span", { class: "np-row" });
   row.append(
     number("tokens", "tokens", { min: 1, max: model.get("facts").context, step: 1 }),
     make("label", { for: `${id}-sampled`, class: "np-field" }, "choice", choice),
     make("label", { for: `${id}-use_cache`, class: "np-field np-check" }, fields.use_cache, "KV cache"),
+    number("repetition_penalty", "repetition penalty", { min: 0.05, max: 5, step: 0.05 }),
+    make("label", { for: `${id}-stop_strings`, class: "np-field" }, "stop before", stops),
   );
   const values = () => {
     const read = {};
     for (const [name, field] of Object.entries(fields)) {
       if (field.type === "checkbox") read[name] = field.checked;
       else if (field === choice) read[name] = choice.value !== "";
+      else if (field === stops) read[name] = stops.value.split("\n").filter(Boolean).map(typedStop);
       else read[name] = Number.isFinite(field.valueAsNumber) ? field.valueAsNumber : model.get("settings")[name];
     }
     return read;
@@ -204,13 +213,14 @@ function settingsPart(model, id, post) {
       if (field === document.activeElement) continue;
       if (field.type === "checkbox") field.checked = settings[name];
       else if (field === choice) choice.value = settings.sampled ? "1" : "";
+      else if (field === stops) stops.value = settings[name].map(shownStop).join("\n");
       else field.value = settings[name];
     }
     drawn.hidden = choice.value === "";
   };
   for (const [name, field] of Object.entries(fields)) {
     field.addEventListener("change", () => {
-      if (field.value === "" && field !== choice) field.value = model.get("settings")[name];
+      if (field.value === "" && field.type === "number") field.value = model.get("settings")[name];
       drawn.hidden = choice.value === "";
       post.send("settings", { settings: values() });
     });

@@ -22,7 +22,7 @@ class YourChoice(Sampling):
 
     pick: Callable[[Tensor], int] = lambda scores: int(scores.argmax())
 
-    def choose(self, logits: Tensor, *generators: torch.Generator) -> Tensor:
+    def choose(self, logits: Tensor, *generators: torch.Generator, **texts: Tensor | None) -> Tensor:
         return torch.tensor([self.pick(row) for row in logits], device=logits.device)
 
 

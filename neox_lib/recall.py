@@ -1,4 +1,4 @@
-"""A KV cache kept between the playground's runs, so that no text is read twice."""
+"""A KV cache kept between one text and the next, so that what they share is read once."""
 
 from collections.abc import Callable
 
