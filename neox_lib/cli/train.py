@@ -25,7 +25,7 @@ def add(commands) -> None:
         dest="total_tokens",
         type=int,
         metavar="N",
-        help="how many to train on; with 0, --start-from is written as it is",
+        help="how many to train on; 0 writes the model, or the mean, of --start-from",
     )
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
     parser.add_argument(

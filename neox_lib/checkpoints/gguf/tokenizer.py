@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neox_lib.checkpoints.files import CheckpointError, read_fields
+from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.gguf.file import ENDING, GGUFFile, open_gguf
 from neox_lib.config import NeoXConfig
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, read_tokenizer
@@ -15,6 +15,7 @@ KEY = "tokenizer.ggml."
 # after a model that has taken it over; those behind it are other names of the same rule, GPT-2's.
 RULE, SAME_RULE = "olmo", ("olmo", "gpt-2", "mpt", "jais", "trillion")
 NORMAL, CONTROL, LITERAL, UNUSED = 1, 3, 4, 5
+ROLE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 NFC = f"{KEY}normalizer.nfc"  # ours: llama.cpp reads a text as it is
 ADD_BOS, CHAT_TEMPLATE = f"{KEY}add_bos_token", "tokenizer.chat_template"
 ENDS = (f"{KEY}eos_token_id", f"{KEY}eot_token_id", f"{KEY}eom_token_id")
@@ -64,6 +65,13 @@ def tokens_of(file: GGUFFile) -> tuple[list[str], list[int]]:
     if len(set(tokens)) < len(tokens):
         raise CheckpointError(f"{file}: {KEY}tokens holds a token twice; fetch or convert it again")
     return tokens, types
+
+
+def special_tokens_of(file: GGUFFile) -> dict[str, str]:
+    """The control tokens by role, as a chat template names them."""
+    tokens, _ = tokens_of(file)
+    ids = {role: file.fields.get(f"{KEY}{name}_token_id") for role, name in ROLE_NAMES.items()}
+    return {role: tokens[each] for role, each in ids.items() if type(each) is int and 0 <= each < len(tokens)}
 
 
 def with_tokens(config: NeoXConfig, file: GGUFFile) -> NeoXConfig:
@@ -125,14 +133,3 @@ def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping
         for role, token_id in others.items()
         if type(token_id) is int and token_id in rows
     }
-
-
-def chat_template(tokenizer: Path) -> str:
-    """The chat template in a GGUF file or beside a tokenizer's JSON; empty where there is none."""
-    if tokenizer.suffix == ENDING:
-        said = open_gguf(tokenizer).fields.get(CHAT_TEMPLATE)
-    elif (file := tokenizer.with_name("chat_template.jinja")).is_file():
-        said = file.read_text("utf-8")
-    else:
-        said = read_fields(tokenizer.with_name("tokenizer_config.json")).get("chat_template")
-    return said if isinstance(said, str) else ""

@@ -17,8 +17,8 @@ from neox_lib.checkpoints.checkpoint import Checkpoint, cast, check_convertible,
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 from neox_lib.checkpoints.gguf.config import ARCHITECTURE, gguf_fields, rows_by_kind, their_name
 from neox_lib.checkpoints.gguf.file import BLOCK, ENDING, FLOATS
-from neox_lib.checkpoints.gguf.tokenizer import CHAT_TEMPLATE, chat_template, read_bpe, tokenizer_fields
-from neox_lib.checkpoints.tokenizer_files import OLDER_FILES, open_tokenizer, role_fields
+from neox_lib.checkpoints.gguf.tokenizer import CHAT_TEMPLATE, read_bpe, tokenizer_fields
+from neox_lib.checkpoints.tokenizer_files import OLDER_FILES, chat_template, open_tokenizer, role_fields
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.tokenizer import BPETokenizer
 
@@ -100,7 +100,7 @@ def write_gguf(
     types = plan(config, matrices)
     fields = gguf_fields(config)
     fields |= tokenizer_fields(read_any_bpe(tokenizer), config, role_fields(config, checkpoint.folder))
-    if template := chat_template(tokenizer):
+    if template := chat_template(tokenizer)[0]:
         fields[CHAT_TEMPLATE] = template
     writer = new_writer(file, matrices, fields, types)
     check_free_disk(file.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()) + MOST_METADATA)
