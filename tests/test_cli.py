@@ -205,8 +205,8 @@ def test_a_run_starts_from_any_model_and_says_before_training_what_it_can_not_wr
     pytest.importorskip("gguf", reason="needs gguf")
     file = convert_to_gguf(checkpoint, tmp_path / "m.gguf")
     argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
-    argv += ["--start-from", str(file), "--batch-tokens", "32", "--windows", "0:16", "--tokens"]
-    assert main([*argv, "32", "--ranks", "7"]) == 2
+    argv += ["--start-from", str(file), "--tokens"]
+    assert main([*argv, "32", "--batch-tokens", "32", "--windows", "0:16", "--ranks", "7"]) == 2
     assert "7 ranks do not divide" in capsys.readouterr().err and not (tmp_path / "run" / "state.pt").exists()
     assert main([*argv, "0", "--retellings", "-1"]) == 2
     assert "retellings is -1; expected 0 or more" in capsys.readouterr().err

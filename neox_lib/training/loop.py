@@ -272,7 +272,7 @@ def train(
 def check_lengths(config: NeoXConfig, plan: TrainingPlan, stories: Tensor, validation: Tensor) -> None:
     """Raise ValueError, before hours of training, for windows past the context and for texts that are too short."""
     length, context = plan.longest_window, config.max_position_embeddings
-    if length > context:
+    if plan.steps and length > context:
         raise ValueError(f"a window of {length} tokens exceeds the context of {context}; give shorter windows")
     if plan.steps and len(stories) <= length:
         raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
