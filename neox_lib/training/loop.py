@@ -284,7 +284,7 @@ def digest(*tensors: Tensor) -> str:
     """A number, in hexadecimal digits, that changes with any bit of the tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
