@@ -567,13 +567,13 @@ def test_a_turn_that_cant_be_taken_is_said_and_changes_nothing(chatty, slow_step
 
 
 def test_a_turn_sent_while_the_model_looks_at_what_it_wrote_is_not_lost(chatty, monkeypatch):
-    look, looked = jobs.look, []
+    look, looked, seen = jobs.look, [], threading.Event()
 
     def patient(state, stopping, say, status=""):
         looked.append(status)
         say("looking", status)
         if len(looked) == 1:
-            assert stopping.wait(20)
+            assert stopping.wait(20) and seen.wait(20)
         look(state, stopping, say, status)
 
     monkeypatch.setattr(jobs, "look", patient)
@@ -582,6 +582,7 @@ def test_a_turn_sent_while_the_model_looks_at_what_it_wrote_is_not_lost(chatty, 
     chatty.state.error = "an earlier one"
     chatty.act({"do": "send", "text": "the hen"})
     assert chatty.page.marks["error"] == "", "the page would take it for this turn's, and keep what was typed"
+    seen.set()
     assert chatty.session.worker.join(60)
     assert looked == ["Wrote 6 tokens."] * 2 and chatty.written.count("<user>") == 2
 
