@@ -580,6 +580,7 @@ def test_a_turn_sent_while_the_model_looks_at_what_it_wrote_is_not_lost(chatty, 
     chatty.act({"do": "send", "text": "the fox"})
     wait_for(lambda: chatty.state.phase == "looking")
     chatty.state.error = "an earlier one"
+    chatty.page.publish()
     chatty.act({"do": "send", "text": "the hen"})
     assert chatty.page.marks["error"] == "", "the page would take it for this turn's, and keep what was typed"
     seen.set()

@@ -122,6 +122,7 @@ class Session:
             jobs.write(state, None, stopping, self.say)
 
         state.error = ""
+        self.show()  # an earlier error is no answer to this turn
         self._ask("change", job)
 
     def stop(self) -> None:

@@ -109,7 +109,7 @@ function messenger(model, root, onSilence) {
 function promptPart(model, id, post, generate) {
   const field = make("textarea", { id: `${id}-prompt`, rows: 1, spellcheck: "false", "aria-describedby": `${id}-count` });
   const count = make("span", { id: `${id}-count`, class: "np-note" });
-  const spans = make("div", { class: "np-spans", role: "img" });
+  const spans = make("div", { class: "np-spans", role: "img", tabindex: 0 });
   const ids = make("input", { type: "checkbox", id: `${id}-ids` });
   const note = make("p", { class: "np-warning" });
   ids.addEventListener("change", () => spans.classList.toggle("np-with-ids", ids.checked));
