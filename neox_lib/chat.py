@@ -102,7 +102,7 @@ def create_chat_template(path: str | Path | None = None, revision: str = "main")
     The model is given as to `create_model`, or a tokenizer's file. Raises CheckpointError where there is none and as
     `ChatTemplate` does, and what `create_tokenizer` raises.
     """
-    folder = find_tokenizer(SHIPPED_MODEL if path is None else local_path(path, revision)).parent
+    folder = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision)).parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     fields = read_fields(folder / "special_tokens_map.json") | read_fields(config)
     source = fields.get("chat_template")

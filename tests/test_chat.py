@@ -223,7 +223,8 @@ def converse(folder, monkeypatch, capsys, lines: str, *more: str, terminal: bool
 
 
 def test_each_line_of_standard_input_is_a_turn(folder, chat, monkeypatch, capsys):
-    code, out, lines = converse(folder, monkeypatch, capsys, "\ufeffthe fox\n\nand the hen\n", "--dtype", "float32")
+    typed = "\ufeffthe fox\r\n\r\nand the hen\r\n"
+    code, out, lines = converse(folder, monkeypatch, capsys, typed, "--dtype", "float32")
     expected = [reply(chat, text, 5) for text in ("the fox", "and the hen")]
     assert (code, out) == (0, "".join(f"{text}\n" for text in expected))
     assert len(lines) == 2 and f"prefill of {chat.unread} tokens" in lines[1]
