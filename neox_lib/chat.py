@@ -92,7 +92,10 @@ class ChatTemplate:
                     raise ValueError(f"it writes more than {MOST_CHARACTERS:,} characters")
         except Exception as error:  # a template may do anything that the sandbox lets it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(f"{self.name}: this chat template can't be used ({reason}); correct it") from error
+            refused = type(error) is jinja2.TemplateError  # by `raise_exception`; all others are subclasses
+            said = "refuses these messages" if refused else "can't be used"
+            advice = "change the messages" if refused else "correct it"
+            raise CheckpointError(f"{self.name}: this chat template {said} ({reason}); {advice}") from error
         return "".join(pieces)
 
 

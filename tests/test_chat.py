@@ -163,7 +163,7 @@ def test_the_models_end_ends_a_turn(chat, folder):
 
 HOSTILE = {
     "broken": ("{% for message in messages %}", "TemplateSyntaxError"),
-    "raising": ("{{ raise_exception('no user here') }}", "no user here"),
+    "raising": ("{{ raise_exception('no user here') }}", r"refuses these messages \(.*no user here\); change the mess"),
     "unknown": ("{{ messages[0].content.nothing.more }}", "UndefinedError"),
     "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('touch harm') }}", "SecurityError"),
