@@ -18,6 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
+from neox_lib.checkpoints.gguf.tokenizer import template_fields
 from neox_lib.checkpoints.tokenizer_files import find_tokenizer, read_fields
 from neox_lib.generation import Step, stream_generate
 from neox_lib.hub import local_path
@@ -100,16 +102,22 @@ class ChatTemplate:
 
 
 def create_chat_template(path: str | Path | None = None, revision: str = "main") -> ChatTemplate:
-    """The chat template beside a model's tokenizer: `chat_template.jinja`, else in `tokenizer_config.json`.
+    """The chat template beside a model's tokenizer: `chat_template.jinja`, else in `tokenizer_config.json`; or in its
+    GGUF file.
 
     The model is given as to `create_model`, or a tokenizer's file. Raises CheckpointError where there is none and as
     `ChatTemplate` does, and what `create_tokenizer` raises.
     """
-    folder = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision)).parent
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    fields = read_fields(folder / "special_tokens_map.json") | read_fields(config)
+    folder = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision))
+    if folder.suffix == GGUF_ENDING:  # it holds all of it; beside it there are no files of its own
+        file = config = folder
+        fields = template_fields(file)
+    else:
+        folder = folder.parent
+        file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        fields = read_fields(folder / "special_tokens_map.json") | read_fields(config)
     source = fields.get("chat_template")
-    if file.is_file():
+    if file != config and file.is_file():
         try:
             config, source = file, file.read_text("utf-8")
         except ValueError as error:

@@ -16,7 +16,7 @@ from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.cached import find_base
 from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_fields
 from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
-from neox_lib.checkpoints.gguf.tokenizer import read_bpe
+from neox_lib.checkpoints.gguf.tokenizer import read_bpe, template_fields
 from neox_lib.checkpoints.sentencepiece import read_sentencepiece
 from neox_lib.checkpoints.slim.layout import is_slim, is_whole
 from neox_lib.checkpoints.vocab_and_merges import ADDED, MERGES, VOCAB, read_vocab_and_merges
@@ -197,6 +197,9 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
                 shutil.copyfile(tokenizer.parent / name, folder / name)
         if older or tokenizer.suffix == GGUF_ENDING:
             open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+            template = None if older else template_fields(tokenizer)["chat_template"]
+            if isinstance(template, str):
+                write_text_atomically(folder / "chat_template.jinja", template)
         else:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
     roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)

@@ -16,6 +16,8 @@ KEY = "tokenizer.ggml."
 RULE, SAME_RULE = "olmo", ("olmo", "gpt-2", "mpt", "jais", "trillion")
 NORMAL, CONTROL, LITERAL, UNUSED = 1, 3, 4, 5
 NFC = f"{KEY}normalizer.nfc"  # ours: llama.cpp reads a text as it is
+TEMPLATE = "tokenizer.chat_template"
+TEMPLATE_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # as the format calls them
 ENDS = (f"{KEY}eos_token_id", f"{KEY}eot_token_id", f"{KEY}eom_token_id")
 
 
@@ -61,6 +63,17 @@ def tokens_of(file: GGUFFile) -> tuple[list[str], list[int]]:
     if len(set(tokens)) < len(tokens):
         raise CheckpointError(f"{file}: {KEY}tokens holds a token twice; fetch or convert it again")
     return tokens, types
+
+
+def template_fields(file: Path) -> dict[str, Any]:
+    """The chat template in a file, and the tokens that it may name, under the keys of a `tokenizer_config.json`. Raises
+    CheckpointError as `tokens_of` does.
+    """
+    opened = open_gguf(file)
+    tokens, _ = tokens_of(opened)
+    ids = {f"{role}_token": opened.fields.get(f"{KEY}{key}_token_id") for role, key in TEMPLATE_ROLES.items()}
+    roles = {role: tokens[row] for role, row in ids.items() if type(row) is int and 0 <= row < len(tokens)}
+    return {"tokenizer_class": "GGUF", "chat_template": opened.fields.get(TEMPLATE) or None, **roles}
 
 
 def with_tokens(config: NeoXConfig, file: GGUFFile) -> NeoXConfig:

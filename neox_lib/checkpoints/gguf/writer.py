@@ -16,7 +16,7 @@ from neox_lib.checkpoints.checkpoint import Checkpoint, cast, check_convertible,
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk, read_fields
 from neox_lib.checkpoints.gguf.config import ARCHITECTURE, gguf_fields, rows_by_kind, their_name
 from neox_lib.checkpoints.gguf.file import BLOCK, ENDING, FLOATS
-from neox_lib.checkpoints.gguf.tokenizer import read_bpe, tokenizer_fields
+from neox_lib.checkpoints.gguf.tokenizer import TEMPLATE, read_bpe, tokenizer_fields
 from neox_lib.checkpoints.tokenizer_files import role_fields
 from neox_lib.config import NeoXConfig, parameter_shapes
 
@@ -98,7 +98,7 @@ def write_gguf(
     types = plan(config, matrices)
     fields = gguf_fields(config)
     fields |= tokenizer_fields(read_bpe(tokenizer), config, role_fields(config, checkpoint.folder))
-    fields["tokenizer.chat_template"] = chat_template(tokenizer)
+    fields[TEMPLATE] = chat_template(tokenizer)
     writer = new_writer(file, matrices, fields, types)
     check_free_disk(file.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()) + MOST_METADATA)
     if config.hidden_act == "gelu":
