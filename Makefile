@@ -27,10 +27,12 @@ pytest notebooks: export OMP_NUM_THREADS = 1
 help:
 	@echo 'make story PROMPT="..."   a story from the shipped model (STORY_ARGS="--temperature 0.8 --seed 3" varies it)'
 	@echo 'make lab                  JupyterLab on your own copy of the notebooks, notebooks/mine (LAB_ARGS=...)'
+	@echo 'make lab EDITION=student  the same without answers, in notebooks/student'
 	@echo 'make lab-refresh          put newer originals beside your copies, as NAME.new.ipynb'
 	@echo 'make slides LESSON=16     a lesson as live slides from your copy; NOTEBOOK=02 for a notebook (SLIDES_ARGS=...)'
 	@echo 'make playground           the prompt playground as a page of its own, on this machine (PLAYGROUND_ARGS=...)'
 	@echo 'make site                 the notebooks as a web site to read anywhere: build/site/index.html'
+	@echo 'make site FROM=OUT        the same without answers, from a student edition: build/student-site/index.html'
 	@echo 'make test                 lint, pytest (TEST_ARGS=...) and notebooks, each of which is a target of its own'
 	@echo 'make notebooks            run every notebook and compare its outputs with the stored ones'
 	@echo 'make outputs              for authors: run the notebooks and store their outputs (NOTEBOOKS=...)'
@@ -61,26 +63,32 @@ outputs: $(TEST_READY) $(TOKENIZER)
 	@progress=$$(mktemp -d) && trap 'rm -rf "$$progress"' EXIT && NEOX_PROGRESS="$$progress/progress.json" \
 		$(BIN)/python -m neox_lib store-outputs $(or $(NOTEBOOKS),$(wildcard notebooks/[0-9]*.ipynb))
 
-lab: $(READY)
-	@$(BIN)/python -m neox_lib learner-copy
-	$(BIN)/python -m jupyterlab $(LAB_ARGS) notebooks/mine
+COPY = learner-copy $(if $(EDITION),--edition $(EDITION))
 
-# What slides lack for widgets, also behind the RISE button of a notebook in JupyterLab.
+lab: $(READY)
+	@$(BIN)/python -m neox_lib $(COPY)
+	$(BIN)/python -m jupyterlab $(LAB_ARGS) notebooks/$(or $(EDITION),mine)
+
+# What slides lack for widgets, also behind the RISE button of a notebook in JupyterLab; and no news of Jupyter's.
 lab: export JUPYTER_PATH := $(CURDIR)/neox_lib/assets/slides$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/neox_lib/assets/lab$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
 
 slides: $(READY)
 	@$(BIN)/python -m neox_lib learner-copy
 	$(BIN)/python -m neox_lib slides $(if $(LESSON),--lesson $(LESSON),$(or $(NOTEBOOK),"")) $(SLIDES_ARGS)
 
 lab-refresh: $(READY)
-	@$(BIN)/python -m neox_lib learner-copy --refresh
+	@$(BIN)/python -m neox_lib $(COPY) --refresh
 
 playground: $(READY)
 	$(BIN)/python -m neox_lib playground $(PLAYGROUND_ARGS)
 
+# From a student edition, FROM, it has a folder of its own: nothing of the whole series may be left in it.
+SITE := build/$(if $(FROM),student-site,site)
+
 site: $(TEST_READY)
-	@$(BIN)/python -m sphinx -q -W --keep-going -d build/site-parts notebooks build/site
-	@echo 'Open $(CURDIR)/build/site/index.html'
+	@$(BIN)/python -m sphinx -q -W --keep-going $(if $(FROM),-E -D 'edition=$(FROM)') -d $(SITE)-parts notebooks $(SITE)
+	@echo 'Open $(CURDIR)/$(SITE)/index.html'
 
 clean:
 	rm -rf .venv

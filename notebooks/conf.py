@@ -3,7 +3,7 @@
 project = html_title = "Build GPT-NeoX"
 root_doc = "index"
 extensions = ["myst_nb", "neox_lib.course.site"]
-exclude_patterns = ["mine", "README.md", "**.ipynb_checkpoints"]
+exclude_patterns = ["mine", "student", "README.md", "**.ipynb_checkpoints"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True

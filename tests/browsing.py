@@ -25,6 +25,7 @@ SWITCHES = [
     "--disable-component-update",
     "--disable-sync",
 ]
+LAB_SETTINGS = Path(__file__).resolve().parents[1] / "neox_lib" / "assets" / "lab"  # as `make lab` has them
 TOKEN = "a-test-of-the-pages"
 PATIENCE = 60_000  # milliseconds: a busy machine is slow, not wrong
 
@@ -60,7 +61,8 @@ def serve(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
     here = {
         name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")
     }
-    environment = os.environ | here | {"JUPYTER_PLATFORM_DIRS": "1", "no_proxy": "127.0.0.1"}
+    here |= {"JUPYTER_CONFIG_PATH": str(LAB_SETTINGS), "JUPYTER_PLATFORM_DIRS": "1", "no_proxy": "127.0.0.1"}
+    environment = os.environ | here
     log = (folder / "log").open("w")
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -68,14 +70,11 @@ def serve(folder: Path, module: str, *arguments: str) -> subprocess.Popen:
 
 @contextmanager
 def serve_lab(own: Path, root: Path, *more: str) -> Iterator[str]:
-    """JupyterLab on the notebooks in `root`, its settings in `own`: the address, ending in a slash; TOKEN opens it."""
+    """JupyterLab on the notebooks in `root`, its files in `own`: the address, ending in a slash; TOKEN opens it."""
     settings = own / "jupyter_config_dir" / "labconfig"
     settings.mkdir(parents=True)
-    quiet = {
-        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-        "@jupyterlab/docmanager-extension:plugin": {"autosave": False},  # what is saved, a test has saved
-    }
-    (settings / "default_setting_overrides.json").write_text(json.dumps(quiet), encoding="utf-8")
+    by_hand = {"@jupyterlab/docmanager-extension:plugin": {"autosave": False}}  # what is saved, a test has saved
+    (settings / "default_setting_overrides.json").write_text(json.dumps(by_hand), encoding="utf-8")
     port = free_port()
     options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--allow-root"]
     process = serve(own, "jupyterlab", *options, f"--ServerApp.root_dir={root}", *more)

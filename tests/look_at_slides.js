@@ -1,5 +1,5 @@
 // Goes through all slides of a show; gives their number and what is wrong with each. Sizes are those on the screen.
-async ([smallest]) => {
+async ([smallest, prediction]) => {
     const frame = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
     const box = (element) => element.getBoundingClientRect();
     const PARTS = "pre, img, table, p, .cm-scroller, .jp-OutputArea-output";
@@ -25,11 +25,18 @@ async ([smallest]) => {
                     say(`${name} lies under the buttons`);
             if (part.tagName === "IMG" && box(part).width < 0.6 * part.naturalWidth) say("its figure is too small");
         }
+        const said = slide.innerText;
+        for (const { alt } of slide.querySelectorAll("img"))
+            if (alt && said.includes(alt.slice(0, 20))) say(`an alt text is on the wall: ${alt.slice(0, 20)}`);
+        for (const line of slide.querySelectorAll(".cm-line"))
+            if (/\bassert/.test(line.textContent) && line.checkVisibility())
+                say(`an assert is on the wall: ${line.textContent.trim()}`);
         const texts = document.createTreeWalker(slide, NodeFilter.SHOW_TEXT);
         for (let text = texts.nextNode(); text; text = texts.nextNode()) {
             const around = text.parentElement;
+            const least = around.closest(".widget-vbox:has(.widget-radio)") ? prediction : smallest;
             const size = parseFloat(getComputedStyle(around).fontSize) * scale;
-            if (text.data.trim() && around.checkVisibility() && !around.closest(NO_TEXT) && size < smallest)
+            if (text.data.trim() && around.checkVisibility() && !around.closest(NO_TEXT) && size < least)
                 say(`${size} pixels are too small to read: ${text.data.trim().slice(0, 30)}`);
         }
     }

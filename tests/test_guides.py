@@ -26,6 +26,7 @@ NETWORK = "installs from the network; CI and its Windows job do it on every push
 SUITE = "runs the tests themselves, or the notebooks"
 NOT_RUN = {
     "make lab": SERVER,
+    "make lab EDITION=student": SERVER,
     "make playground": SERVER,
     'make playground PLAYGROUND_ARGS="--Voila.ip=0.0.0.0 --port=8866 --token=a-word-for-the-class --no-browser"': (
         SERVER
@@ -33,6 +34,7 @@ NOT_RUN = {
     "make slides NOTEBOOK=02": SERVER,
     "make slides LESSON=16": SERVER,
     "jupyter lab notebooks/mine": SERVER,
+    "jupyter lab notebooks/student": SERVER,
     "python -m neox_lib playground": SERVER,
     "python -m neox_lib slides 02": SERVER,
     "pip install -r requirements.lock": NETWORK,
@@ -55,6 +57,7 @@ NOT_RUN = {
     "python -m pytest": SUITE,
     "python -m pytest -m gpu": SUITE,
     "make site": "test_site.py builds the site",
+    "make site FROM=OUT": "test_site.py builds the site",
     "python -m sphinx notebooks build/site": "test_site.py builds the site",
     "python -m neox_lib train RUN --stories A.txt --validation B.txt": "trains for hours; test_training.py trains less",
     "python -m neox_lib bench": "takes minutes; test_bench.py measures a tiny shape",

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
 
+from neox_lib.__main__ import main
 from neox_lib.course import learner_copy
 from neox_lib.course.learner_copy import RECORD, describe, update_copy
 
@@ -219,6 +222,28 @@ def test_the_command_starts_without_loading_torch(folders):
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "Copied to" in result.stdout
+
+
+def test_a_students_copy_holds_no_solution_and_lies_beside_the_whole_one(folders, capsys):
+    """A student who types `make lab EDITION=student` must not get the answers, nor lose the work of the day before."""
+    originals = folders[0]
+    (originals / "01_next.ipynb").unlink()
+
+    def release(text: str) -> None:
+        folded = "<details><summary>Solution</summary>\n\nforty-two\n</details>"
+        cell = new_markdown_cell(f"{text} `notebooks/mine`\n\n{folded}", id="task")
+        nbformat.write(new_notebook(cells=[cell]), originals / "00_start.ipynb")
+        main(["learner-copy", "--originals", str(originals), "--edition", "student"])
+
+    own = originals / "student" / "00_start.ipynb"
+    release("Work in")
+    assert "forty-two" not in own.read_text("utf-8") and "Work in `notebooks/student`" in own.read_text("utf-8")
+    assert "Copied to" in capsys.readouterr().out and not (originals / "mine").exists()
+    own.write_text(own.read_text("utf-8").replace("Work in", "I work in"), "utf-8")
+    release("Work in")
+    assert "is up to date" in capsys.readouterr().out and "I work in" in own.read_text("utf-8")
+    release("Learn in")
+    assert "To get it too: make lab-refresh EDITION=student" in capsys.readouterr().out
 
 
 def test_a_missing_notebooks_folder_is_one_line_and_exit_code_2(tmp_path):

@@ -348,6 +348,11 @@ def serious_findings(visit: PlaygroundVisit) -> list[dict]:
     return [found for _ in visit.views() for found in visit.serious_findings(".np")]
 
 
+def test_nobody_is_asked_about_news(visit):
+    """A class that opens a lesson must not be greeted by a question about something else."""
+    assert visit.page.locator(".Toastify__toast").all_inner_texts() == []
+
+
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
 def test_nothing_serious_is_found_by_axe(visit, theme):
     visit.command("apputils:change-theme", theme=theme)

@@ -23,6 +23,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.browsing import LAB_SETTINGS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
@@ -219,6 +221,24 @@ FOR_TESTS = ["lint", "pytest", "notebooks", "outputs", "site", "test"]
 def test_a_finished_set_up_is_not_run_again(stand_in, target):
     (stand_in / ".venv" / "share" / "neox" / "20B_tokenizer.json").touch()
     assert "set_up.py" not in run_make(stand_in, "--dry-run", target)
+
+
+@needs_make
+def test_students_and_their_site_get_the_edition_without_answers(stand_in):
+    """Nobody has to name a folder twice, or to rename one."""
+    said = run_make(stand_in, "--dry-run", "lab", "EDITION=student")
+    assert "neox_lib learner-copy --edition student\n" in said and said.endswith("jupyterlab  notebooks/student\n")
+    assert "learner-copy --edition student --refresh" in run_make(stand_in, "-n", "lab-refresh", "EDITION=student")
+    said = run_make(stand_in, "--dry-run", "site", "FROM=my class/out")
+    assert "-E -D 'edition=my class/out' -d build/student-site-parts notebooks build/student-site\n" in said
+    assert "edition" not in run_make(stand_in, "--dry-run", "lab", "site")
+
+
+@needs_make
+def test_lab_gets_the_settings_that_the_tests_in_a_browser_have(stand_in):
+    (stand_in / ".venv" / "bin" / "python").write_text('#!/bin/sh\necho "$JUPYTER_CONFIG_PATH"\n', "utf-8")
+    path = Path(run_make(stand_in, "--silent", "lab").splitlines()[-1])
+    assert path.relative_to(stand_in.resolve()) == LAB_SETTINGS.relative_to(ROOT) and LAB_SETTINGS.is_dir()
 
 
 @needs_make

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from neox_lib.classroom.student import write_student_edition
 from neox_lib.course.figures import plots
 from neox_lib.course.site import dark_heat_map
 from tests.browsing import Visit, needs_chromium
@@ -59,12 +60,17 @@ class Page(HTMLParser):
             self.unfolded.append(self.get_starttag_text() or tag)
 
 
+def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The site in `folder` / "html", as `make site` builds it."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", *options, "-d", str(folder / "parts")]
+    return subprocess.run([*command, str(NOTEBOOKS), str(folder / "html")], capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The site as `make site` builds it, where a warning is an error: a link without a target is one."""
+    """The site, where a warning is an error: a link without a target is one."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(folder / "parts")]
-    done = subprocess.run([*command, str(NOTEBOOKS), str(folder / "html")], capture_output=True, text=True)
+    done = build(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "html"
 
@@ -183,6 +189,24 @@ def test_hints_and_solutions_stay_folded(site, pages):
 
 def test_formulas_are_mathematics_without_a_script(site, pages):
     assert pages[site / "04_parallel_residual.html"].tags["math"] > 0
+
+
+def test_a_site_for_students_holds_no_answer(tmp_path):
+    """What a teacher publishes, the whole class reads: no page, search or script may give anything away."""
+    write_student_edition(tmp_path / "edition")
+    done = build(tmp_path, "-D", f"edition={tmp_path / 'edition'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [path for path in (tmp_path / "html").rglob("*") if path.suffix in (".html", ".js", ".ipynb", ".md")]
+    text = "\n".join(path.read_text("utf-8") for path in files)
+    assert text.count("<summary>Hint 1</summary>") > 20
+    assert not re.findall("<summary>Solution|Teacher: a good answer|Good answer:|<b>Right|<b>Not so", text)
+    assert len((tmp_path / "html" / "TEACHING.html").read_text("utf-8").split("<article")[1].split()) < 100
+
+
+def test_a_site_for_students_is_not_made_of_the_originals(tmp_path):
+    """A wrong folder must not publish the answers in silence."""
+    done = build(tmp_path, "-D", f"edition={tmp_path / 'absent'}")
+    assert done.returncode != 0 and "give the folder that `python -m neox_lib student OUT` wrote" in done.stderr
 
 
 class TestInABrowser:

@@ -77,6 +77,15 @@ class WithoutSolutions(Preprocessor):
         return cell, resources
 
 
+class InItsOwnPlace(Preprocessor):
+    """Says where students work: in the folder that `make lab EDITION=student` opens."""
+
+    def preprocess_cell(self, cell, resources, index):
+        cell.source = cell.source.replace("`make lab`", "`make lab EDITION=student`")
+        cell.source = cell.source.replace("notebooks/mine", "notebooks/student")
+        return cell, resources
+
+
 class WithoutAnswers(Preprocessor):
     """Removes what settles a prediction: its explanations, asserts, and the prose about the museum's table."""
 
@@ -116,6 +125,7 @@ def student_edition(notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
         TagRemovePreprocessor(remove_all_outputs_tags={"reveal"}),
         RegexRemovePreprocessor(patterns=[r"\s*\Z"]),  # a cell that held a solution and nothing else
         WithoutTags(),
+        InItsOwnPlace(),
     ]
     for step in steps:
         notebook, resources = step.preprocess(notebook, resources)

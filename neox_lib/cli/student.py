@@ -18,4 +18,4 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.classroom.student import write_student_edition
 
     print("\n".join(write_student_edition(arguments.out)))
-    print(f"Wrote {arguments.out}. Students open it with: python -m jupyterlab {arguments.out}")
+    print(f"Wrote {arguments.out}. Students need no such folder: make lab EDITION=student opens a copy of their own.")

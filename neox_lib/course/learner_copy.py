@@ -108,8 +108,8 @@ def write_record(path: Path, record: dict[str, str]) -> None:
     write_bytes_atomically(path, content.encode("utf-8"))
 
 
-def describe(report: Report, originals: Path, mine: Path) -> str:
-    """The report as text, one line per thing that the learner should know."""
+def describe(report: Report, originals: Path, mine: Path, refresh: str = "make lab-refresh") -> str:
+    """The report as text, one line per thing that the learner should know; `refresh` brings new originals."""
     lines = []
     if report.copied:
         lines.append(f"Copied to {mine}: {', '.join(report.copied)}. This is your copy; nothing here overwrites it.")
@@ -117,14 +117,14 @@ def describe(report: Report, originals: Path, mine: Path) -> str:
         if name in report.beside:
             lines.append(f"{name}: the newer original is beside your copy, as {report.beside[name]}.")
         elif name not in report.stale:
-            lines.append(f"{name}: the original has changed since you copied it. To get it too: make lab-refresh")
-    lines += describe_stale(report)
+            lines.append(f"{name}: the original has changed since you copied it. To get it too: {refresh}")
+    lines += describe_stale(report, refresh)
     if not lines:
         lines.append(f"{mine} is up to date." if lesson_files(originals) else f"No notebooks in {originals} yet.")
     return "\n".join(lines)
 
 
-def describe_stale(report: Report, most: int = 3) -> list[str]:
+def describe_stale(report: Report, refresh: str, most: int = 3) -> list[str]:
     """Lines on the copies that use moved or removed names, with the first few of the moved ones."""
     lines = [
         f"{copy}: neox_lib.{name} is gone; neox_lib.{instead} replaces it."
@@ -138,7 +138,7 @@ def describe_stale(report: Report, most: int = 3) -> list[str]:
         copies = ", ".join(copy for copy, stale in report.stale.items() if stale.moved)
         lines.append(f"{copies}: names that your copy uses have moved: {first}{more}.")
     if (set(report.changed) & set(report.stale)) - set(report.beside):
-        lines.append("Nothing is changed in your copies. To get the new originals beside them: make lab-refresh")
+        lines.append(f"Nothing is changed in your copies. To get the new originals beside them: {refresh}")
     elif lines:
         lines.append("Nothing is changed in your copies; the new originals are beside them, as NAME.new.ipynb.")
     return lines

@@ -197,8 +197,8 @@ def differences(folder: Path) -> list[str]:
     """The differences between notebooks and library, as texts: diffs, missing and unpromoted definitions, imports of
     another object. Empty if they agree.
 
-    Texts from older originals are left out, as in `promote`; in that case public definitions that no notebook promotes
-    are not reported, since the newer originals promote them.
+    Texts from older originals are left out, as in `promote`. Public definitions that no notebook promotes are reported
+    of the originals only: a copy may be older, or a student's, which imports what would give an exercise away.
     """
     promoted = collect(folder)
     older = of_older_originals(promoted)
@@ -214,7 +214,7 @@ def differences(folder: Path) -> list[str]:
         found += [
             f"{file_name(module)}: {name} is public, but no notebook promotes it"
             for name, place in places.items()
-            if place.public and name not in names and not older
+            if place.public and name not in names and folder.resolve() == NOTEBOOKS
         ]
         found += foreign_names(ours, promoted, source)
     return found

@@ -12,7 +12,9 @@ from typing import Any
 from docutils import nodes
 from docutils.transforms import Transform
 from latex2mathml.converter import convert
+from sphinx.errors import ExtensionError
 
+TEACHERS_PAGE = "# Teaching from these notebooks\n\nThe plan for a teacher comes with the repository."
 ANCHOR = re.compile(r'<a id="([\w-]+)">')
 GLOSSARY = "00_start_here"  # its entries are paragraphs that begin `<a id="token"></a>**token**: `
 FIGURE = re.compile(r'<img ([^>]*)src="data:image/png;base64,([^"]+)"([^>]*)>')
@@ -226,7 +228,23 @@ def finish_doctree(app, doctree: nodes.document, page: str) -> None:
     link_terms(app, doctree, page)
 
 
+def read_edition(app, page: str, source: list[str]) -> None:
+    """With `edition`, the folder of a student edition, its notebooks stand in for these; the teacher's plan stays out.
+
+    Raises ExtensionError for a notebook that the folder lacks.
+    """
+    if app.config.edition and page == "TEACHING":
+        source[0] = TEACHERS_PAGE
+    elif app.config.edition and Path(app.env.doc2path(page)).suffix == ".ipynb":
+        path = Path(app.config.edition, f"{page}.ipynb")
+        if not path.is_file():
+            raise ExtensionError(f"{path}: no such file; give the folder that `python -m neox_lib student OUT` wrote")
+        source[0] = path.read_text("utf-8")
+
+
 def setup(app) -> dict[str, bool]:
+    app.add_config_value("edition", "", "env")
+    app.connect("source-read", read_edition)
     app.add_transform(NotebookAnchors)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("env-get-outdated", link_all_anew)
