@@ -94,19 +94,19 @@ class AdapterCheckpoint:
         return self.base.dtypes()
 
     def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
-        return ((name, [tensor]) for name, tensor in self.merged())
+        return ((name, [tensor]) for name, tensor, _ in self.merged())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Rounded to the base model's dtypes, as they are written into files."""
-        dtypes = self.dtypes()
-        return ((name, cast(name, tensor, "cpu", dtypes[name])) for name, tensor in self.merged())
+        return ((name, cast(name, tensor, "cpu", dtype)) for name, tensor, dtype in self.merged())
 
-    def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor, those that are changed before they are rounded: so a model in fp32 keeps all of a change."""
+    def merged(self) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+        """Each tensor and its dtype in the base model, to which one that is changed is not rounded yet: a model in fp32
+        keeps all of a change, a file has the base's dtypes.
+        """
         reader = TensorReader()
         for name, tensor in self.base.tensors():
             change = self.changes.get(name)
-            yield name, tensor if change is None else change.apply(name, tensor, reader)
+            yield name, tensor if change is None else change.apply(name, tensor, reader), tensor.dtype
             del tensor  # or its file would stay mapped while the next one is opened
 
     def files(self) -> list[LayerFile]:
