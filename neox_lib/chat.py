@@ -3,7 +3,6 @@
 May import loading and every room above it; the command line may import it.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
-from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
-from neox_lib.checkpoints.gguf.tokenizer import template_fields
-from neox_lib.checkpoints.tokenizer_files import find_tokenizer, read_fields
+from neox_lib.checkpoints.gguf.file import open_gguf
+from neox_lib.checkpoints.gguf.tokenizer import special_tokens_of
+from neox_lib.checkpoints.tokenizer_files import chat_template, find_tokenizer, read_fields
 from neox_lib.generation import Step, stream_generate
 from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
@@ -102,40 +101,27 @@ class ChatTemplate:
 
 
 def create_chat_template(path: str | Path | None = None, revision: str = "main") -> ChatTemplate:
-    """The chat template beside a model's tokenizer: `chat_template.jinja`, else in `tokenizer_config.json`; or in its
-    GGUF file.
+    """The chat template beside a model's tokenizer: `chat_template.jinja`, else in `tokenizer_config.json`; a GGUF file
+    holds its own.
 
     The model is given as to `create_model`, or a tokenizer's file. Raises CheckpointError where there is none and as
     `ChatTemplate` does, and what `create_tokenizer` raises.
     """
-    folder = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision))
-    if folder.suffix == GGUF_ENDING:  # it holds all of it; beside it there are no files of its own
-        file = config = folder
-        fields = template_fields(file)
-    else:
-        folder = folder.parent
-        file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        fields = read_fields(folder / "special_tokens_map.json") | read_fields(config)
-    source = fields.get("chat_template")
-    if file != config and file.is_file():
-        try:
-            config, source = file, file.read_text("utf-8")
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not a text in UTF-8 ({error}); fetch it again") from error
-    elif isinstance(source, list):  # several by name
-        with contextlib.suppress(TypeError, KeyError):
-            source = {each["name"]: each["template"] for each in source}.get("default")
+    tokenizer = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision))
+    folder, (source, file) = tokenizer.parent, chat_template(tokenizer)
     if source is None:
         raise CheckpointError(
-            f"{folder}: no chat template, neither chat_template.jinja nor one in tokenizer_config.json, so the form of "
-            "its conversations is unknown; continue a text instead, or give a model that was trained to chat"
+            f"{file if file == tokenizer else folder}: no chat template, neither chat_template.jinja nor one in "
+            "tokenizer_config.json, so the form of its conversations is unknown; continue a text instead, or give a "
+            "model that was trained to chat"
         )
-    if not isinstance(source, str):
-        raise CheckpointError(f"{config}: its chat_template is a {type(source).__name__}, expected a text; correct it")
+    if file == tokenizer:
+        return ChatTemplate(source, special_tokens_of(open_gguf(file)), str(file))
+    fields = read_fields(folder / "special_tokens_map.json") | read_fields(folder / "tokenizer_config.json")
     defaults = NEOX_TOKENS if str(fields.get("tokenizer_class") or "GPTNeoX").startswith("GPTNeoX") else {}
     said = {name: fields.get(name, defaults.get(name)) for name in ROLES}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in said.items()}
-    return ChatTemplate(source, {name: token for name, token in tokens.items() if isinstance(token, str)}, str(config))
+    return ChatTemplate(source, {name: token for name, token in tokens.items() if isinstance(token, str)}, str(file))
 
 
 def conversation_ids(tokenizer: Tokenizer | BPETokenizer, text: str) -> list[int]:

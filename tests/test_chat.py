@@ -11,7 +11,9 @@ from neox_lib import Chat, create_chat_template
 from neox_lib.__main__ import main
 from neox_lib.chat import ChatTemplate, conversation_ids
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
+from neox_lib.checkpoints.gguf.writer import write_gguf
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
+from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.generation import stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
@@ -62,20 +64,24 @@ def chat(folder):
 
 
 @pytest.mark.parametrize("source", [TEMPLATE, PARTS], ids=["short", "with all parts"])
-@pytest.mark.parametrize("where", ["jinja", "config", "list"])
+@pytest.mark.parametrize("where", ["jinja", "config", "list", "gguf"])
 def test_a_template_writes_what_transformers_writes(folder, tmp_path, source, where):
     """Another text than a model was trained with is answered badly, and nobody sees why."""
     from transformers import AutoTokenizer
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    if where == "jinja":
+    if where in ("jinja", "gguf"):
         (tmp_path / "chat_template.jinja").write_text(source)
     else:
         fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
         said = source if where == "config" else [{"name": "default", "template": source}, {"name": "x", "template": ""}]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"chat_template": said}))
-    theirs, template = AutoTokenizer.from_pretrained(tmp_path), create_chat_template(tmp_path)
+    path = tmp_path
+    if where == "gguf":
+        pytest.importorskip("gguf", reason="needs gguf")
+        path = write_gguf(open_checkpoint(folder), tmp_path / "gguf", tmp_path / "tokenizer.json")
+    theirs, template = AutoTokenizer.from_pretrained(tmp_path), create_chat_template(path)
     expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     assert template.text(MESSAGES) == expected
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)

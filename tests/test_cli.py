@@ -18,6 +18,7 @@ import torch
 import neox_lib
 from neox_lib import cli, generation
 from neox_lib.__main__ import main, parse
+from neox_lib.checkpoints.convert import convert_to_gguf
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig, format_bytes
@@ -200,6 +201,23 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     assert all(torch.equal(first[key], mine) for key, mine in load(tmp_path / "mean" / "model").state_dict().items())
 
 
+def test_a_run_starts_from_any_model_and_says_before_training_what_it_can_not_write(checkpoint, tmp_path, capsys):
+    """A GGUF file holds its tokenizer, and 256 tokens of context; 7 ranks used to fail after hours."""
+    stories = tmp_path / "stories.txt"
+    stories.write_text("the fox and the hen " * 20)
+    pytest.importorskip("gguf", reason="needs gguf")
+    file = convert_to_gguf(checkpoint, tmp_path / "m.gguf")
+    argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
+    argv += ["--start-from", str(file), "--tokens"]
+    assert main([*argv, "32", "--batch-tokens", "32", "--windows", "0:16", "--ranks", "7"]) == 2
+    assert "7 ranks do not divide" in capsys.readouterr().err and not (tmp_path / "run" / "state.pt").exists()
+    assert main([*argv, "0", "--retellings", "-1"]) == 2
+    assert "retellings is -1; expected 0 or more" in capsys.readouterr().err
+    assert main([*argv, "0"]) == 0
+    before, after = (load(folder).state_dict() for folder in (checkpoint, tmp_path / "run" / "model"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_the_stories_of_a_model_are_whole_different_and_the_same_again(tmp_path, capsys, monkeypatch):
     """What lessons train and calibrate on is made by a command, and can be made again."""
     monkeypatch.setattr("neox_lib.cli.write_stories.ROWS", 6)
@@ -213,16 +231,47 @@ def test_the_stories_of_a_model_are_whole_different_and_the_same_again(tmp_path,
     assert len(set(stories)) == len(stories) > 1
     assert all(story == story.strip() for story in stories)
     assert f"{len(stories)} stories, " in capsys.readouterr().out
-    assert main([*argv[:4], "--temperature", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.txt", "--temperature", "0"], "temperature must be above 0"),
+        (["a.txt", "--temperature", "nan"], "temperature must be above 0"),
+        (["a.txt", "--bytes", "0"], "bytes must be 1 or more"),
+        (["a.txt"], "none of 2 texts ended within 3 tokens"),
+        (["."], "Is a directory"),
+        (["a.txt", "--model", "gpt/neox", "--revision", "step1"], "no revision step1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_stories_that_can_not_be_written_are_known_at_once(tmp_path, capsys, monkeypatch, arguments, said):
+    """Not after an hour of drawing, and not never: a model that ends no text would be drawn from for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("neox_lib.cli.write_stories.ROWS", 2)
+    monkeypatch.setattr("neox_lib.cli.write_stories.MOST_TOKENS", 3)
+
+    def local_tokenizer(_path, revision):
+        raise ValueError(f"no revision {revision}")
+
+    if "--model" in arguments:
+        monkeypatch.setattr("neox_lib.loading.local_tokenizer", local_tokenizer)
+    assert main(["write-stories", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
     """Weights mean nothing under another tokenizer, and every loss would still look like a number."""
     give_tokenizer(tmp_path / "run", stories=[], start_from=[checkpoint])
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
-    (tmp_path / "run" / "tokenizer.json").write_text("mine")
-    give_tokenizer(tmp_path / "run", stories=[], start_from=[checkpoint])
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == "mine"
+    other = tmp_path / "other" / "tokenizer.json"
+    other.parent.mkdir()
+    save_tokenizer(train_tokenizer(["another text in other words"], 300), other)
+    for folder, start_from in (("new", [checkpoint, other]), ("other", [checkpoint])):
+        with pytest.raises(ValueError, match=r"tokenizer\.json differ; a run and all models that it starts from"):
+            give_tokenizer(tmp_path / folder, stories=[], start_from=start_from)
+    assert not (tmp_path / "new").exists()
 
 
 def test_ctrl_c_keeps_the_text_so_far(checkpoint):

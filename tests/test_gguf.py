@@ -126,6 +126,8 @@ def test_llama_writes_the_text_of_the_shipped_model_and_so_do_we(tmp_path, capsy
     assert f"wrote {file}, 0.01 GB; llama-completion --model {file}" in capsys.readouterr().out
     assert main(["generate", "Once upon a time", "--tokens", "12"]) == 0
     expected = capsys.readouterr().out
+    assert main(["generate", "Once", "--model", str(tmp_path / "none.gguf")]) == 2
+    assert "none.gguf: no such file or folder; expected a model" in capsys.readouterr().err
     for path in (file, tmp_path):
         assert main(["generate", "Once upon a time", "--tokens", "12", "--model", str(path)]) == 0
         assert capsys.readouterr().out == expected
@@ -204,17 +206,17 @@ def test_a_file_of_another_program_is_read(write, monkeypatch):
 
 @pytest.mark.parametrize("normalizer", ["NFC", "none"])
 def test_the_tokenizer_comes_back(tokenizer, tmp_path, normalizer):
-    """Ids, control tokens, texts, the form of conversations; into a Hugging Face folder too."""
+    """Ids, control tokens, texts, chat template; through a second file, and into a Hugging Face folder too."""
     source = tmp_path / "source"
     write_huggingface(model_of(replace(WITH_TOKENIZER, eos_token_ids=(0, 5))), source, tokenizer)
+    said, template = [{"role": "user", "content": "a fox"}], "{{ messages[0].content + eos_token }}"
+    (source / "chat_template.jinja").write_text(template)
     if normalizer == "none":
         fields = json.loads((source / "tokenizer.json").read_text())
         (source / "tokenizer.json").write_text(json.dumps(fields | {"normalizer": None}))
-    said, template = [{"role": "user", "content": "a fox"}], "{{ messages[0].content + eos_token }}"
-    (source / "chat_template.jinja").write_text(template)
-    file = convert_to_gguf(source, tmp_path / "m.gguf")
-    (tmp_path / "chat_template.jinja").write_text("another model's {{ messages }}")
+    file = convert_to_gguf(convert_to_gguf(source, tmp_path / "first.gguf"), tmp_path / "m.gguf")
     convert_to_huggingface(file, tmp_path / "back")
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == template
     released = create_tokenizer(source)
     for path in (file, tmp_path / "back"):
         found = create_tokenizer(path)
@@ -230,13 +232,23 @@ def test_the_tokenizer_comes_back(tokenizer, tmp_path, normalizer):
 def test_a_folder_names_its_one_file(write, tmp_path):
     for dtype in ("float32", "float16"):
         write(model_of(), dtype)
-    with pytest.raises(CheckpointError, match=r"float16\.gguf, float32\.gguf; give the path of one of them"):
-        open_checkpoint(tmp_path)
+    for opened in (open_checkpoint, create_tokenizer):
+        with pytest.raises(CheckpointError, match=r"float16\.gguf, float32\.gguf; give the path of one of them"):
+            opened(tmp_path)
+
+
+def test_a_folder_may_be_named_like_a_file(tokenizer, tmp_path):
+    (tmp_path / "m.gguf").mkdir()
+    file = write_gguf(ModelCheckpoint(model_of()), tmp_path / "m.gguf", tokenizer)
+    assert file == tmp_path / "m.gguf" / "model.gguf" and open_checkpoint(tmp_path / "m.gguf").file.path == file
 
 
 def test_a_file_beside_other_weights_is_another_model_s(write, tmp_path):
     write(model_of())
+    for name in ("training_args.bin", "._float32.gguf", "vision.safetensors"):
+        (tmp_path / name).write_text("no weights")
     assert create_tokenizer(tmp_path).get_vocab_size() == 300
+    assert open_checkpoint(tmp_path).files()[0].file == "float32.gguf"
     write_huggingface(model_of(), tmp_path)
     with pytest.raises(FileNotFoundError, match="no tokenizer there"):
         create_tokenizer(tmp_path)
@@ -257,7 +269,9 @@ def test_a_file_beside_other_weights_is_another_model_s(write, tmp_path):
         (["wide", "a.gguf", "--to", "gguf", "--dtype", "float16"], "holds 100,000, but torch.float16 ends at"),
         (["broken", "a.gguf", "--to", "gguf", "--dtype", "q8_0"], "holds nan, which Q8_0 can't"),
         (["words", "a.gguf", "--to", "gguf"], "model is 'WordLevel', expected 'BPE'"),
-        (["out/model.gguf", "out", "--to", "gguf"], "is the file to read from"),
+        (["bytes", "a.gguf", "--to", "gguf"], "no merges, or some that make tokens past the 384 rows"),
+        (["out/model.gguf", "out", "--to", "gguf"], "out/model.gguf: is the file to read from"),
+        (["out/model.gguf", "out/model.gguf", "--to", "gguf"], "out/model.gguf: is the file to read from"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -277,9 +291,11 @@ def test_what_can_not_be_written_is_said_and_nothing_is_left(tokenizer, tmp_path
         write_gguf(ModelCheckpoint(model), "out", tokenizer)
     else:
         write_huggingface(model, source, None if source == "bare" else tokenizer)
-    if source == "words":
+    if source in ("words", "bytes"):
+        fields = json.loads(tokenizer.read_text())
         words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-        Path(source, "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.read_text()) | {"model": words}))
+        fields["model"] = words if source == "words" else fields["model"] | {"merges": []}
+        Path(source, "tokenizer.json").write_text(json.dumps(fields))
     Path("notes.txt").write_text("mine")
     assert main(["convert", *arguments]) == 2
     assert said in capsys.readouterr().err.replace("IN", source)
@@ -332,13 +348,13 @@ def text(name: str, value: str) -> bytes:
 
 LAYERS, EPSILON, HEADS = "gptneox.block_count", "gptneox.attention.layer_norm_epsilon", "gptneox.attention.head_count"
 TOKENS, KIND, RULE = "tokenizer.ggml.tokens", "tokenizer.ggml.model", "tokenizer.ggml.pre"
-ENDING, NORM = "tokenizer.ggml.eos_token_id", b"blk.1.ffn_norm.bias"
+START, ENDING, NORM = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eos_token_id", b"blk.1.ffn_norm.bias"
 DAMAGE = "truncated, damaged or no GGUF file"
 ARCHITECTURE, WIDTH = "general.architecture", "gptneox.feed_forward_length"
 LIES = {
     "another format": (b"GGUF", b"GGML", DAMAGE),
-    "another version": (b"GGUF\x03", b"GGUF\x01", "version 1; version 2 or 3, little-endian, is read here"),
-    "big-endian": (b"GGUF\x03\0\0\0", b"GGUF\0\0\0\x03", "GGUF file of big-endian"),
+    "another version": (b"GGUF\x03", b"GGUF\x01", "but of version 1; version 2 or 3, little-endian, is read here"),
+    "big-endian": (b"GGUF\x03\0\0\0", b"GGUF\0\0\0\x03", "a GGUF file, but big-endian; version 2 or 3"),
     "more tensors": (b"GGUF\x03\0\0\0\x1c", b"GGUF\x03\0\0\0\x1d", DAMAGE),
     "endless tensors": (b"GGUF\x03\0\0\0\x1c\0\0\0", b"GGUF\x03\0\0\0\x1c\0\0\xff", DAMAGE),
     "an endless list": (TOKENS.encode() + b"\x09\0\0\0\x08\0\0\0\x80\x01\0\0\0", None, DAMAGE),
@@ -368,6 +384,11 @@ LIES = {
     "a key twice": (b"bos_token_id", b"eos_token_id", "tokenizer.ggml.eos_token_id twice"),
     "an end that is none": (number(ENDING, 0), number(ENDING, 384), "texts end with"),
     "another tokenizer": (text(KIND, "gpt2"), text(KIND, "bert"), "its tokenizer is 'bert' with the rule 'olmo'"),
+    "a beginning of its own": (
+        key(START, 7, b"\0"),
+        key(START, 7, b"\1"),
+        "add_bos_token is set, which is not read here. Give the model's tokenizer.json",
+    ),
     "another rule": (text(RULE, "olmo"), text(RULE, "dbrx"), "with the rule 'dbrx'; only 'gpt2' with one of"),
     "a merge of no token": (
         b"\x03\0\0\0\0\0\0\0o n",

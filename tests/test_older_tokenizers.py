@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from neox_lib import create_model, create_tokenizer
-from neox_lib.checkpoints.convert import convert_to_huggingface
+from neox_lib.checkpoints.convert import convert_to_gguf, convert_to_huggingface
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.generation import greedy_generate_text
@@ -105,6 +105,8 @@ def test_a_model_with_an_older_tokenizer_writes_text_and_is_converted_with_it(tm
     model, tokenizer = create_model(tmp_path / "c", device="cpu"), create_tokenizer(tmp_path / "c")
     assert (tmp_path / "c" / "tokenizer.json").is_file() and model.config.eos_token_ids == (end,)
     assert greedy_generate_text(model, tokenizer, "the fox", 20) == text
+    pytest.importorskip("gguf", reason="needs gguf")
+    assert create_tokenizer(convert_to_gguf(tmp_path / "m", tmp_path / "m.gguf")).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -130,13 +130,58 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
         {"plan": dataclasses.replace(PLAN, windows=((0.0, (8,)),))},
         {"config": dataclasses.replace(CONFIG, hidden_act="gelu")},
     ],
-    ids=["learning rate", "windows", "config"],
+    ids=["learning_rate", "windows", "hidden_act"],
 )
-def test_a_state_of_another_plan_is_refused(tmp_path, other):
+def test_a_state_of_another_plan_is_refused(tmp_path, other, request):
     """Half a run at one rate and half at another is a model that no command reproduces."""
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"state\.pt belongs to another config or plan"):
+    name = request.node.callspec.id
+    with pytest.raises(ValueError, match=rf"state\.pt belongs to another config or plan, with another {name}; use"):
         run(tmp_path, **other)
+
+
+@pytest.mark.parametrize(
+    ("stories", "start"), [(STORIES + 1, None), (STORIES, NeoXModel(CONFIG))], ids=["text", "start"]
+)
+def test_a_state_of_another_text_or_start_is_refused(tmp_path, stories, start):
+    """`--start-from B` in the folder of a run from A would go on with A and say nothing."""
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"state\.pt belongs to a run on other texts or from other weights; use"):
+        train(CONFIG, PLAN, stories, MIX, VALIDATION, tmp_path, start)
+
+
+def test_a_state_of_an_earlier_version_is_refused_by_what_it_lacks(tmp_path):
+    """Whoever updates in the middle of a run has changed neither config nor plan."""
+    run(tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    config, plan = json.loads(state["identity"])
+    older = {name: value for name, value in plan.items() if name not in ("optimizer", "dtype", "average_from")}
+    torch.save(state | {"identity": json.dumps([config, older])}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is of an earlier version, without average_from, dtype, optimizer; use"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"average_from": 2.0}, "average_from is 2.0; expected a share from 0 to 1"),
+        ({"average_from": float("nan")}, "average_from is nan; expected a share from 0 to 1"),
+        ({"mix_share": -1.0}, "mix_share is -1.0; expected a share from 0 to 1"),
+        ({"batch_tokens": 15}, "batch_tokens is 15; expected the longest window's 16 at least"),
+        ({"total_tokens": 63}, "total_tokens is 63; expected 0, or the 64 of one step at least"),
+        ({"total_tokens": -1}, "total_tokens is -1; expected 0, or the"),
+        ({"windows": ((0.5, (8,)),)}, "expected lengths above 0, the first of them from a share of 0 on"),
+        ({"windows": ((0.0, (8, 0)),)}, "expected lengths above 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; expected 0 or more"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected adamw or muon"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_plan_that_can_not_be_followed_is_refused_by_its_setting(changes, said):
+    """Some of these ended in a traceback, others in a model that was never trained."""
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(PLAN, **changes)
 
 
 KILLED_WHILE_SAVING = """
@@ -347,10 +392,23 @@ def test_every_window_of_the_stories_can_be_drawn():
     assert starts == {0, 1, 2, 3}
 
 
-def test_stories_shorter_than_a_window_are_a_clear_error():
-    """Someone tries a text of a few lines first."""
-    with pytest.raises(ValueError, match=r"8 tokens of stories do not fill a window of 8 \+ 1; add more text"):
-        sample_batch(STORIES[:8], MIX, PLAN, 0)
+@pytest.mark.parametrize(
+    ("stories", "validation", "context", "said"),
+    [
+        (STORIES[:16], VALIDATION, 64, r"16 tokens of stories do not fill a window of 16 \+ 1; add more text"),
+        (STORIES, VALIDATION[:1], 64, "the held-out text is empty; give some stories"),
+        (STORIES, VALIDATION, 15, "a window of 16 tokens exceeds the context of 15; give shorter windows"),
+    ],
+    ids=["stories", "validation", "context"],
+)
+def test_what_does_not_fit_the_longest_window_is_said_before_the_first_step(
+    tmp_path, stories, validation, context, said
+):
+    """Long windows may come last: the run would end there after hours."""
+    config = dataclasses.replace(CONFIG, max_position_embeddings=context)
+    with pytest.raises(ValueError, match=said):
+        train(config, PLAN, stories, MIX, validation, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_loss_falls_on_a_toy_text(tmp_path):

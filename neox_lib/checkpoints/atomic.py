@@ -1,6 +1,7 @@
 """Files written whole or not at all. Standard library only: the set-up uses it before anything is installed."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,8 +12,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then move it to `path` in one step.
 
     Whatever interrupts it, `path` holds the old content or the new, never a part. The data is flushed to the disk
-    before the move. Raises what `write` raises, after removing the temporary file, and the folder if it was new.
+    before the move. Raises what `write` raises, after removing the temporary file, and the folder if it was new; before
+    any work, IsADirectoryError.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)

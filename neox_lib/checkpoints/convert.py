@@ -15,10 +15,11 @@ from neox_lib.checkpoints.tokenizer_files import tokenizer_beside, write_beside
 
 def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Path | None]:
     """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are the same
-    folder, for int8 weights, and as `open_checkpoint` does.
+    place, for int8 weights, and as `open_checkpoint` does.
     """
     if Path(source).resolve() == Path(target).resolve():
-        raise CheckpointError(f"{target}: is the folder to read from; give another one to write to")
+        kind = "file" if Path(source).is_file() else "folder"
+        raise CheckpointError(f"{target}: is the {kind} to read from; give another one to write to")
     checkpoint = open_checkpoint(source)
     check_convertible(checkpoint)
     return checkpoint, tokenizer_beside(Path(source))

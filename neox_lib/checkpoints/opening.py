@@ -36,10 +36,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return open_huggingface(path)
     if (file := find_int8(path)) is not None:
         return Int8Checkpoint(file)
-    if (file := find_gguf(path)) is not None:
-        return open_gguf_checkpoint(file)
     if is_whole(path):
         return SlimCheckpoint(path)
+    if (file := find_gguf(path)) is not None:
+        return open_gguf_checkpoint(file)
     if path.is_dir():
         check_own_config(path, (file.name for file in path.iterdir()), read_fields(path / "config.json"))
     raise CheckpointError(describe_what_is_there(path))

@@ -1,5 +1,6 @@
 """The small files beside a model's weights: its tokenizer, which rows stand for tokens, and which tokens end a text."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -16,7 +17,9 @@ from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.cached import find_base
 from neox_lib.checkpoints.files import CheckpointError, check_no_pointer, read_fields
 from neox_lib.checkpoints.gguf.file import ENDING as GGUF_ENDING
-from neox_lib.checkpoints.gguf.tokenizer import read_bpe, template_fields
+from neox_lib.checkpoints.gguf.file import find_gguf, open_gguf
+from neox_lib.checkpoints.gguf.tokenizer import CHAT_TEMPLATE, read_bpe
+from neox_lib.checkpoints.huggingface.layout import is_huggingface
 from neox_lib.checkpoints.sentencepiece import read_sentencepiece
 from neox_lib.checkpoints.slim.layout import is_slim, is_whole
 from neox_lib.checkpoints.vocab_and_merges import ADDED, MERGES, VOCAB, read_vocab_and_merges
@@ -28,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", VOCAB, "spiece.model", "tokenizer.model")  # the first that a folder has is its own
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", SETTINGS, "special_tokens_map.json", TEMPLATE)
 OLDER_FILES = (ADDED, MERGES, *TOKENIZERS[1:])  # in place of a tokenizer.json
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -38,22 +42,23 @@ def find_tokenizer(path: str | Path) -> Path:
     holds its own; beside other weights it is another model's.
 
     20B's release keeps its `20B_tokenizer.json` one level above its slim folder; a file above any other folder is
-    another model's. An adapter without one has its base model's. Raises FileNotFoundError when there is none.
+    another model's. An adapter without one has its base model's. Raises FileNotFoundError when there is none,
+    CheckpointError for a folder with several GGUF files.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a model or a tokenizer JSON there")
     if path.suffix == ".safetensors":
         path = path.parent
     if path.is_dir():
         places = [path / name for name in (*TOKENIZERS, "20B_tokenizer.json")]
-        if is_slim(path) or is_whole(path):
+        if slim := is_slim(path) or is_whole(path):
             places.append(path.absolute().parent / "20B_tokenizer.json")
-        elif len(files := list(path.glob(f"*{GGUF_ENDING}"))) == 1 and not any(
-            file.suffix in (".safetensors", ".bin") for file in path.iterdir()
-        ):
-            places += files
         found = next((place for place in places if place.is_file()), None)
         if found is None and is_adapter(path):
             return find_tokenizer(find_base(path))
+        if found is None and not (slim or is_huggingface(path) or any(path.glob("*.int8.safetensors"))):
+            found = find_gguf(path)
         path = found or places[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no tokenizer there; give a tokenizer JSON, such as 20B_tokenizer.json")
@@ -99,6 +104,37 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
             raise
         raise ValueError(f"{file}: not a tokenizer file: {' '.join(str(error).split())[:200]}") from error
     return tokenizer
+
+
+def chat_template(tokenizer: Path) -> tuple[str | None, Path]:
+    """The chat template in a GGUF file, or beside a tokenizer's file, and the file that it is in; None where there is
+    none. Raises CheckpointError for one that is no text.
+    """
+    file, said = tokenizer.with_name(TEMPLATE), None
+    if tokenizer.suffix == GGUF_ENDING:
+        file, said = tokenizer, open_gguf(tokenizer).fields.get(CHAT_TEMPLATE) or None
+    elif file.is_file():
+        try:
+            said = file.read_text("utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not a text in UTF-8 ({error}); fetch it again") from error
+    else:
+        file = tokenizer.with_name(SETTINGS)
+        said = read_fields(file).get("chat_template")
+        if isinstance(said, list):  # several by name
+            with contextlib.suppress(TypeError, KeyError):
+                said = {each["name"]: each["template"] for each in said}.get("default")
+    if not isinstance(said, str | None):
+        raise CheckpointError(f"{file}: its chat_template is a {type(said).__name__}, expected a text; correct it")
+    return said, file
+
+
+def copy_as_json(tokenizer: Path, target: Path) -> None:
+    """Write a tokenizer's file as a JSON of `tokenizers`: another layout translated, such a JSON as it is."""
+    if tokenizer.name in OLDER_FILES or tokenizer.suffix == GGUF_ENDING:
+        open_tokenizer(tokenizer).save(str(target))
+    else:
+        shutil.copyfile(tokenizer, target)
 
 
 def end_token_of(folder: Path, tokenizer: Tokenizer | None, unknown: tuple[int, ...]) -> tuple[int, ...]:
@@ -195,13 +231,9 @@ def write_beside(folder: Path, config: NeoXConfig, tokenizer: Path | None, sourc
         for name in TOKENIZER_FILES if tokenizer.name == "tokenizer.json" else TOKENIZER_FILES[-1:] if older else ():
             if (tokenizer.parent / name).is_file():
                 shutil.copyfile(tokenizer.parent / name, folder / name)
-        if older or tokenizer.suffix == GGUF_ENDING:
-            open_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
-            template = None if older else template_fields(tokenizer)["chat_template"]
-            if isinstance(template, str):
-                write_text_atomically(folder / "chat_template.jinja", template)
-        else:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        copy_as_json(tokenizer, folder / "tokenizer.json")
+        if tokenizer.suffix == GGUF_ENDING and (template := chat_template(tokenizer)[0]):
+            write_text_atomically(folder / TEMPLATE, template)
     roles, said = role_fields(config, source), {} if source is None else read_fields(source / GENERATION)
     if said or roles != role_fields(config):
         write_text_atomically(folder / GENERATION, json.dumps(said | roles, indent=2) + "\n")

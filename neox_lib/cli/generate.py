@@ -23,7 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="checkpoint folder, or a name on the Hub (default: the shipped model)",
+        help="checkpoint folder or file, or a name on the Hub (default: the shipped model)",
     )
     add_revision(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

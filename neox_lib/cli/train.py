@@ -20,14 +20,20 @@ def add(commands) -> None:
     parser.add_argument("--stories", nargs="+", required=True, type=Path, metavar="FILE", help="the main text")
     parser.add_argument("--mix", nargs="*", default=[], type=Path, metavar="FILE", help="text for variety")
     parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
-    parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
+    parser.add_argument(
+        "--tokens",
+        dest="total_tokens",
+        type=int,
+        metavar="N",
+        help="how many to train on; 0 writes the model, or the mean, of --start-from",
+    )
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
     parser.add_argument(
         "--start-from",
         nargs="+",
         default=[],
-        metavar="FOLDER",
-        help="a model to begin with, or several of one shape: then with the mean of their weights",
+        metavar="MODEL",
+        help="a model to begin with, or several of one shape and tokenizer: then with the mean of their weights",
     )
     parser.add_argument(
         "--retellings", type=int, default=0, metavar="N", help="read the stories N times more, with other names"
@@ -58,25 +64,35 @@ def add(commands) -> None:
 
 
 def give_tokenizer(folder: Path, stories: list[Path], start_from: list[str]) -> None:
-    """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew."""
-    import shutil
+    """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew.
 
+    Raises ValueError, before that, for a model to start from that knows another one than the run.
+    """
     from neox_lib.checkpoints.atomic import write_atomically
-    from neox_lib.checkpoints.tokenizer_files import find_tokenizer
+    from neox_lib.checkpoints.tokenizer_files import copy_as_json, find_tokenizer
     from neox_lib.config import tiny
     from neox_lib.evaluation.likelihood import stories_of
+    from neox_lib.hub import local_tokenizer
+    from neox_lib.loading import create_tokenizer
     from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
-    if (folder / "tokenizer.json").exists():
+    own = folder / "tokenizer.json"
+    files = ([own] if own.exists() else []) + [find_tokenizer(local_tokenizer(each)) for each in start_from]
+    for file in files[1:]:
+        if create_tokenizer(file).get_vocab() != create_tokenizer(files[0]).get_vocab():
+            raise ValueError(
+                f"{file} and {files[0]} differ; a run and all models that it starts from need one tokenizer"
+            )
+    if own.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if start_from:
-        shutil.copy(find_tokenizer(start_from[0]), folder / "tokenizer.json")
+    if files:
+        write_atomically(own, lambda temporary: copy_as_json(files[0], temporary))
         return
     print("training the tokenizer")
     texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
     tokenizer = train_tokenizer(texts, tiny().vocab_size)
-    write_atomically(folder / "tokenizer.json", lambda temporary: save_tokenizer(tokenizer, temporary))
+    write_atomically(own, lambda temporary: save_tokenizer(tokenizer, temporary))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from neox_lib.checkpoints.slim.writer import write_slim
+    from neox_lib.checkpoints.slim.writer import check_ranks, write_slim
     from neox_lib.config import tiny
     from neox_lib.course.figures import plots
     from neox_lib.evaluation.likelihood import bits_per_byte, stories_of
@@ -99,7 +115,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.windows = tuple(arguments.windows)
     options = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
     given = {name: value for name, value in options.items() if value is not None}
-    plan = dataclasses.replace(training.TrainingPlan(), **given)
+    plan = training.TrainingPlan(**given)
+    if arguments.retellings < 0:
+        raise ValueError(f"retellings is {arguments.retellings}; expected 0 or more")
     give_tokenizer(folder, arguments.stories, arguments.start_from)
     tokenizer = create_tokenizer(folder)
     stories = training.read_streams(tokenizer, arguments.stories, arguments.retellings)
@@ -111,6 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.start_from:
         start = training.mean_of([create_model(each, dtype=torch.float32) for each in arguments.start_from])
         config = start.config
+    check_ranks(config, arguments.ranks)
     sample = training.spread_sample(validation, 16, config.max_position_embeddings)
     model, history = training.train(config, plan, stories, mix, sample, folder, start)
     if history:
@@ -119,5 +138,5 @@ def run(arguments: argparse.Namespace) -> None:
     write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
     shutil.copy(folder / "tokenizer.json", finished)
     held_out = stories_of(arguments.validation.read_text("utf-8"))
-    bits = bits_per_byte(create_model(finished), tokenizer, held_out)
+    bits = bits_per_byte(create_model(finished), tokenizer, held_out, config.max_position_embeddings)
     print(f"{bits:.4f} bits per byte on {arguments.validation.name}, by the finished model in {finished}")

@@ -24,7 +24,10 @@ def add(commands) -> None:
 
 
 def stories(model, tokenizer, temperature: float, seed: int) -> Iterator[str]:
-    """Stories without end, each begun by the token that begins every text. One that does not end is left out."""
+    """Stories, one after another, each begun by the token that begins every text. One that does not end is left out.
+
+    Raises ValueError for a model whose texts don't end.
+    """
     from neox_lib.generation import prompt_ids, stream_generate
     from neox_lib.sampling import Sampling
 
@@ -37,28 +40,39 @@ def stories(model, tokenizer, temperature: float, seed: int) -> Iterator[str]:
         ):
             texts = [text + new for text, new in zip(texts, step.texts, strict=True)]
             ended = [token in model.config.eos_token_ids for token in step.token_ids]
-        yield from (text.strip() for text, whole in zip(texts, ended, strict=True) if whole and text.strip())
+        whole = [text.strip() for text, end in zip(texts, ended, strict=True) if end and text.strip()]
+        if not whole:
+            raise ValueError(f"none of {ROWS} texts ended within {most} tokens; give a model that writes short stories")
+        yield from whole
         seed += ROWS
 
 
 def run(arguments: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
-    from neox_lib.checkpoints.atomic import write_text_atomically
+    from neox_lib.checkpoints.atomic import write_atomically
     from neox_lib.loading import create_model, create_tokenizer
     from neox_lib.tokenizer import ENDOFTEXT
 
-    if arguments.temperature <= 0:
+    if not arguments.temperature > 0:
         raise ValueError(f"temperature must be above 0, got {arguments.temperature}: at 0 all stories would be one")
-    tokenizer = create_tokenizer(arguments.model)
-    model = create_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    written, size = [], 0
-    with tqdm(total=arguments.bytes, unit="B", unit_scale=True) as bar:
-        for story in stories(model, tokenizer, arguments.temperature, arguments.seed):
-            written.append(f"{story}\n")
-            size += len(written[-1].encode())
-            bar.update(min(arguments.bytes, size) - bar.n)
-            if size >= arguments.bytes:
-                break
-    write_text_atomically(arguments.file, f"{ENDOFTEXT}\n".join(written))
-    print(f"{len(written):,} stories, {size:,} bytes, in {arguments.file}")
+    if arguments.bytes < 1:
+        raise ValueError(f"bytes must be 1 or more, got {arguments.bytes}")
+    model, revision = arguments.model, arguments.revision
+    tokenizer = create_tokenizer(model, revision)
+    model = create_model(model, device=arguments.device, dtype=arguments.dtype, revision=revision)
+    count = size = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count, size
+        bar = tqdm(total=arguments.bytes, unit="B", unit_scale=True)
+        with bar, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for story in stories(model, tokenizer, arguments.temperature, arguments.seed):
+                file.write(f"{ENDOFTEXT}\n{story}\n" if count else f"{story}\n")
+                count, size = count + 1, size + len(f"{story}\n".encode())
+                bar.update(min(arguments.bytes, size) - bar.n)
+                if size >= arguments.bytes:
+                    break
+
+    write_atomically(arguments.file, write)
+    print(f"{count:,} stories, {size:,} bytes, in {arguments.file}")

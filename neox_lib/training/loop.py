@@ -3,9 +3,11 @@ weights, and a saved state to resume.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ class TrainingPlan:
     rate no longer falls, and the run's result is the mean of the weights after all those steps: as good as a rate that
     falls to zero where the steps are few, and better where two such results are averaged once more (Izmailov et al.
     2018, https://arxiv.org/abs/1803.05407; Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+
+    Raises ValueError, naming the setting, for one out of range.
     """
 
     total_tokens: int = 20_000_000
@@ -52,6 +56,33 @@ class TrainingPlan:
     average_from: float = 1.0
     windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
     seed: int = 0
+
+    def __post_init__(self):
+        first, lengths = min(share for share, _ in self.windows), [each for _, row in self.windows for each in row]
+        if not first <= 0 or min(lengths) < 1:
+            raise ValueError(
+                f"windows are {self.windows}; expected lengths above 0, the first of them from a share of 0 on"
+            )
+        if self.batch_tokens < self.longest_window:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}; expected the longest window's {self.longest_window} at least"
+            )
+        if self.total_tokens != 0 and self.total_tokens < self.batch_tokens:
+            raise ValueError(
+                f"total_tokens is {self.total_tokens}; expected 0, or the {self.batch_tokens} of one step at least"
+            )
+        for name in ("mix_share", "dropout", "average_from"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} is {share}; expected a share from 0 to 1")
+        for name, known in (("optimizer", ("adamw", "muon")), ("dtype", ("float32", "bfloat16"))):
+            if (chosen := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {chosen!r}; expected {' or '.join(known)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
+
+    @property
+    def longest_window(self) -> int:
+        return max(length for _, lengths in self.windows for length in lengths)
 
     @property
     def steps(self) -> int:
@@ -90,15 +121,11 @@ def initialize(model: NeoXModel, seed: int) -> None:
 
 def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:
     """The windows of one step, `[B, length + 1]`: `mix_share` of them from `mix`; the same step always gets the same
-    ones.
-
-    Raises ValueError if the stories are shorter than a window.
+    ones. The stories must be longer than the window.
     """
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     length = plan.window_length(step)
     count = plan.batch_tokens // length
-    if len(stories) <= length:
-        raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
     from_mix = round(count * plan.mix_share) if len(mix) > length else 0
     rows = []
     for stream, number in ((stories, count - from_mix), (mix, from_mix)):
@@ -193,9 +220,10 @@ def train(
 
     `folder/state.pt` is written every five minutes, and a second call resumes from it; `folder/history.json` holds
     step, tokens, loss, validation loss (nats per token, in windows of the whole context) and seconds of training.
-    A run begins with the weights of `start`, else with random ones. Raises ValueError if the state in the folder
-    belongs to another config or plan.
+    A run begins with the weights of `start`, else with random ones. Raises ValueError for texts that are shorter than
+    the longest window, and if the state in the folder belongs to another config, plan, text or start.
     """
+    check_lengths(config, plan, stories, validation)
     model = NeoXModel(config)
     initialize(model, plan.seed)
     if start is not None:
@@ -204,7 +232,10 @@ def train(
         add_dropout(model, plan.dropout)
     average, optimizers = AveragedModel(model), make_optimizers(model, plan)
     parts = {"model": model, "average": average} | {f"optimizer{i}": each for i, each in enumerate(optimizers)}
-    identity = json.dumps([config.stored_fields(), dataclasses.asdict(plan)])
+    identity = {
+        "identity": json.dumps([config.stored_fields(), dataclasses.asdict(plan)]),
+        "origin": digest(stories, mix, *(start.state_dict().values() if start else ())),
+    }
     history, step, seconds = restore(folder / "state.pt", identity, parts)
     saved_at = last = time.monotonic()
     losses = []
@@ -238,6 +269,25 @@ def train(
     return best_weights(model, average).eval(), history
 
 
+def check_lengths(config: NeoXConfig, plan: TrainingPlan, stories: Tensor, validation: Tensor) -> None:
+    """Raise ValueError, before hours of training, for windows past the context and for texts that are too short."""
+    length, context = plan.longest_window, config.max_position_embeddings
+    if plan.steps and length > context:
+        raise ValueError(f"a window of {length} tokens exceeds the context of {context}; give shorter windows")
+    if plan.steps and len(stories) <= length:
+        raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
+    if len(validation) < 2:
+        raise ValueError("the held-out text is empty; give some stories")
+
+
+def digest(*tensors: Tensor) -> str:
+    """A number, in hexadecimal digits, that changes with any bit of the tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def mean_of(models: Sequence[NeoXModel]) -> NeoXModel:
     """The first of some models, its weights now the mean of all. Raises ValueError if they differ in shape."""
     first = models[0]
@@ -254,21 +304,30 @@ def best_weights(model: NeoXModel, average: AveragedModel) -> NeoXModel:
     return cast(NeoXModel, average.module) if average.n_averaged > 0 else model
 
 
-def save(folder: Path, identity: str, parts: dict, history: list[dict], step: int, seconds: float) -> None:
+def save(folder: Path, identity: dict[str, str], parts: dict, history: list[dict], step: int, seconds: float) -> None:
     """Write everything that a later call needs to resume, atomically; `parts` have a `state_dict` each."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"identity": identity, "history": history, "step": step, "seconds": seconds}
+    state = {name: part.state_dict() for name, part in parts.items()} | identity
+    state |= {"history": history, "step": step, "seconds": seconds}
     write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
     write_text_atomically(folder / "history.json", json.dumps(history, indent=1))
 
 
-def restore(path: Path, identity: str, parts: dict) -> tuple[list[dict], int, float]:
-    """Load a saved state into its parts, if there is one; returns history, steps done and seconds spent."""
+def restore(path: Path, identity: dict[str, str], parts: dict) -> tuple[list[dict], int, float]:
+    """Load a saved state into its parts, if there is one; returns history, steps done and seconds spent. Raises
+    ValueError, saying what differs, for the state of another run.
+    """
     if not path.exists():
         return [], 0, 0.0
     state = torch.load(path, weights_only=True)
-    if state["identity"] != identity:
-        raise ValueError(f"{path} belongs to another config or plan; use another folder to start a new run")
+    before, now = (ChainMap(*json.loads(each["identity"])) for each in (state, identity))
+    advice = "use another folder to start a new run"
+    if unknown := now.keys() - before.keys():
+        raise ValueError(f"{path} is of an earlier version, without {', '.join(sorted(unknown))}; {advice}")
+    if before != now:
+        names = sorted(name for name in before if before[name] != now.get(name))
+        raise ValueError(f"{path} belongs to another config or plan, with another {', '.join(names)}; {advice}")
+    if state.get("origin", identity["origin"]) != identity["origin"]:  # the first states had none
+        raise ValueError(f"{path} belongs to a run on other texts or from other weights; {advice}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["history"], state["step"], state["seconds"]

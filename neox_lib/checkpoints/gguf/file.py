@@ -165,8 +165,8 @@ def parse(path: Path, cursor: Cursor) -> GGUFFile:
     if (magic := bytes(cursor.numbers("B", 4))) != b"GGUF":
         raise ValueError(f"it begins with {magic!r}")
     if (version := cursor.number("I")) not in (2, 3):
-        order = "big-endian" if version in (2 << 24, 3 << 24) else f"version {version}"
-        raise CheckpointError(f"{path}: a GGUF file of {order}; version 2 or 3, little-endian, is read here")
+        found = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
+        raise CheckpointError(f"{path}: a GGUF file, but {found}; version 2 or 3, little-endian, is read here")
     tensor_count, field_count = cursor.numbers("Q", 2)
     fields: dict[str, Any] = {}
     for _ in range(field_count):
@@ -195,7 +195,7 @@ def find_gguf(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if path.suffix == ENDING else None
-    found = sorted(path.glob(f"*{ENDING}")) if path.is_dir() else []
+    found = sorted(path.glob(f"[!.]*{ENDING}")) if path.is_dir() else []  # macOS leaves ._NAME beside a NAME
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(each.name for each in found)}; give the path of one of them")
     return found[0] if found else None

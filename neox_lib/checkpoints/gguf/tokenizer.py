@@ -15,9 +15,9 @@ KEY = "tokenizer.ggml."
 # after a model that has taken it over; those behind it are other names of the same rule, GPT-2's.
 RULE, SAME_RULE = "olmo", ("olmo", "gpt-2", "mpt", "jais", "trillion")
 NORMAL, CONTROL, LITERAL, UNUSED = 1, 3, 4, 5
+ROLE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 NFC = f"{KEY}normalizer.nfc"  # ours: llama.cpp reads a text as it is
-TEMPLATE = "tokenizer.chat_template"
-TEMPLATE_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # as the format calls them
+ADD_BOS, CHAT_TEMPLATE = f"{KEY}add_bos_token", "tokenizer.chat_template"
 ENDS = (f"{KEY}eos_token_id", f"{KEY}eot_token_id", f"{KEY}eom_token_id")
 
 
@@ -39,6 +39,8 @@ def bpe_of(file: GGUFFile) -> BPETokenizer:
             f"{file}: its tokenizer is {kind!r} with the rule {rule!r}; only 'gpt2' with one of "
             f"{', '.join(SAME_RULE)} is read here. Give the model's tokenizer.json"
         )
+    if file.fields.get(ADD_BOS, False) is not False:
+        raise CheckpointError(f"{file}: {ADD_BOS} is set, which is not read here. Give the model's tokenizer.json")
     tokens, types = tokens_of(file)
     ids = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != UNUSED}
     added = {token: token_id for token, token_id in ids.items() if types[token_id] in (CONTROL, LITERAL)}
@@ -65,15 +67,11 @@ def tokens_of(file: GGUFFile) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def template_fields(file: Path) -> dict[str, Any]:
-    """The chat template in a file, and the tokens that it may name, under the keys of a `tokenizer_config.json`. Raises
-    CheckpointError as `tokens_of` does.
-    """
-    opened = open_gguf(file)
-    tokens, _ = tokens_of(opened)
-    ids = {f"{role}_token": opened.fields.get(f"{KEY}{key}_token_id") for role, key in TEMPLATE_ROLES.items()}
-    roles = {role: tokens[row] for role, row in ids.items() if type(row) is int and 0 <= row < len(tokens)}
-    return {"tokenizer_class": "GGUF", "chat_template": opened.fields.get(TEMPLATE) or None, **roles}
+def special_tokens_of(file: GGUFFile) -> dict[str, str]:
+    """The control tokens by role, as a chat template names them."""
+    tokens, _ = tokens_of(file)
+    ids = {role: file.fields.get(f"{KEY}{name}_token_id") for role, name in ROLE_NAMES.items()}
+    return {role: tokens[each] for role, each in ids.items() if type(each) is int and 0 <= each < len(tokens)}
 
 
 def with_tokens(config: NeoXConfig, file: GGUFFile) -> NeoXConfig:
@@ -96,7 +94,8 @@ def with_tokens(config: NeoXConfig, file: GGUFFile) -> NeoXConfig:
 
 def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping[str, Any]) -> dict[str, Any]:
     """The keys and values for a tokenizer: rows without a token get one that is marked unused. `roles` as from
-    `role_fields`. Raises CheckpointError for a model without an end or with more than three.
+    `role_fields`. Raises CheckpointError for a model without an end or with more than three, and for merges of
+    no token.
     """
     ends = config.eos_token_ids
     rows = range(config.vocab_size)
@@ -113,13 +112,18 @@ def tokenizer_fields(tokenizer: BPETokenizer, config: NeoXConfig, roles: Mapping
         else NORMAL
         for token in tokens
     ]  # fmt: skip
+    if not tokenizer.merges or not {left + right for left, right in tokenizer.merges} <= set(tokens):
+        raise CheckpointError(
+            f"the tokenizer has no merges, or some that make tokens past the {len(rows)} rows of the model, which a "
+            "GGUF file can't hold: write another layout"
+        )
     fields = {
         f"{KEY}model": "gpt2",
         f"{KEY}pre": RULE,
         f"{KEY}tokens": [f"[PAD{row}]" if token is None else token for row, token in zip(rows, tokens, strict=True)],
         f"{KEY}token_type": kinds,
         f"{KEY}merges": [" ".join(merge) for merge in tokenizer.merges],
-        f"{KEY}add_bos_token": False,
+        ADD_BOS: False,
         NFC: tokenizer.to_nfc,
         **dict(zip(ENDS, ends, strict=False)),
     }

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from neox_lib.checkpoints.atomic import write_atomically
 from neox_lib.checkpoints.checkpoint import Checkpoint, cast, check_convertible, largest_value
-from neox_lib.checkpoints.files import CheckpointError, check_free_disk, read_fields
+from neox_lib.checkpoints.files import CheckpointError, check_free_disk
 from neox_lib.checkpoints.gguf.config import ARCHITECTURE, gguf_fields, rows_by_kind, their_name
 from neox_lib.checkpoints.gguf.file import BLOCK, ENDING, FLOATS
-from neox_lib.checkpoints.gguf.tokenizer import TEMPLATE, read_bpe, tokenizer_fields
-from neox_lib.checkpoints.tokenizer_files import role_fields
+from neox_lib.checkpoints.gguf.tokenizer import CHAT_TEMPLATE, read_bpe, tokenizer_fields
+from neox_lib.checkpoints.tokenizer_files import OLDER_FILES, chat_template, open_tokenizer, role_fields
 from neox_lib.config import NeoXConfig, parameter_shapes
+from neox_lib.tokenizer import BPETokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -85,7 +87,7 @@ def write_gguf(
     that llama.cpp does not run, without PyPI's `gguf`, when the disk has no room, and for weights that can't be used.
     """
     path = Path(path)
-    file = path if path.suffix == ENDING else path / f"model{ENDING}"
+    file = path if path.suffix == ENDING and not path.is_dir() else path / f"model{ENDING}"
     if path.is_file() and file != path:
         raise CheckpointError(f"{path}: a file; give a folder or a name that ends in {ENDING}")
     if file.resolve() == Path(str(checkpoint)).resolve():
@@ -97,8 +99,9 @@ def write_gguf(
     matrices = TYPES[dtype or str(checkpoint.dtype).removeprefix("torch.")]
     types = plan(config, matrices)
     fields = gguf_fields(config)
-    fields |= tokenizer_fields(read_bpe(tokenizer), config, role_fields(config, checkpoint.folder))
-    fields[TEMPLATE] = chat_template(tokenizer)
+    fields |= tokenizer_fields(read_any_bpe(tokenizer), config, role_fields(config, checkpoint.folder))
+    if template := chat_template(tokenizer)[0]:
+        fields[CHAT_TEMPLATE] = template
     writer = new_writer(file, matrices, fields, types)
     check_free_disk(file.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()) + MOST_METADATA)
     if config.hidden_act == "gelu":
@@ -125,6 +128,18 @@ def write_gguf(
         reason = error.strerror or str(error)
         raise CheckpointError(f"{file}: could not be written ({reason}); check its folder and free space") from error
     return file
+
+
+def read_any_bpe(tokenizer: Path) -> BPETokenizer:
+    """`read_bpe`, of files in an older layout too. Raises CheckpointError, naming the file, for another kind."""
+    if tokenizer.name not in OLDER_FILES:
+        return read_bpe(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        open_tokenizer(tokenizer).save(newer := f"{folder}/tokenizer.json")
+        try:
+            return read_bpe(Path(newer))
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(newer, str(tokenizer))) from error
 
 
 def new_writer(file: Path, matrices: str, fields: Mapping[str, Any], types: Mapping[str, GGUFSpec]) -> "GGUFWriter":
@@ -158,12 +173,3 @@ def add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
             writer.add_string(key, value)
         case list():
             writer.add_array(key, value)
-
-
-def chat_template(tokenizer: Path) -> str:
-    """The chat template beside a tokenizer's JSON; empty where there is none."""
-    file = tokenizer.with_name("chat_template.jinja")
-    if file.is_file():
-        return file.read_text("utf-8")
-    said = read_fields(tokenizer.with_name("tokenizer_config.json")).get("chat_template")
-    return said if isinstance(said, str) else ""
