@@ -98,7 +98,10 @@ class ChatTemplate:
                     raise ValueError(f"it writes more than {MOST_CHARACTERS:,} characters")
         except Exception as error:  # a template may do anything that the sandbox lets it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(f"{self.name}: this chat template can't be used ({reason}); correct it") from error
+            refused = type(error) is jinja2.TemplateError  # by `raise_exception`; all others are subclasses
+            said = "refuses these messages" if refused else "can't be used"
+            advice = "change the messages" if refused else "correct it"
+            raise CheckpointError(f"{self.name}: this chat template {said} ({reason}); {advice}") from error
         return "".join(pieces)
 
     def turn(self, text: str) -> str:
@@ -120,7 +123,7 @@ def create_chat_template(path: str | Path | None = None, revision: str = "main")
     The model is given as to `create_model`, or a tokenizer's file. Raises NoChatTemplateError where there is none, and
     what `ChatTemplate` and `create_tokenizer` raise.
     """
-    tokenizer = find_tokenizer(SHIPPED_MODEL if path is None else local_path(path, revision))
+    tokenizer = find_tokenizer(local_path(SHIPPED_MODEL if path is None else path, revision))
     folder, (source, file) = tokenizer.parent, chat_template(tokenizer)
     if source is None:
         raise NoChatTemplateError(

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -302,15 +302,26 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
     return folder
 
 
+def is_on_the_hub(path: str | Path, revision: str) -> bool:
+    """`is_hub_name`. Raises ValueError for a revision of what is on this disk: another one would be used, unnoticed."""
+    found = is_hub_name(path)
+    if revision != "main" and not found:
+        raise ValueError(
+            f"{path}: looked for on this disk, where models have no revision {revision!r}; leave it out, or give a "
+            "name on the Hub"
+        )
+    return found
+
+
 def local_path(path: str | Path, revision: str = "main") -> Path:
     """The local path of a checkpoint, which may be given by its name on the Hub. The base model of an adapter is on
     this machine as well then.
 
     A model in the Hub's cache is used from there without the network; otherwise it is downloaded, and messages say so.
-    Raises DownloadError, and CheckpointError when the disk has no room.
+    Raises DownloadError, CheckpointError when the disk has no room, and ValueError for a revision of another path.
     """
     folder = Path(path)
-    if is_hub_name(path):
+    if is_on_the_hub(path, revision):
         try:
             folder = cached_folder(str(path), revision) or download(str(path), revision)
         except DownloadError as error:
@@ -322,25 +333,38 @@ def local_path(path: str | Path, revision: str = "main") -> Path:
 def bring_base(folder: Path) -> None:
     """Fetch the base model of an adapter, unless it is here; of another folder nothing. Raises what `download` does."""
     if is_adapter(folder):
-        lora = read_lora(folder)
-        if is_hub_name(lora.base) and cached_folder(lora.base, lora.base_revision) is None:
-            download(lora.base, lora.base_revision)
+        find_base_on_the_hub(folder, cached_folder, download)
+
+
+Find = Callable[[str, str], Path | None]  # from a model's name and revision
+
+
+def find_base_on_the_hub(folder: Path, cached: Find, fetch: Find) -> Path | None:
+    """What one of these finds of the base model of an adapter; None where the base isn't named as on the Hub. Raises
+    DownloadError, naming the adapter.
+    """
+    lora = read_lora(folder)
+    if not is_hub_name(lora.base):
+        return None
+    try:
+        return cached(lora.base, lora.base_revision) or fetch(lora.base, lora.base_revision)
+    except DownloadError as error:
+        raise DownloadError(f"{folder / ADAPTER_CONFIG}: its base model is not here; on the Hub: {error}") from error
 
 
 def local_tokenizer(path: str | Path, revision: str = "main") -> Path:
     """The local path of a tokenizer, or of a folder with one; for a name on the Hub only the tokenizer is fetched,
-    unless it is in the cache. An adapter without one has its base model's. Raises DownloadError.
+    unless it is in the cache. An adapter without one has its base model's. Raises DownloadError, and ValueError as
+    `local_path` does.
     """
     folder = Path(path)
-    if is_hub_name(path):
+    if is_on_the_hub(path, revision):
         try:
             folder = cached_tokenizer(str(path), revision) or fetch_tokenizer(str(path), revision)
         except DownloadError as error:
             raise DownloadError(f"no file or folder {path} here; on the Hub: {error}") from error
     if is_adapter(folder) and not any((folder / name).is_file() for name in TOKENIZERS):
-        lora = read_lora(folder)
-        if is_hub_name(lora.base):
-            folder = cached_tokenizer(lora.base, lora.base_revision) or fetch_tokenizer(lora.base, lora.base_revision)
+        folder = find_base_on_the_hub(folder, cached_tokenizer, fetch_tokenizer) or folder
     return folder
 
 
@@ -387,9 +411,9 @@ class OnTheHub:
 def look_up(path: str | Path, revision: str = "main") -> Checkpoint | OnTheHub:
     """A checkpoint, opened; or, for a name on the Hub that isn't in the cache, what its small files and the list of its
     weights say. Raises DownloadError, also for an adapter in that list: its base model is another one; and
-    CheckpointError as `open_checkpoint` and `fetch_small` do.
+    CheckpointError as `open_checkpoint` and `fetch_small` do; and ValueError as `local_path` does.
     """
-    if not is_hub_name(path):
+    if not is_on_the_hub(path, revision):
         return open_checkpoint(path)
     if (folder := cached_folder(str(path), revision)) is not None:
         return open_checkpoint(folder)

@@ -64,7 +64,7 @@ def create_model(
     device or dtype that is not available, DownloadError for a model on the Hub that can't be fetched.
     """
     chosen_device = choose_device(device)
-    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path, revision))
+    checkpoint = open_checkpoint(local_path(SHIPPED_MODEL if path is None else path, revision))
     precision = choose_precision(checkpoint, chosen_device, dtype)
     if dtype == "auto":
         precision = shrink_to_fit(checkpoint.config, precision, chosen_device)
@@ -92,7 +92,7 @@ def create_tokenizer(path: str | Path | None = None, revision: str = "main") -> 
     Raises FileNotFoundError when there is none, ValueError when the file is not a tokenizer, DownloadError for one on
     the Hub that can't be fetched.
     """
-    return open_tokenizer(find_tokenizer(SHIPPED_MODEL if path is None else local_tokenizer(path, revision)))
+    return open_tokenizer(find_tokenizer(local_tokenizer(SHIPPED_MODEL if path is None else path, revision)))
 
 
 def create_sampling(path: str | Path | None = None, revision: str = "main") -> Sampling:
@@ -100,7 +100,7 @@ def create_sampling(path: str | Path | None = None, revision: str = "main") -> S
     without any has its base model's. The model is given as to `create_model`; one on the Hub is downloaded. Raises
     CheckpointError as `read_sampling` does.
     """
-    local = SHIPPED_MODEL if path is None else local_path(path, revision)
+    local = local_path(SHIPPED_MODEL if path is None else path, revision)
     folder = local if local.is_dir() else local.parent
     if is_adapter(folder) and not (folder / GENERATION).exists():
         folder = find_base(folder)

@@ -108,7 +108,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {self.repetition_penalty}")
         stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
         if not isinstance(stops, list | tuple) or not all(isinstance(each, str) and each for each in stops):
-            raise ValueError(f"stop_strings must be texts of a character or more, got {self.stop_strings!r}")
+            raise ValueError(f"stop_strings must be texts of at least one character, got {self.stop_strings!r}")
         object.__setattr__(self, "stop_strings", tuple(stops))
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")

@@ -157,15 +157,18 @@ def test_an_adapter_is_read_like_any_other_checkpoint(base, tmp_path):
     assert torch.equal(create_model(adapter, dtype="int8")(IDS), create_model(quantized)(IDS))
 
 
-def test_what_was_stored_in_half_precision_is_rounded_once_and_never_overflows(base, tmp_path, random_model):
+def test_a_change_is_rounded_once_to_the_models_precision_or_a_files_and_never_overflows(tmp_path, random_model):
+    """Rounded to the base's half precision before a model is made in fp32, small changes would be lost."""
     write_huggingface(random_model(BASE).half(), tmp_path / "half")
     adapter, name = write_adapter(tmp_path / "half", dense()), MATRICES[0]
     a, b = lora(name).values()
+    merged = torch.addmm(tensors_of(tmp_path / "half")[name].float(), b, a, alpha=2)
     checkpoint = open_checkpoint(adapter)
     assert checkpoint.dtype == torch.float16
-    assert torch.equal(
-        tensors_of(adapter)[name], torch.addmm(tensors_of(tmp_path / "half")[name].float(), b, a, alpha=2).half()
-    )
+    assert torch.equal(tensors_of(adapter)[name], merged.half())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = create_model(adapter, device="cpu", dtype=dtype)
+        assert torch.equal(model.get_parameter(name), merged.to(dtype))
     assert {key: tensor.dtype for key, tensor in checkpoint.tensors()} == checkpoint.dtypes()
     write_adapter(tmp_path / "half", dense(), lora_alpha=10**7)
     with pytest.raises(CheckpointError, match=r"holds [\d,]+, but torch\.float16 ends at 65,504"):
@@ -189,9 +192,11 @@ def test_the_tokenizer_is_the_adapters_own_or_its_bases(tmp_path, random_model):
     base = open_checkpoint(tmp_path / "model").config
     assert open_checkpoint(adapter).config == base and base.tokenizer_vocab_size < base.vocab_size
     (tmp_path / "own" / "tokenizer.json").rename(adapter / "tokenizer.json")
-    (adapter / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (adapter / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 5}')
     assert create_tokenizer(adapter).to_str() != create_tokenizer(tmp_path / "base").to_str()
     assert open_checkpoint(adapter).config.eos_token_ids == (7,)
+    convert_to_slim(adapter, tmp_path / "slim", ranks=1)
+    assert json.loads((tmp_path / "slim" / "generation_config.json").read_text())["top_k"] == 5
 
 
 def as_json(name: str, **changes: Any) -> Callable[[Path], None]:
@@ -235,7 +240,7 @@ REFUSED = {
     "layers repeated": (says(layer_replication=[[0, 2], [1, 2]]), "layer_replication is "),
     "a setting of later versions": (says(use_something=True), "use_something is True; only plain LoRA"),
     "no base": (says(base_model_name_or_path=None), "names no base model"),
-    "a base elsewhere": (says(base_model_name_or_path="/home/me/pythia"), "the base model /home/me/pythia is not here"),
+    "a base elsewhere": (says(base_model_name_or_path="/home/me/pythia"), "/home/me/pythia is not at /home/me/pythia;"),
     "a base that is not fetched": (
         says(base_model_name_or_path="someone/never-fetched", revision="step7"),
         "not in the Hub's cache; fetch it with: python -m neox_lib download someone/never-fetched --revision step7",

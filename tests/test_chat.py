@@ -167,7 +167,7 @@ def test_the_models_end_ends_a_turn(chat, folder):
 
 HOSTILE = {
     "broken": ("{% for message in messages %}", "TemplateSyntaxError"),
-    "raising": ("{{ raise_exception('no user here') }}", "no user here"),
+    "raising": ("{{ raise_exception('no user here') }}", r"refuses these messages \(.*no user here\); change the mess"),
     "unknown": ("{{ messages[0].content.nothing.more }}", "UndefinedError"),
     "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('touch harm') }}", "SecurityError"),
@@ -227,7 +227,8 @@ def converse(folder, monkeypatch, capsys, lines: str, *more: str, terminal: bool
 
 
 def test_each_line_of_standard_input_is_a_turn(folder, chat, monkeypatch, capsys):
-    code, out, lines = converse(folder, monkeypatch, capsys, "\ufeffthe fox\n\nand the hen\n", "--dtype", "float32")
+    typed = "\ufeffthe fox\r\n\r\nand the hen\r\n"
+    code, out, lines = converse(folder, monkeypatch, capsys, typed, "--dtype", "float32")
     expected = [reply(chat, text, 5) for text in ("the fox", "and the hen")]
     assert (code, out) == (0, "".join(f"{text}\n" for text in expected))
     assert len(lines) == 2 and f"prefill of {chat.unread} tokens" in lines[1]

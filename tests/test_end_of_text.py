@@ -173,7 +173,7 @@ def test_a_control_tokens_name_is_a_stop_string_too():
         {"do_sample": True},
         {"do_sample": True, "temperature": 0.6, "top_p": 0.7},
         {"do_sample": True, "top_k": 0, "min_p": 0.2, "repetition_penalty": 1.4},
-        {"do_sample": True, "top_k": 3, "typical_p": 1.0, "num_beams": 1},
+        {"do_sample": True, "top_k": 3, "typical_p": 1.0, "num_beams": 1, "suppress_tokens": []},
         {"do_sample": False, "temperature": 0.6, "top_k": 3, "repetition_penalty": 2.0, "typical_p": 0.5},
     ],
     ids=str,
@@ -221,6 +221,7 @@ def test_defaults_with_stop_strings_and_where_there_are_none(folder, tmp_path):
     [
         ({"num_beams": 4}, "num_beams is 4, which we can't do"),
         ({"do_sample": True, "typical_p": 0.5}, "typical_p is 0.5, which we can't do"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id is 0, which we can't do"),
         ({"suppress_tokens": [3]}, r"suppress_tokens is \[3\], which we can't do"),
         ({"top_p": 7}, "top_p must be above 0 and at most 1, got 7"),
         ({"temperature": "0.8"}, "temperature must be a number, got '0.8'"),

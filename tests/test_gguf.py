@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 
+from neox_lib import create_chat_template
 from neox_lib.__main__ import main
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
 from neox_lib.checkpoints.convert import convert_to_gguf, convert_to_huggingface
@@ -208,17 +209,19 @@ def test_the_tokenizer_comes_back(tokenizer, tmp_path, normalizer):
     """Ids, control tokens, texts, chat template; through a second file, and into a Hugging Face folder too."""
     source = tmp_path / "source"
     write_huggingface(model_of(replace(WITH_TOKENIZER, eos_token_ids=(0, 5))), source, tokenizer)
-    (source / "chat_template.jinja").write_text("{{ messages }}")
+    said, template = [{"role": "user", "content": "a fox"}], "{{ messages[0].content + eos_token }}"
+    (source / "chat_template.jinja").write_text(template)
     if normalizer == "none":
         fields = json.loads((source / "tokenizer.json").read_text())
         (source / "tokenizer.json").write_text(json.dumps(fields | {"normalizer": None}))
     file = convert_to_gguf(convert_to_gguf(source, tmp_path / "first.gguf"), tmp_path / "m.gguf")
     convert_to_huggingface(file, tmp_path / "back")
-    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == template
     released = create_tokenizer(source)
     for path in (file, tmp_path / "back"):
         found = create_tokenizer(path)
         assert found.get_vocab() == released.get_vocab()
+        assert create_chat_template(path).text(said) == "a fox<|endoftext|>"
         for text in (*TEXTS, "e\u0301"):
             ids = found.encode(text).ids
             assert ids == released.encode(text).ids and found.decode(ids) == released.decode(ids), text

@@ -287,7 +287,7 @@ def test_a_setting_that_makes_no_sense_is_named(name, value):
 @pytest.mark.parametrize("wrong", ["", ["a", ""], [b"a"], 3, None])
 def test_a_stop_string_that_is_no_text_is_named(wrong):
     """An empty one would stand everywhere, and end each text at once."""
-    with pytest.raises(ValueError, match="stop_strings must be texts of a character or more"):
+    with pytest.raises(ValueError, match="stop_strings must be texts of at least one character"):
         Sampling(stop_strings=wrong)
 
 

@@ -55,7 +55,9 @@ def find_base(folder: Path) -> Path:
             )
         base = cached
     elif not base.exists():
-        raise CheckpointError(f"{where} is not here; set base_model_name_or_path to its folder, or to its Hub name")
+        raise CheckpointError(
+            f"{where} is not at {base.absolute()}; set base_model_name_or_path to its folder, or to its Hub name"
+        )
     if is_adapter(base):
         raise CheckpointError(f"{where} is an adapter itself; convert that one first, and name the result there")
     return base

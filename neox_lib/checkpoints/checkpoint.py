@@ -55,7 +55,8 @@ class Checkpoint(Protocol):
 
     def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
         """Our parameter names, in file order (`parameter_shapes`), and each one's parts as the files hold them, on the
-        CPU: one per tensor-parallel rank of a slim folder, elsewhere a single one.
+        CPU: one per tensor-parallel rank of a slim folder, elsewhere a single one. What an adapter changes comes in
+        fp32, for the model to round.
 
         A tied output matrix is left out; an int8 matrix comes with its scales. Where the format allows, a part is
         memory-mapped: don't write into it. Raises CheckpointError, naming the file, for weights that don't match the

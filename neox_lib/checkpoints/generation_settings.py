@@ -46,7 +46,7 @@ def read_sampling(folder: Path) -> Sampling:
     fields = {name: value for name, value in read_object(path).items() if value is not None}
     drawn = fields.get("do_sample", False)
     for name, neutral in (NOT_DONE | (NOT_DRAWN if drawn else {})).items():
-        if (value := fields.get(name)) and value != neutral:
+        if (value := fields.get(name, neutral)) != neutral and value not in ([], {}):
             raise CheckpointError(f"{path}: {name} is {value!r}, which we can't do; give the other settings yourself")
     said = TRANSFORMERS | {name: fields[name] for name in TRANSFORMERS if name in fields}
     said |= {"top_k": said["top_k"] or None, "temperature": said["temperature"] if drawn else 0.0}

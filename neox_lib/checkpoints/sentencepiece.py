@@ -50,7 +50,7 @@ def read_fields_of(message: bytes) -> Iterator[tuple[int, Any]]:
                 continue
             length = {1: 8, 5: 4}[kind] if kind != 2 else varint()
             if place + length > len(message):
-                raise ValueError("truncated")
+                raise IndexError
             yield number, message[place : place + length]
             place += length
     except (IndexError, KeyError):

@@ -97,9 +97,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("--chat reads its turns from standard input as it is; leave out the -")
         text = share(read_stdin) if arguments.prompt == "-" else arguments.prompt or ""
         source, revision = arguments.model, arguments.revision
-        tokenizer = create_tokenizer(arguments.tokenizer) if arguments.tokenizer else create_tokenizer(source, revision)
+        beside = (arguments.tokenizer,) if arguments.tokenizer else (source, revision)
+        tokenizer = create_tokenizer(*beside)
         encode_text(tokenizer, text)  # a prompt that can't be read is refused before the model is
-        template = create_chat_template(arguments.tokenizer or source, revision) if arguments.chat else None
+        template = create_chat_template(*beside) if arguments.chat else None
         if arguments.defaults:
             sampling = replace(create_sampling(source, revision), **given)
         warn_of_idle(sampling, given)
@@ -170,10 +171,10 @@ def converse(chat, first: str, share: Callable, tokens: int, go_on: bool) -> Non
 
 
 def read_turn() -> str | None:
-    """The next line of standard input; None at its end."""
+    """The next line of standard input, without a byte order mark or the CR of Windows' line ends; None at its end."""
     terminal = sys.stdin.isatty()
     try:
-        return input("> " if terminal else "").removeprefix("\ufeff")
+        return input("> " if terminal else "").removeprefix("\ufeff").removesuffix("\r")
     except EOFError:
         print(end="\n" if terminal else "")
         return None

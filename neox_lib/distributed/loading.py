@@ -75,11 +75,12 @@ def create_rank_model(
     On GPUs each rank uses the GPU with its number. If files must be downloaded, one rank per machine does it. Raises
     what `create_model` raises, and CheckpointError for int8, which runs in one process.
     """
-    if path is not None and os.environ["LOCAL_RANK"] == "0":
-        local_path(path, revision)
+    source = SHIPPED_MODEL if path is None else path
+    if os.environ["LOCAL_RANK"] == "0":
+        local_path(source, revision)
     dist.barrier()
     rank, ranks, chosen_device = dist.get_rank(), dist.get_world_size(), rank_device(device)
-    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else local_path(path, revision))
+    checkpoint = open_checkpoint(local_path(source, revision))
     precision = choose_precision(checkpoint, chosen_device, dtype)
     if precision.matrices == torch.int8:
         raise CheckpointError(f"{checkpoint}: int8 weights run in one process; give weights in another dtype")

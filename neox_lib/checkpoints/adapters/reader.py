@@ -13,7 +13,7 @@ from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile, cast, check_c
 from neox_lib.checkpoints.files import CheckpointError, unwrap_keys
 from neox_lib.checkpoints.huggingface.layout import FIRST_WORDS, is_huggingface, names_by_key
 from neox_lib.checkpoints.tensor_files import Stored, TensorReader, describe_file
-from neox_lib.checkpoints.tokenizer_files import with_vocabulary
+from neox_lib.checkpoints.tokenizer_files import GENERATION, with_vocabulary
 from neox_lib.config import NeoXConfig, parameter_shapes
 
 # A key, once the names of PEFT's wrappers are taken away: the module, and which of its tensors.
@@ -37,10 +37,7 @@ class Change:
     scaling: float = 0.0
 
     def apply(self, name: str, tensor: Tensor, reader: TensorReader) -> Tensor:
-        """The parameter `name` changed, computed in fp32 and rounded once, to the dtype that it had: as PEFT merges it.
-
-        Raises CheckpointError as `cast` does.
-        """
+        """The parameter `name` changed: as the adapter stores it, or computed in fp32 and not rounded yet."""
         changed = tensor if self.whole is None else reader.read(self.whole)
         if self.b is not None:
             b = reader.read(self.b).float()
@@ -50,7 +47,7 @@ class Change:
                 a = reader.read(self.a).float()
                 left, right = (a.T, b.T) if name == EMBEDDING else (b, a)
                 changed = torch.addmm(changed.float(), left, right, alpha=self.scaling)
-        return cast(name, changed, "cpu", tensor.dtype)
+        return changed
 
 
 class AdapterCheckpoint:
@@ -85,7 +82,9 @@ class AdapterCheckpoint:
 
     @property
     def folder(self) -> Path | None:
-        return self.base.folder
+        """Of the base model, or the adapter's where that says itself how it writes."""
+        own = self.file.parent
+        return own if (own / GENERATION).is_file() else self.base.folder
 
     @property
     def nbytes(self) -> int:
@@ -95,13 +94,19 @@ class AdapterCheckpoint:
         return self.base.dtypes()
 
     def parts(self) -> Iterator[tuple[str, list[Tensor]]]:
-        return ((name, [tensor]) for name, tensor in self.tensors())
+        return ((name, [tensor]) for name, tensor, _ in self.merged())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, cast(name, tensor, "cpu", dtype)) for name, tensor, dtype in self.merged())
+
+    def merged(self) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+        """Each tensor and its dtype in the base model, to which one that is changed is not rounded yet: a model in fp32
+        keeps all of a change, a file has the base's dtypes.
+        """
         reader = TensorReader()
         for name, tensor in self.base.tensors():
             change = self.changes.get(name)
-            yield name, tensor if change is None else change.apply(name, tensor, reader)
+            yield name, tensor if change is None else change.apply(name, tensor, reader), tensor.dtype
             del tensor  # or its file would stay mapped while the next one is opened
 
     def files(self) -> list[LayerFile]:

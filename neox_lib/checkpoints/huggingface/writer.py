@@ -58,10 +58,14 @@ def write_weights(folder: Path, checkpoint: Checkpoint, dtypes: Mapping[str, tor
 
 
 def write_roles(folder: Path, tokenizer: Path, config: NeoXConfig, fields: Mapping[str, Any]) -> None:
-    """Write a `tokenizer_config.json` by which `AutoTokenizer` loads exactly the tokenizer of that file."""
+    """Write a `tokenizer_config.json` by which `AutoTokenizer` loads exactly the tokenizer of that file. Of several
+    ends of a text the first is its `eos_token`.
+    """
     known = open_tokenizer(tokenizer)
     ids = {"unk_token": known.token_to_id(ENDOFTEXT), "pad_token": known.token_to_id(PADDING)}
-    ids |= {role.removesuffix("_id"): fields[role] for role in ROLES if type(fields.get(role)) is int}
+    ends = config.eos_token_ids[:1]
+    said = {**fields, "eos_token_id": ends[0] if ends else None}
+    ids |= {role.removesuffix("_id"): said[role] for role in ROLES if type(said.get(role)) is int}
     roles = {role: known.id_to_token(token_id) for role, token_id in ids.items() if token_id is not None}
     words = {
         "tokenizer_class": "PreTrainedTokenizerFast",
