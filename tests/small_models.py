@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import randomize
+from torch import nn
 
 from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
@@ -38,6 +38,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=16, beta_fast=4)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int, gain: float = 1.5) -> None:
+    """Random weights whose mistakes show: every bias and norm takes part, and logits spread by about `gain`."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        elif parameter.dim() == 1:
+            parameter.normal_(0, 0.1, generator=generator)
+        elif name.endswith(("embed_in.weight", "word_embeddings.weight")):
+            parameter.normal_(0, 1, generator=generator)
+        else:
+            parameter.normal_(0, gain / parameter.shape[1] ** 0.5, generator=generator)
 
 
 def family(base: NeoXConfig) -> dict[str, NeoXConfig]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -36,7 +35,7 @@ from neox_lib.config import NeoXConfig, neox_20b, parameter_shapes
 from neox_lib.distributed.loading import build_rank
 from neox_lib.model import NeoXModel
 from neox_lib.tokenizer import ENDOFTEXT
-from tests.small_models import load
+from tests.small_models import load, randomize
 
 CONFIG = NeoXConfig(
     vocab_size=256,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
 
 from neox_lib.__main__ import main
 from neox_lib.checkpoints import files, safetensors_writer
@@ -22,7 +21,7 @@ from neox_lib.checkpoints.quantized import write_int8
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from tests.small_models import YARN, load
+from tests.small_models import YARN, load, randomize
 
 CONFIG = NeoXConfig(
     vocab_size=2048,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hugging_face_config, randomize
+from conftest import hugging_face_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -23,7 +23,7 @@ from neox_lib.model import NeoXModel
 from neox_lib.playground.session import Session
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import ENDOFTEXT
-from tests.small_models import BASE
+from tests.small_models import BASE, randomize
 
 CONFIG = replace(BASE, vocab_size=24, tokenizer_vocab_size=24)
 CPU = torch.device("cpu")

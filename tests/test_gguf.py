@@ -13,7 +13,6 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize
 
 from neox_lib import create_chat_template
 from neox_lib.__main__ import main
@@ -30,7 +29,7 @@ from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.rope_scaling import RopeScaling
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
-from tests.small_models import WITH_TOKENIZER, YARN, family, load
+from tests.small_models import WITH_TOKENIZER, YARN, family, load, randomize
 
 FAMILY = {name: config for name, config in family(WITH_TOKENIZER).items() if name != "dynamic rotary"}
 FAMILY["yarn"] = replace(FAMILY["yarn"], rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=200))

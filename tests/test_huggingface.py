@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hugging_face_config, randomize
+from conftest import hugging_face_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,7 @@ from neox_lib.generation import greedy_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.tokenizer import read_tokenizer
 from tests import small_models
-from tests.small_models import family
+from tests.small_models import family, randomize
 
 BASE = small_models.BASE
 CONFIGS = family(BASE)
