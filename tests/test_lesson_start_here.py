@@ -16,8 +16,31 @@ from tests.lessons import NOTEBOOKS, Lesson
 README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")
 GLOSSARY = [
     *("token", "token-id", "vocabulary", "pretoken", "bpe", "nfc"),
-    *("transformer", "decoder-only", "parameter", "bias", "embedding", "hidden-size", "residual-stream", "block", "layernorm", "head", "head-dimension"),
-    *("attention", "mlp", "query-key-value", "position", "rope", "frequency", "sdpa", "broadcasting", "logits", "softmax"),
+    *(
+        "transformer",
+        "decoder-only",
+        "parameter",
+        "bias",
+        "embedding",
+        "hidden-size",
+        "residual-stream",
+        "block",
+        "layernorm",
+        "head",
+        "head-dimension",
+    ),
+    *(
+        "attention",
+        "mlp",
+        "query-key-value",
+        "position",
+        "rope",
+        "frequency",
+        "sdpa",
+        "broadcasting",
+        "logits",
+        "softmax",
+    ),
     *("training", "checkpoint", "shard", "rank", "tensor-parallel", "fp32-fp16"),
     *("context", "kv-cache", "prefill", "decode", "greedy", "perplexity", "bits-per-byte"),
 ]
