@@ -192,7 +192,9 @@ def test_a_function_of_the_notebook_that_the_library_lacks_is_to_be_promoted_too
 def test_a_piece_under_a_name_of_the_learners_is_told_the_librarys_name(house):
     """A class left as MyBlock: what uses Block finds nothing in the notebook."""
     edit_notebook(house, "WIDTH = 3", "MY_WIDTH = 3")
-    with pytest.raises(PromotionError, match=r"`area` uses `WIDTH`, which nothing in 01_small.ipynb defines. If you ren"):
+    with pytest.raises(
+        PromotionError, match=r"`area` uses `WIDTH`, which nothing in 01_small.ipynb defines. If you ren"
+    ):
         promote.promote(house / "notebooks")
 
 
@@ -294,7 +296,10 @@ def test_a_piece_that_uses_what_is_gone_is_refused_with_what_to_use(moved):
 def test_a_piece_that_is_gone_is_refused_with_what_to_use(moved):
     write_notebook(moved / "notebooks", "02_wing.ipynb", cell("def height():\n    return 1  # mine", "wing"))
     (moved / "neox_lib" / "wing.py").write_text("")
-    with pytest.raises(PromotionError, match=r"02_wing.*, cell \[ \] \"def height\(\):\": .*wing\.height is gone; use neox_lib\.small\.area"):
+    with pytest.raises(
+        PromotionError,
+        match=r"02_wing.*, cell \[ \] \"def height\(\):\": .*wing\.height is gone; use neox_lib\.small\.area",
+    ):
         promote.promote(moved / "notebooks")
 
 
