@@ -133,8 +133,10 @@ def parity_curves(runs: Mapping[str, Mapping[str, float]], bound: float, alt: st
     at = list(range(len(names)))
     curves = {label: (at, [max(value, 1e-8) for value in run.values()]) for label, run in runs.items()}
     curves |= {f"bound {bound:g}": (at, [bound] * len(at))}
-    label = "difference, as a share of the largest"
+    label = "difference / largest number"
     picture = lines(curves, "From a bug on, two models never agree again", "step", label, alt, log_y=True)
     (axes,) = picture.figure.axes
     axes.set_xticks(at, names, rotation=30, ha="right")
+    axes.set_ylim(3e-9, 3e3)  # room for the names of the curves above them
+    axes.legend(fontsize=FONT_SIZE, frameon=False, ncols=2, loc="upper left")
     return picture
