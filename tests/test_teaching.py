@@ -7,8 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from neox_lib.__main__ import build_parser
+from neox_lib.course.minutes import PAGES, minutes_of
 from neox_lib.course.predictions import letter, questions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,21 +173,40 @@ def test_every_section_is_taught_once_and_in_order(stem):
     assert not FRAME & set(named)
 
 
-def minutes_alone(stem: str) -> int:
-    """What a notebook's own line says: `About 50 minutes`, and what it adds for its exercises."""
-    (before,) = [each.text for each in sections(stem) if each.title == "Before you start"]
-    (minutes, more), *_ = re.findall(r"^About (\d+) minutes((?:.|\n)*?)\n\n", before, flags=re.MULTILINE)
-    return int(minutes) + 30 * ("half an hour" in more)
+@every_notebook
+def test_every_page_says_the_minutes_that_the_notebook_takes(stem):
+    """One number, computed in one place. `python -m neox_lib store-outputs` writes it."""
+    computed = minutes_of(nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4))
+    for name, pattern in PAGES.items():
+        page = ROOT / name.format(stem=stem)
+        text = page.read_text("utf-8")
+        if page.suffix == ".ipynb":
+            cells = nbformat.reads(text, as_version=4).cells
+            text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        said = re.findall(pattern.format(number=stem[:2]).replace(r"\d+", r"(\d+)"), text, flags=re.MULTILINE)
+        assert [minutes for _, minutes, _ in said] == [str(computed)], name
+
+
+def test_minutes_are_words_lines_exercises_and_questions():
+    read = new_markdown_cell("word " * 400 + "<details>folded " + "word " * 900 + "</details>")
+    code = new_code_cell("x = 1\n\n" * 30)
+    stub = new_code_cell(
+        "# about 10 minutes\ndef my_x():\n    raise NotImplementedError", metadata={"tags": ["exercise"]}
+    )
+    looked_up = new_markdown_cell("## Sources\n" + "word " * 1000)
+    assert minutes_of(new_notebook(cells=[read, code, stub, looked_up])) == 15, "2 + 2 + 10, to the nearest five"
+    with pytest.raises(ValueError, match="begins with a line such as '# about 10 minutes'"):
+        minutes_of(new_notebook(cells=[new_code_cell("def my_x(): ...", metadata={"tags": ["exercise"]})]))
 
 
 @every_notebook
-def test_the_minutes_agree_with_the_notebooks_own(stem):
-    """One person needs what the notebook says; a room needs that and, at most, the talk on top."""
-    asked = sum(each.text.count("**Ask the room") for each in sections(stem))
+def test_the_lessons_take_what_the_notebook_takes_and_the_talk(stem):
+    """One person needs the minutes computed; a room needs that and, at most, the talk on top."""
+    asked = sum(len(re.findall(r"\*\*(?:Think, or ask|Ask) the room", each.text)) for each in sections(stem))
     in_class = sum(row.in_class for each in lessons_on(stem) for row in each.taught)
     at_home = sum(row.at_home for each in lessons_on(stem) for row in each.taught)
     numbers = ", ".join(str(each.number) for each in lessons_on(stem))
-    alone = minutes_alone(stem)
+    alone = minutes_of(nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4))
     assert plan_rows()[stem] == [str(alone), str(asked), numbers, str(in_class), str(at_home)]
     assert alone <= in_class + at_home <= alone + TALK * asked
 
