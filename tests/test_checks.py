@@ -111,6 +111,23 @@ def test_an_error_is_named_with_the_line_of_the_learners_cell(doubling, tmp_path
     assert "ZeroDivisionError" in message and "(line 3 of your cell: return x / half)" in message
 
 
+def test_an_error_is_named_with_the_call_and_the_input_that_it_came_from():
+    """Letter-wise merges, or a whole head turned: without the input a learner can't run it again."""
+
+    @exercise("test.given")
+    def check(yours) -> None:
+        with checks.given("my_piece([])"):
+            yours([])
+
+    assert "my_piece([]): your code raised ValueError: min()" in check(min).message
+
+
+def test_an_error_of_torchs_own_for_what_it_lacks_is_no_stub(doubling):
+    """torch raises NotImplementedError for a GELU of whole numbers; the learner has written something."""
+    message = doubling(lambda x: torch.nn.functional.gelu(torch.tensor([1]))).message
+    assert "still a stub" not in message and "your code raised NotImplementedError" in message.replace("Y", "y")
+
+
 def test_a_result_shows_as_its_message(doubling):
     assert repr(doubling(my_double)) == "Passed.\n\nIt doubles."
 

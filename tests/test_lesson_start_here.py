@@ -15,11 +15,36 @@ from tests.lessons import NOTEBOOKS, Lesson
 
 README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")
 GLOSSARY = [
-    *("token", "token-id", "vocabulary", "bpe"),
-    *("parameter", "embedding", "hidden-size", "residual-stream", "block", "layernorm", "head", "head-dimension"),
-    *("attention", "mlp", "query-key-value", "position", "sdpa", "broadcasting", "logits", "softmax"),
-    *("checkpoint", "shard", "rank", "tensor-parallel", "fp32-fp16"),
+    *("token", "token-id", "vocabulary", "pretoken", "bpe", "nfc"),
+    *(
+        "transformer",
+        "decoder-only",
+        "parameter",
+        "bias",
+        "embedding",
+        "hidden-size",
+        "residual-stream",
+        "block",
+        "layernorm",
+        "head",
+        "head-dimension",
+    ),
+    *(
+        "attention",
+        "mlp",
+        "query-key-value",
+        "position",
+        "rope",
+        "frequency",
+        "sdpa",
+        "broadcasting",
+        "logits",
+        "softmax",
+    ),
+    *("training", "checkpoint", "shard", "rank", "tensor-parallel", "fp32-fp16"),
     *("context", "kv-cache", "prefill", "decode", "greedy", "perplexity", "bits-per-byte"),
+    *("column-parallel", "meta-device", "memory-map", "pickle", "autoregressive", "batch", "padding", "memory-bound"),
+    *("sampling", "temperature", "top-p"),
 ]
 
 
@@ -110,7 +135,7 @@ def test_the_glossary_is_short_and_every_entry_names_the_notebook_that_teaches_i
     glossary = text[text.index("## Glossary") : text.index("## Where next")]
     for entry in glossary.split('<a id="')[1:]:
         text = entry.split("**: ")[1].split("\n\n")[0]
-        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)|assets/tiny/README\.md", text), entry
+        assert re.search(r"\]\(0[1-9]_\w+\.ipynb\)|assets/tiny/README\.md", text), entry
         assert len(text) <= 330, entry
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 def add(commands) -> None:
     description = (
         "Run notebooks from top to bottom and store their outputs, in a form that does not change when nothing has: no "
-        "timings, no live widgets. A cell that fails leaves its file as it was. The minutes that a notebook of the series "
-        "takes are computed anew, and written where they are said. `make outputs` does it for the series."
+        "timings, no live widgets. A cell that fails leaves its file as it was. The minutes of each notebook "
+        "of the series are computed, and written where they are said. `make outputs` does it for the series."
     )
     parser = commands.add_parser("store-outputs", help="run notebooks, keep their outputs", description=description)
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")

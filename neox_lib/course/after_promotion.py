@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 from neox_lib.course.promote import LIBRARY
 
-# A definition of the library -> the check of the exercise that asks for it, in `course.exercises`. Two classes hold what
-# an exercise asks for as a function: FUNCTIONS makes it of them.
+# A definition of the library -> the check of the exercise that asks for it, in `course.exercises`. Two classes hold
+# what an exercise asks for as a function: FUNCTIONS makes it of them.
 CHECKS = {
     "tokenizer.apply_merges": "tokenizer.apply_merges",
     "rotary.rotary_angles": "rotary.rotary_angles",

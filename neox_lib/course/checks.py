@@ -108,8 +108,9 @@ def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
     """Make a check from a function that raises PropertyFailed, or returns a closing remark (a story, perhaps) or None.
 
     The check never raises: it tells a stub (NotImplementedError without arguments, which torch's own have) from a wrong
-    try, names the property that failed, and reports any other error in the learner's code with its line and its input. The outcome is stored under `key`, but only for a
-    learner's piece, whose name starts with `my`: the library's own pieces and bug exhibits are nobody's progress.
+    try, names the property that failed, and reports any other error in the learner's code with its line and its input.
+    The outcome is stored under `key`, but only for a learner's piece, whose name starts with `my`: the library's own
+    pieces and bug exhibits are nobody's progress.
     """
 
     def decorate(check: Callable[..., str | None]) -> Callable[..., Result]:

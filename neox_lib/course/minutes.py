@@ -31,11 +31,11 @@ def words_in(markdown: str) -> int:
     """
     text = re.sub(r"<details.*?</details>", "", markdown, flags=re.DOTALL)
     text = re.sub(r"\]\([^)]*\)|<[^>]+>", " ", text)
-    return len(re.findall(r"\w[\w'’.,-]*", text))
+    return len(re.findall(r"\w\S*", text))
 
 
 def minutes_of(notebook: nbformat.NotebookNode) -> int:
-    """Minutes to read, run and solve a notebook, to the nearest five. Raises ValueError for an exercise without its time."""
+    """Minutes to read, run and solve, to the nearest five. Raises ValueError for an exercise without its time."""
     minutes, looked_up = 0.0, False
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])

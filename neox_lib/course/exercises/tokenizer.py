@@ -1,4 +1,4 @@
-"""The exercises of notebook 01: merges by rank, ids back to text, and untrusted text."""
+"""The exercises of notebook 01: merges by rank, text to ids and back, and untrusted text."""
 
 from collections.abc import Callable
 
@@ -67,6 +67,30 @@ def story_by_merges(yours: Callable) -> str:
         require(found == expected, f"{PROMPT!r} should encode to {expected}, but with your merges gives {found}")
         written = greedy_generate_text(model, readable, PROMPT, len(found) + 40)
     return f"Your merges encoded the prompt, in place of the library's; the shipped model continued:\n{written}"
+
+
+@exercise("tokenizer.encode")
+def encode(yours: Callable[[str, dict[tuple[str, str], int], dict[str, int]], list[int]]) -> None:
+    """Pretokens, symbols, merges, ids: of short texts by hand, then as the readable tokenizer has them."""
+    ranks = {("l", "o"): 0, ("lo", "w"): 1, ("Ġ", "low"): 2, ("w", "Ġ"): 3}
+    vocab = {symbol: number for number, symbol in enumerate(["l", "o", "w", "Ġ", "Ã", "©", "lo", "low", "Ġlow", "wĠ"])}
+    for text, expected, holds in [
+        ("low", [7], "the merges make one token of the word"),
+        ("low low", [7, 8], "each pretoken is encoded, and the second has its space"),
+        ("w w", [2, 3, 2], "nothing is merged across the cut between two pretokens"),
+        ("é", [4, 5], "a character of two bytes is two symbols"),
+        ("", [], "an empty text has no tokens"),
+    ]:
+        with given(what := f"my_encode({text!r}, {ranks}, vocab)"):
+            found = yours(text, dict(ranks), dict(vocab))
+        require(isinstance(found, list), f"{what} should be a list of ids, but is {describe(found)}")
+        require(found == expected, f"{what} should be {expected}, but is {found}: {holds}")
+    readable = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
+    plain = BPETokenizer(readable.vocab, readable.merges, {}, set())
+    for text in TEXTS:
+        with given(what := f"my_encode({text!r}, the shipped tokenizer's merges and vocabulary)"):
+            found = yours(text, readable.ranks, readable.vocab)
+        require_equal(found, plain.encode(text), what)
 
 
 @exercise("tokenizer.decode")

@@ -60,10 +60,10 @@ def model_map(*lit: str) -> Picture:
         draw_place(axes, label, (x, y, width, height), chosen=name in lit)
     here = f"You are here: {'; '.join(names)}." if names else "No part is highlighted."
     alt = (
-        "Map of GPT-NeoX, a transformer. Text goes through the tokenizer, the embedding, and a stack of blocks. In each "
-        "block, attention, with rotary positions inside it, and an MLP read the same input and add to it; the block's "
-        "norms are not drawn. A last norm and the output matrix score every token; generation chooses one, which goes "
-        f"back in at the embedding. The checkpoint holds the trained numbers; rotary has none. {here}"
+        "Map of GPT-NeoX, a transformer. Text goes through the tokenizer, the embedding, and a stack of blocks. In "
+        "each block, attention, with rotary positions inside it, and an MLP read the same input and add to it; the "
+        "block's norms are not drawn. A last norm and the output matrix score every token; generation chooses one, "
+        f"which goes back in at the embedding. The checkpoint holds the trained numbers; rotary has none. {here}"
     )
     return Picture(figure, alt)
 
