@@ -326,7 +326,7 @@ def test_a_cache_from_before_the_stub_had_check_room_is_told_to_take_it_over(les
     names = {"torch": torch}
     source = text_of_solution(lesson).replace("def check_room", "def check_the_room")
     exec("from torch import Tensor\n" + source, names)
-    assert "has no check_room, which the library's loop calls" in exercises.cache(names["MyKVCache"]).message
+    assert "has no check_room, which the library uses" in exercises.cache(names["MyKVCache"]).message
 
 
 def text_of_solution(lesson) -> str:

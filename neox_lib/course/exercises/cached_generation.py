@@ -153,8 +153,9 @@ def cache(yours: type) -> str:
         require_truncation(new(ONE_LAYER, 1))
     with given("MyKVCache in the shipped model, which reads 24 random tokens in random passes"):
         require_any_splitting(yours)
-    has_room = hasattr(yours, "check_room")
-    require(has_room, "MyKVCache has no check_room, which the library's loop calls: take it over from the stub")
+    for name in ("check_room", "capacity"):
+        told = f"MyKVCache has no {name}, which the library uses: take it over from the stub"
+        require(hasattr(new(ONE_LAYER, 1), name), told)
     with given(f"MyKVCache in the library's loop, with the prompt {PROMPT!r}"):
         return story_with(KVCache, yours, "MyKVCache", PROMPT)
 

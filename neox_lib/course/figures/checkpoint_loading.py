@@ -150,7 +150,8 @@ def memory_bars(needs: Mapping[str, Mapping[str, int]], memories: Sequence[int],
         axes.barh(list(needs), widths, left=lefts, color=colour, hatch=hatch, edgecolor="white", height=0.6, label=kind)
         starts = {name: start + width for (name, start), width in zip(starts.items(), widths, strict=True)}
     for row, end in enumerate(starts.values()):
-        axes.text(end + 1, row, f"{end:.2f} GiB", va="center", fontsize=FONT_SIZE, backgroundcolor="white", zorder=4)
+        start = max([end, *(memory for memory in memories if end < memory < end + 9)])  # not on a line
+        axes.text(start + 1, row, f"{end:.2f} GiB", va="center", fontsize=FONT_SIZE)
     for memory in memories:
         on_white = [withStroke(linewidth=4, foreground="white")]  # so that a line is seen on a bar too
         axes.axvline(memory, color="black", linestyle="--", linewidth=1.6, zorder=3, path_effects=on_white)
