@@ -186,6 +186,12 @@ def test_require_count_names_the_part_that_makes_the_difference(found, message):
     assert str(failure.value) == message
 
 
+def test_a_count_that_two_parts_explain_names_both():
+    """Two norms of a block have as many numbers as attention's biases: one name would send half of them astray."""
+    reasons = left_out_or_twice({"the norms": 10, "the biases": 10})
+    assert reasons[-10] == "the norms left out, or the biases left out"
+
+
 def test_require_equal_takes_what_is_within_the_tolerance():
     require_equal(torch.ones(2) + 1e-7, torch.ones(2), "row", tolerance=1e-6)
     require_equal(torch.empty(0), torch.empty(0), "no row")

@@ -203,7 +203,7 @@ WRONG = {
         share_alone: "multiply it by x",
         square_for_cube: "should be",
         no_half: "the factor 0.5 is missing",
-        caret_for_power: r"my_gelu\(\[-3.0, -1.0, .*: your code raised NotImplementedError|your code raised RuntimeError",
+        caret_for_power: r"my_gelu\(\[-3.0, .*\]\): your code raised (NotImplemented|Runtime)Error",
     },
     "my_layer_norm": {
         sample_variance: "is divided by C - 1",

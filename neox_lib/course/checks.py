@@ -85,13 +85,11 @@ def require_count(found, expected: int, what: str, reasons: Mapping[int, str]) -
 
 
 def left_out_or_twice(parts: Mapping[str, int]) -> dict[int, str]:
-    """Reasons for `require_count`: each part (its name -> its size) left out, or counted twice. The first of a size
-    wins.
-    """
-    reasons = {}
+    """Reasons for `require_count`: each part (its name -> its size) left out, or counted twice; all parts of a size."""
+    reasons: dict[int, str] = {}
     for name, size in parts.items():
-        reasons.setdefault(-size, f"{name} left out")
-        reasons.setdefault(size, f"{name} counted twice")
+        for off, what in ((-size, f"{name} left out"), (size, f"{name} counted twice")):
+            reasons[off] = f"{reasons[off]}, or {what}" if off in reasons else what
     return reasons
 
 

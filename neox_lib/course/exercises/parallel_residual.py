@@ -245,7 +245,8 @@ def forward_pass(yours: Callable[[nn.Module, Tensor], Tensor]) -> str:
     require_same_story(written, greedy_story(shipped, lambda model, ids: model(ids)), "by your my_forward")
     torch.manual_seed(0)
     untrained = greedy_story(NeoXModel(shipped.config).eval(), yours)
-    return f"By your forward pass, an untrained model of this shape writes:\n{untrained}\n\nand the trained one:\n{written}"
+    told = f"By your forward pass, an untrained model of this shape writes:\n{untrained}"
+    return f"{told}\n\nand the trained one:\n{written}"
 
 
 def parts_of(config: NeoXConfig) -> dict[str, int]:

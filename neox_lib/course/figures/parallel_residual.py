@@ -81,8 +81,8 @@ def gelu_curve() -> Picture:
     """GELU beside the curve with a corner, which keeps positive numbers and drops negative ones."""
     x = torch.linspace(-4, 4, 401)
     alt = (
-        "GELU and ReLU against x from -4 to 4. ReLU is 0 up to x = 0 and then x, with a corner at 0. GELU follows it far "
-        "out on both sides; between them it is smooth, and dips to about -0.17 near x = -0.75."
+        "GELU and ReLU against x from -4 to 4. ReLU is 0 up to x = 0 and then x, with a corner at 0. GELU follows it "
+        "far out on both sides; between them it is smooth, and dips to about -0.17 near x = -0.75."
     )
     series = {"GELU(x)": (x, F.gelu(x)), "ReLU(x) = max(x, 0)": (x, x.relu())}
     return lines(series, "GELU is smooth where ReLU has a corner", "x, what goes in", "what comes out", alt)

@@ -75,7 +75,7 @@ class TurningPair:
 
 def clock(frequencies: Mapping[int, float], positions: Sequence[int]) -> Picture:
     """A row of dials per position, a dial per pair, `{pair: radians per position}`; all hands start at the right."""
-    figure = new_figure(2.3 * len(frequencies), 2.5 * len(positions))
+    figure = new_figure(2.3 * len(frequencies), 2.2 * len(positions))
     grid = figure.subplots(len(positions), len(frequencies), squeeze=False)
     for row, position in zip(grid, positions, strict=True):
         for axes, (pair, frequency) in zip(row, frequencies.items(), strict=True):
