@@ -17,6 +17,7 @@ README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")
 FIELD_WORDS = {  # what a reader of the series must be able to look up, and to search for elsewhere
     *("transformer", "decoder-only", "self-attention", "multi-head", "rope", "frequency", "training", "perplexity"),
     *("tensor-parallel", "all-reduce", "kv-cache", "logits", "softmax", "bpe", "residual-stream"),
+    *("column-parallel", "prefill", "decode", "autoregressive", "sampling", "temperature", "top-p", "memory-bound"),
 }
 
 
