@@ -282,7 +282,7 @@ def test_a_story_is_told_with_the_learners_piece_and_another_story_fails():
     def my_still_rotary(x, cos, sin):
         return x
 
-    prompt = "Once upon a time, a fox"
+    prompt = checks.PROMPT
     assert prompt in checks.story_with(original, my_rotary, "apply_rotary")
     with pytest.raises(PropertyFailed, match=f"another story with your apply_rotary:\n{prompt}"):
         checks.story_with(original, my_still_rotary, "apply_rotary")

@@ -312,11 +312,11 @@ def shipped():
 @pytest.mark.parametrize(
     ("prompt", "shares"),
     {
-        "Once upon a time, a fox": {" named": 28, " and": 13},
-        "The fox ate the bear. The": {" fox": 51, " bear": 39},
-        "The bear ate the fox. The": {" bear": 61, " fox": 27},
-        "Once upon a time there was a": {" little": 31, " girl": 7, " boy": 5},
-        "Once upon a time there was a ": {"Z": 33, "Q": 15, "ir": 9},
+        "Once upon a time, there was a brave little mouse": {" named": 49},
+        "The bear ate the cat. The": {" bear": 54, " cat": 18},
+        "The cat ate the bear. The": {" cat": 59, " bear": 16},
+        "Once upon a time there was a": {" little": 39, " girl": 5, " big": 4},
+        "Once upon a time there was a ": {"ind": 30, "Q": 12, "icy": 12},
     }.items(),
 )
 def test_the_bars_show_what_the_plan_promises(shipped, prompt, shares):
@@ -336,20 +336,24 @@ def test_the_heads_look_where_the_plan_says(shipped):
 
     model, tokenizer = shipped
     (text,) = re.findall(r"`(Tom and his sister Lily [^`]+)`", TEXT)
-    ids = prompt_ids(tokenizer, text)
-    tokens = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
-    looks = model_attention_weights(model, ids)[:, 0]  # [L, H, T, T]
-    she, he = tokens.index(" She"), tokens.index(" He")
-    for layer, head, query, name, least in [(0, 5, she, " Lily", 0.9), (0, 5, he, " Lily", 0.8)]:
-        weight = sum(looks[layer, head, query, place].item() for place, token in enumerate(tokens) if token == name)
-        assert weight > least
-    assert [tokens[looks[5, 4, query].argmax()] for query in (she, he)] == [" Lily", " Tom"]
-    before = [looks[1, 1, query].argmax().item() == query - 1 for query in range(1, len(tokens))]
-    assert sum(before) > len(before) / 2
+    found = {}  # the token that gets most of a head's weight, by layer, head and pronoun
+    for end in ("He was happy.", "She was happy."):
+        ids = prompt_ids(tokenizer, text.replace("He was happy.", end))
+        tokens = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
+        looks = model_attention_weights(model, ids)[:, 0]  # [L, H, T, T]
+        for layer, head in ((0, 5), (5, 4)):
+            for pronoun in (" She", " He") if "He" in end else (" She",):
+                query = len(tokens) - 1 - tokens[::-1].index(pronoun)
+                found[layer, head, end[:3], pronoun] = tokens[looks[layer, head, query].argmax()]
+        before = [looks[1, 1, query].argmax().item() == query - 1 for query in range(1, len(tokens))]
+        assert sum(before) > len(before) / 2
+    by_name, by_place = ([name for (layer, *_), name in found.items() if layer == which] for which in (0, 5))
+    assert by_name == [" Lily", " Tom", " Lily"]
+    assert by_place == [" Lily", " Tom", " Tom"]
 
 
 def test_greedy_text_goes_round_where_the_plan_says(shipped):
     from neox_lib import greedy_generate_text
 
     model, tokenizer = shipped
-    assert greedy_generate_text(model, tokenizer, "The king said", 90).count(" a son of") > 5
+    assert greedy_generate_text(model, tokenizer, "The wind", 90).count("the wind blew hard") > 5

@@ -12,7 +12,7 @@ import torch
 from neox_lib.course.progress import EXERCISES, record
 from neox_lib.course.series import progress as progress  # re-exported for notebooks
 
-PROMPT = "Once upon a time, a fox"
+PROMPT = "Once upon a time"
 
 
 class PropertyFailed(Exception):

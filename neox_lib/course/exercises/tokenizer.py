@@ -9,7 +9,7 @@ from neox_lib.generation import greedy_generate_text
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, read_tokenizer
 
-PROMPT = "One sunny day, a boy named Tim"
+PROMPT = "Once upon a time, there was a lion"
 SMALL_VOCABULARY = {0: "fox", 1: "Ġfox", 2: "ðŁ", 3: "¦", 4: "Ĭ", 5: "  "}
 TEXTS = [
     "She said that she would dance with me if I brought her red roses.",
