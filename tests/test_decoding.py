@@ -126,7 +126,7 @@ def test_a_product_is_that_of_the_numbers_as_stored(dtype):
     stored = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype),)
     exact = dequantize_rows(*stored) if dtype == torch.int8 else stored[0]
     expected, size = x.double() @ exact.double().T, float(x.abs().max() * exact.norm(dim=1).max())
-    tolerance = 2**-15 if dtype == torch.int8 else 1e-6
+    tolerance = 2**-13 if dtype == torch.int8 else 1e-6  # six standard deviations of the rounding of activations
     assert float((multiply_few(x, *stored) - expected).abs().max()) <= tolerance * size
 
 

@@ -20,15 +20,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def multiply_blocks(input: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """input `[..., in]` times a stored weight `[out, in]`, with the `scale` `[out]` of its rows -> `[..., out]`.
 
-    fp16 stays in range, since the weights are scaled before they are multiplied.
+    The scales belong to the product's columns. fp16 would overflow first, so there the weights are scaled.
     """
     rows = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
     products = []
     for start in range(0, len(weight), rows):
-        block = weight[start : start + rows]
-        if scale is not None:
-            block = block.float().mul_(scale[start : start + rows, None])
-        products.append(F.linear(input, block.to(input.dtype)))
+        block, after = weight[start : start + rows], None if scale is None else scale[start : start + rows]
+        if after is not None and input.dtype != torch.float32:
+            block, after = block.float().mul_(after[:, None]), None
+        product = F.linear(input, block.to(input.dtype))
+        products.append(product if after is None else product * after)
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
