@@ -52,12 +52,11 @@ def llama_generate(model: NeoXModel, dtype: str) -> Generate:
     settings = xllamacpp.CommonParams()
     settings.n_ctx, settings.n_parallel, settings.verbosity = model.config.max_position_embeddings, 1, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
-    settings.use_mmap = False  # the file is removed once it is read
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder, "tokenizer.json")
-        save_tokenizer(train_tokenizer([""], 281), tokenizer)  # the smallest there is: prompts are given as ids
+        save_tokenizer(train_tokenizer(["the fox and the hen"], 290), tokenizer)  # any: prompts are given as ids
         settings.model.path = str(write_gguf(ModelCheckpoint(model), folder, tokenizer, dtype))
-        server = xllamacpp.Server(settings)
+        server = xllamacpp.Server(settings)  # its mapping outlives the file's name
     always = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
 
     def generate(ids: Tensor, new_tokens: int) -> list[int]:
