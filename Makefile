@@ -1,4 +1,4 @@
-# make story PROMPT="Once upon a time, a fox"    make test    make lab    (and: make help)
+# make story PROMPT="Once upon a time, there was a brave little mouse"    make test    make lab    (and: make help)
 #
 # Each sets up .venv from requirements.lock the first time, and again when the lock changes; .ci/set_up.py does it. What
 # tests or builds the site adds requirements-test.lock, which a learner need not have.

@@ -138,6 +138,19 @@ def needs(config: NeoXConfig, tokens: int, half: torch.dtype = torch.float16) ->
     return rows
 
 
+def format_card(config: NeoXConfig, free: int) -> str:
+    """What is left on a GPU with `free` bytes: for each precision, how many tokens a cache beside the weights has room
+    for, in one text or several. The cache is in 16 bits, with fp32 weights in fp32.
+    """
+    lines = [f"{'precision':<10} {'weights':>10}   room for a cache of"]
+    for need in needs(config, 1):
+        cache = config.kv_cache_bytes(1, torch.float32 if need.precision == "float32" else torch.float16)
+        tokens = max(0, free - SPARE - need.weights) // cache
+        room = f"{tokens:,} tokens" if tokens else "none"
+        lines.append(f"{need.precision:<10} {format_bytes(need.weights):>10}   {room}")
+    return "\n".join(lines)
+
+
 def format_needs(config: NeoXConfig, tokens: int, free: int, bandwidth: float) -> str:
     """The calculator as a table."""
     cache = f"cache of {tokens} tokens"

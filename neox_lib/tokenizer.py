@@ -78,6 +78,20 @@ def token_to_bytes(token: str) -> bytes:
     return token.encode("utf-8")
 
 
+def join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of one pair of neighbours, from the left.
+
+    >>> join_pair(["l", "o", "l", "o", "w"], ("l", "o"))
+    ['lo', 'lo', 'w']
+    """
+    joined, place = [], 0
+    while place < len(symbols):
+        width = 2 if tuple(symbols[place : place + 2]) == pair else 1
+        joined.append("".join(symbols[place : place + width]))
+        place += width
+    return joined
+
+
 def apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join neighbours, always the pair that was learned first (its rank is lowest), until no learned pair is left.
 
@@ -143,7 +157,7 @@ def train_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]
         age.setdefault(best[0] + best[1], len(age))
         for index in pretokens_with.pop(best):  # only these pretokens change
             count_pairs(index, -1)
-            pretokens[index] = (apply_merges(pretokens[index][0], {best: 0}), pretokens[index][1])
+            pretokens[index] = (join_pair(pretokens[index][0], best), pretokens[index][1])
             count_pairs(index, +1)
         del pair_counts[best]
     return merges

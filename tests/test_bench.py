@@ -8,6 +8,7 @@ import torch
 
 from neox_lib.__main__ import main
 from neox_lib.bench import measure as bench
+from neox_lib.bench import on_device
 from neox_lib.bench.baselines import (
     BASELINES,
     ctranslate2_generate,
@@ -183,6 +184,27 @@ def test_without_baselines_ours_is_measured_alone(small_shapes, monkeypatch, cap
     shown = capsys.readouterr().out
     assert "transformers is not installed" in shown and "ctranslate2 is not installed" in shown
     assert "160m      4 float16" in shown and "theirs 0" not in shown
+
+
+def test_a_device_is_measured_in_fp16_against_transformers_eager_and_compiled(monkeypatch, capsys):
+    """On a GPU the default of --shapes takes 41 GB there; weights that pass through the host would take it twice."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(on_device, "preset", lambda shape: SMALL)
+    monkeypatch.setattr(on_device, "copy_bandwidth", lambda *arguments: 1e10)
+    assert {parameter.dtype for parameter in on_device.model_on(torch.device("cpu"), SMALL).parameters()} == {
+        torch.float16
+    }
+    command = ["bench", "--device", "cpu", "--prompts", "4", "--new-tokens", "3", "--rounds", "1"]
+    assert main([*command, "--shapes", "a"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cpu, a copy moves 10 GB/s")
+    assert [line.split()[:4] for line in lines[-2:]] == [
+        ["a", "4", "float16", name] for name in ("transformers", "compiled")
+    ]
+    monkeypatch.setattr("neox_lib.precision.free_memory", lambda device: 1000)
+    assert main([*command, "--shapes", "large"]) == 0
+    assert "large: left out: the weights need" in capsys.readouterr().out
+    assert main([*command, "--against", "ctranslate2"]) == 2
 
 
 def test_loading_is_timed_on_both_sides(small_shapes):

@@ -43,7 +43,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-start = time.perf_counter()
+before, start = private_bytes(), time.perf_counter()
 result = {work}
 seconds = time.perf_counter() - start
 done.set()
@@ -51,15 +51,16 @@ watcher.join()
 sizes = [parameter.nbytes for parameter in result.parameters()] if result else []
 mapped = any(name in open("/proc/self/maps").read() for name in ("model_states.pt", ".safetensors", ".gguf"))
 print(json.dumps({"peak": peak, "model": sum(sizes), "largest": max(sizes, default=0), "seconds": seconds,
-                  "mapped": mapped}))
+                  "mapped": mapped, "before": before}))
 """
 LOAD = "build_model(open_checkpoint(sys.argv[1]))"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from /proc")
 
 
-def watched(work: str, *paths: Path) -> dict:
-    """What a process saw that did the work, an expression over these paths."""
-    command = [sys.executable, "-c", WATCH.replace("{work}", work), *map(str, paths)]
+def watched(work: str, *paths: Path, first: str = "") -> dict:
+    """What a process saw that did the work, an expression over these paths; before it was watched, it did `first`."""
+    watch = WATCH.replace("{work}", work).replace("peak, done", f"{first}\npeak, done", 1)
+    command = [sys.executable, "-c", watch, *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -110,6 +111,16 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path, layout):
     assert found["model"] < found["peak"] <= found["model"] + found["largest"] + 0.4e9, found
     assert not found["mapped"], "the files are still mapped after loading"
     print(f"{found['model'] / found['seconds'] / 1e6:.0f} MB/s")
+
+
+@pytest.mark.gpu
+@needs_proc
+def test_loading_onto_a_gpu_takes_one_tensor_of_the_hosts_memory(tmp_path):
+    """A rented machine often has more memory on its GPU than beside it. 1 GiB is for torch and the driver."""
+    write_large(tmp_path)
+    found = watched(f"{LOAD[:-1]}, 'cuda')", tmp_path, first="torch.zeros(1, device='cuda')")
+    assert found["model"] == CONFIG.weight_bytes(torch.float16)
+    assert found["peak"] - found["before"] <= found["largest"] + 2**30, found
 
 
 @pytest.mark.slow

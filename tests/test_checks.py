@@ -111,6 +111,23 @@ def test_an_error_is_named_with_the_line_of_the_learners_cell(doubling, tmp_path
     assert "ZeroDivisionError" in message and "(line 3 of your cell: return x / half)" in message
 
 
+def test_an_error_is_named_with_the_call_and_the_input_that_it_came_from():
+    """Letter-wise merges, or a whole head turned: without the input a learner can't run it again."""
+
+    @exercise("test.given")
+    def check(yours) -> None:
+        with checks.given("my_piece([])"):
+            yours([])
+
+    assert "my_piece([]): your code raised ValueError: min()" in check(min).message
+
+
+def test_an_error_of_torchs_own_for_what_it_lacks_is_no_stub(doubling):
+    """torch raises NotImplementedError for a GELU of whole numbers; the learner has written something."""
+    message = doubling(lambda x: torch.nn.functional.gelu(torch.tensor([1]))).message
+    assert "still a stub" not in message and "your code raised NotImplementedError" in message.replace("Y", "y")
+
+
 def test_a_result_shows_as_its_message(doubling):
     assert repr(doubling(my_double)) == "Passed.\n\nIt doubles."
 
@@ -167,6 +184,12 @@ def test_require_count_names_the_part_that_makes_the_difference(found, message):
     with pytest.raises(PropertyFailed) as failure:
         require_count(found, 100, "count", left_out_or_twice({"the norm": 10}))
     assert str(failure.value) == message
+
+
+def test_a_count_that_two_parts_explain_names_both():
+    """Two norms of a block have as many numbers as attention's biases: one name would send half of them astray."""
+    reasons = left_out_or_twice({"the norms": 10, "the biases": 10})
+    assert reasons[-10] == "the norms left out, or the biases left out"
 
 
 def test_require_equal_takes_what_is_within_the_tolerance():
@@ -259,7 +282,7 @@ def test_a_story_is_told_with_the_learners_piece_and_another_story_fails():
     def my_still_rotary(x, cos, sin):
         return x
 
-    prompt = "Once upon a time, a fox"
+    prompt = checks.PROMPT
     assert prompt in checks.story_with(original, my_rotary, "apply_rotary")
     with pytest.raises(PropertyFailed, match=f"another story with your apply_rotary:\n{prompt}"):
         checks.story_with(original, my_still_rotary, "apply_rotary")

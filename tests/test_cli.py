@@ -196,9 +196,6 @@ def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     second = load(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert main(["generate", "The", "--model", str(tmp_path / "run" / "model"), "--tokens", "5"]) == 0
-    mean = ["train", str(tmp_path / "mean"), *argv[2:6], "--tokens", "0", "--start-from"]
-    assert main([*mean, str(tmp_path / "run" / "model"), str(tmp_path / "run" / "model")]) == 0
-    assert all(torch.equal(first[key], mine) for key, mine in load(tmp_path / "mean" / "model").state_dict().items())
 
 
 def test_a_run_starts_from_any_model_and_says_before_training_what_it_can_not_write(checkpoint, tmp_path, capsys):
@@ -208,12 +205,11 @@ def test_a_run_starts_from_any_model_and_says_before_training_what_it_can_not_wr
     pytest.importorskip("gguf", reason="needs gguf")
     file = convert_to_gguf(checkpoint, tmp_path / "m.gguf")
     argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
-    argv += ["--start-from", str(file), "--tokens"]
-    assert main([*argv, "32", "--batch-tokens", "32", "--windows", "0:16", "--ranks", "7"]) == 2
+    argv += ["--start-from", str(file), "--tokens", "32", "--batch-tokens", "32", "--windows", "0:16"]
+    argv += ["--learning-rate", "0"]
+    assert main([*argv, "--ranks", "7"]) == 2
     assert "7 ranks do not divide" in capsys.readouterr().err and not (tmp_path / "run" / "state.pt").exists()
-    assert main([*argv, "0", "--retellings", "-1"]) == 2
-    assert "retellings is -1; expected 0 or more" in capsys.readouterr().err
-    assert main([*argv, "0"]) == 0
+    assert main(argv) == 0
     before, after = (load(folder).state_dict() for folder in (checkpoint, tmp_path / "run" / "model"))
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -263,15 +259,13 @@ def test_stories_that_can_not_be_written_are_known_at_once(tmp_path, capsys, mon
 
 def test_a_run_that_starts_from_another_takes_its_tokenizer(checkpoint, tmp_path):
     """Weights mean nothing under another tokenizer, and every loss would still look like a number."""
-    give_tokenizer(tmp_path / "run", stories=[], start_from=[checkpoint])
+    give_tokenizer(tmp_path / "run", stories=[], start_from=checkpoint)
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
     other = tmp_path / "other" / "tokenizer.json"
     other.parent.mkdir()
     save_tokenizer(train_tokenizer(["another text in other words"], 300), other)
-    for folder, start_from in (("new", [checkpoint, other]), ("other", [checkpoint])):
-        with pytest.raises(ValueError, match=r"tokenizer\.json differ; a run and all models that it starts from"):
-            give_tokenizer(tmp_path / folder, stories=[], start_from=start_from)
-    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"tokenizer\.json differ; a run and the model that it starts from"):
+        give_tokenizer(tmp_path / "other", stories=[], start_from=checkpoint)
 
 
 def test_ctrl_c_keeps_the_text_so_far(checkpoint):

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from neox_lib.course.exercises import attention as exercises
+from neox_lib.course.figures import attention as figures
 from tests.lessons import Lesson
 
 CHECKS = {
     "my_causal_mask": exercises.causal_mask,
+    "my_multi_head": exercises.multi_head,
     "my_split_heads": exercises.split_heads,
     "my_attention": exercises.attention,
 }
@@ -33,12 +35,68 @@ def mask_of_what_is_hidden(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
 
 
+def mask_without_itself(queries, keys, device):
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries - 1)
+
+
+def mask_with_rows_and_columns_swapped(queries, keys, device):
+    return torch.ones(keys, queries, dtype=torch.bool, device=device).tril()
+
+
+def mask_for_as_many_queries_as_keys(queries, keys, device):
+    return torch.arange(keys) <= torch.arange(keys)[:queries, None] + 0 * torch.ones(keys, keys, dtype=torch.long)
+
+
+def multi_head(head_columns, attend, join, multiply=torch.matmul):
+    """A try at the exercise: which columns are a head's, what a head does, and how the heads' outputs are joined."""
+
+    def my_multi_head(x, w_query, w_key, w_value, w_dense, num_heads):
+        size, outputs = x.shape[-1] // num_heads, []
+        for head in range(num_heads):
+            columns = head_columns(head, size, num_heads)
+            query, key, value = (multiply(x, matrix)[:, columns] for matrix in (w_query, w_key, w_value))
+            outputs.append(attend(query, key, value, x.shape[-1]))
+        return join(outputs, w_dense)
+
+    return my_multi_head
+
+
+def side_by_side(outputs, dense):
+    return torch.cat(outputs, dim=-1) @ dense
+
+
+def own_columns(head, size, num_heads):
+    return slice(head * size, (head + 1) * size)
+
+
+def causal(query, key, value, width, scale=None):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+MULTI_HEAD = {
+    "no mask": (own_columns, lambda q, k, v, c: F.scaled_dot_product_attention(q, k, v), side_by_side),
+    "root of C": (own_columns, lambda q, k, v, c: causal(q, k, v, c, scale=c**-0.5), side_by_side),
+    "not divided": (own_columns, lambda q, k, v, c: causal(q, k, v, c, scale=1.0), side_by_side),
+    "no dense": (own_columns, causal, lambda outputs, dense: torch.cat(outputs, dim=-1)),
+    "one head": (lambda head, size, num_heads: slice(head and size * num_heads, None), causal, side_by_side),
+    "every second column": (lambda head, size, num_heads: slice(head, None, num_heads), causal, side_by_side),
+    "w @ x": (own_columns, causal, lambda o, dense: torch.cat(o, dim=-1) @ dense.T, lambda x, w: x @ w.T),
+    "heads added": (own_columns, causal, lambda outputs, dense: sum(outputs) @ dense),
+    "heads below each other": (own_columns, causal, lambda outputs, dense: torch.cat(outputs, dim=0)),
+}
+
+
 def split_into_thirds(qkv, num_heads):
     return [third.unflatten(-1, (num_heads, -1)).transpose(1, 2) for third in qkv.chunk(3, dim=-1)]
 
 
 def split_with_tokens_first(qkv, num_heads):
     return qkv.unflatten(-1, (num_heads, -1)).chunk(3, dim=-1)
+
+
+def split_in_the_order_of_values_first(qkv, num_heads):
+    query, key, value = exercises.library.split_heads(qkv, num_heads)
+    return value, key, query
 
 
 def split_without_transposing(qkv, num_heads):
@@ -73,6 +131,13 @@ def attention_over_the_wrong_axis(query, key, value):
     return scores.masked_fill(~allowed, float("-inf")).softmax(-2) @ value
 
 
+def attention_that_fills_with_too_low_a_number(query, key, value):
+    """Right in fp32; -1e9 does not fit into fp16."""
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    allowed = exercises.library.causal_mask(query.shape[-2], key.shape[-2], query.device)
+    return scores.masked_fill(~allowed, -1e9).softmax(-1) @ value
+
+
 def attention_in_fp32_out(query, key, value):
     return exercises.library.attention_weights(query, key) @ value.float()
 
@@ -92,7 +157,7 @@ def test_the_folded_solution_passes(name):
 
 def test_the_heart_writes_a_story_and_only_when_it_is_right():
     """The story is the reward: it comes from the learner's own code, and never from a wrong one."""
-    story = "Once upon a time, a fox"
+    story = exercises.PROMPT
     assert story in exercises.attention(lesson().solution("my_attention")).message
     assert story not in exercises.attention(attention_from_the_corner).message
 
@@ -102,13 +167,60 @@ def test_the_library_passes_the_learners_check():
     assert exercises.attention(exercises.library.fused_attention).passed
 
 
+def test_a_right_version_by_another_way_passes():
+    """All heads at once, with PyTorch's attention, is as right as a loop over them."""
+
+    def all_at_once(x, w_query, w_key, w_value, w_dense, num_heads):
+        query, key, value = (
+            (x @ each).unflatten(-1, (num_heads, -1)).transpose(0, 1) for each in (w_query, w_key, w_value)
+        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(0, 1).flatten(1) @ w_dense
+
+    assert exercises.multi_head(all_at_once).passed
+    assert exercises.causal_mask(lambda t, s, device: ~torch.ones(t, s).triu(s - t + 1).bool()).passed
+
+
+def test_the_walk_over_positions_draws_the_masked_weights_and_stands_still_without_a_kernel():
+    """The figure that a class sees on the wall: three bars for the last token, one for the first."""
+    query, key, value = (each[0, 0] for each in (exercises.QUERY, exercises.KEY, exercises.VALUE))
+    walk = figures.attention_walk(["the", "fox", "ran"], query, key, value)
+    assert "weight 1.00" in walk.pictures["0: the"].alt and "fox" not in walk.pictures["0: the"].alt
+    assert "fox: score 2.00, weight 0.79" in walk.pictures[walk.still].alt
+    slider, picture = walk.widget().children
+    slider.value = "0: the"
+    assert "weight 1.00" in picture.value and "weight 0.79" in walk._repr_mimebundle_()["text/html"]
+
+
 WRONG = [
     (exercises.causal_mask, mask_from_the_corner, "query 0 is at position 3 and may look at position 1"),
     (exercises.causal_mask, mask_of_what_is_hidden, "query 0 is at position 0 and may look at position 0"),
     (exercises.causal_mask, lambda *shape: mask_from_the_corner(*shape).float(), "torch.bool"),
+    (
+        exercises.causal_mask,
+        mask_without_itself,
+        "query 0 is at position 0 and may look at position 0, but your mask has",
+    ),
+    (exercises.causal_mask, mask_with_rows_and_columns_swapped, "should have shape [1, 4], but has [4, 1]"),
+    (exercises.causal_mask, mask_for_as_many_queries_as_keys, "my_causal_mask(1, 4, cpu) should have shape [1, 4]"),
+    (exercises.causal_mask, lambda queries, keys, device: queries < keys, "should be a tensor, but is a bool"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["no mask"]), "what comes out without a causal mask"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["root of C"]), "a head divides by the root of its own size"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["not divided"]), "when scores are not divided by the root of D"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["no dense"]), "side by side, not yet multiplied by w_dense"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["one head"]), "what one head of size 4 gives"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["every second column"]), "with 2 heads should be [1.0, 0.0"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["w @ x"]), "what w @ x gives; here it is x @ w"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["heads added"]), "2 heads: your code raised RuntimeError"),
+    (exercises.multi_head, multi_head(*MULTI_HEAD["heads below each other"]), "shape [3, 4], but has [6, 2]"),
     (exercises.split_heads, split_into_thirds, "the key of head 0 should be columns [2, 3]"),
     (exercises.split_heads, split_with_tokens_first, "should have shape [B, H, T, D]"),
     (exercises.split_heads, lambda qkv, num_heads: qkv, "a tuple of query, key and value, but it returned a Tensor"),
+    (exercises.split_heads, split_in_the_order_of_values_first, "the query of head 0 should be columns [0, 1]"),
+    (
+        exercises.split_heads,
+        lambda qkv, num_heads: qkv.unflatten(-1, (num_heads, 4)).chunk(3, dim=-1),
+        "my_split_heads of a [1, 3, 12] projection with 2 heads: your code raised RuntimeError",
+    ),
     (exercises.split_heads, split_without_transposing, "the query of a random [2, 5, 36] projection"),
     (exercises.attention, attention_without_mask, "which sees only itself"),
     (exercises.attention, attention_over_the_wrong_axis, "which sees only itself"),
@@ -116,6 +228,11 @@ WRONG = [
     (exercises.attention, attention_divided_by_size, "are the scores divided by sqrt(D) = 2?"),
     (exercises.attention, attention_from_the_corner, "the last 1 of 7 queries"),
     (exercises.attention, attention_in_half_precision, "are the scores in fp32?"),
+    (
+        exercises.attention,
+        attention_that_fills_with_too_low_a_number,
+        "queries and keys of 30s in fp16, head size 96, whose scores should be in fp32: your code raised RuntimeError",
+    ),
     (exercises.attention, attention_in_fp32_out, "fp16 values should give an fp16 output"),
     (exercises.attention, lambda query, key, value: None, "is there a return?"),
 ]

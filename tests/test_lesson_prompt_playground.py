@@ -23,7 +23,7 @@ def test_a_stub_is_told_kindly_and_the_solution_passes(lesson, name):
 
 
 def test_the_heart_ends_with_a_story(lesson):
-    assert "Once upon a time, a fox" in exercises.follow(lesson.solution("my_follow")).message
+    assert "Once upon a time, there was a brave little mouse" in exercises.follow(lesson.solution("my_follow")).message
 
 
 def takes_all_and_never_stops(steps, stopping, take, show):

@@ -9,7 +9,7 @@ import torch
 import neox_lib.rotary
 from neox_lib.course import checks
 from neox_lib.course.exercises import rotary as exercises
-from neox_lib.course.figures.rotary import TurningPair, hands
+from neox_lib.course.figures.rotary import Clock, TurningPair, clock, cosines_by_position, hands
 from tests.lessons import Lesson
 
 
@@ -42,6 +42,21 @@ def angles_in_the_positions_dtype(positions, rotary_ndims, base=10000):
     return torch.outer(positions.to(dtype), speeds.to(dtype)).repeat(1, 2)
 
 
+def angles_of_any_base(positions, rotary_ndims, base=10000):
+    """Ignores `base`: right for 20B, and for every model until one has another base."""
+    return neox_lib.rotary.rotary_angles(positions, rotary_ndims)
+
+
+def angles_once(positions, rotary_ndims, base=10000):
+    """Each angle once: half as many columns as the heads' turning numbers."""
+    return neox_lib.rotary.rotary_angles(positions, rotary_ndims, base)[:, : rotary_ndims // 2]
+
+
+def angles_by_matrix_product(positions, rotary_ndims, base=10000):
+    """Raises: a product of two vectors is one number, not a table."""
+    return positions.float() @ (base ** (-torch.arange(0, rotary_ndims, 2).float() / rotary_ndims))
+
+
 def angles_rounded_on_the_way(positions, rotary_ndims, base=10000):
     """Returns fp32, but was formed in fp16: only the far end of the context shows it."""
     speeds = base ** (-torch.arange(0, rotary_ndims, 2).float() / rotary_ndims)
@@ -50,6 +65,25 @@ def angles_rounded_on_the_way(positions, rotary_ndims, base=10000):
 
 def rotate_neighbours(x):
     return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+def swap_halves(x):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, first], dim=-1)
+
+
+def rotate_the_first_dimension(x):
+    first, second = x.chunk(2)
+    return torch.cat([-second, first])
+
+
+def rotate_by_flipping(x):
+    return -x.flip(-1)
+
+
+def rotate_as_a_list(x):
+    half = len(x) // 2
+    return [-each for each in x[half:]] + list(x[:half])
 
 
 def rotate_the_other_way(x):
@@ -86,16 +120,23 @@ WRONG = {
         angles_with_half_the_exponent: "[2.0, 0.2, 2.0, 0.2], but is [2.0, 0.6325, 2.0, 0.6325]",
         angles_in_the_positions_dtype: "should be in torch.float32 for positions in torch.float16",
         angles_rounded_on_the_way: "off by up to 0.33",
+        angles_of_any_base: "base 100) should be [2.0, 0.2, 2.0, 0.2], but is",
+        angles_once: "should have shape [2, 2], but has [2, 1]",
+        angles_by_matrix_product: "my_rotary_angles(positions [0, 1], rotary_ndims 2): your code raised RuntimeError",
     },
     "rotate_half": {
         rotate_neighbours: "it turns neighbours",
+        swap_halves: "be [-3.0, -4.0, 1.0, 2.0], but is [3.0, 4.0, 1.0, 2.0]",
+        rotate_the_first_dimension: "only the last dimension is cut into halves",
+        rotate_by_flipping: "but is [-4.0, -3.0, -2.0, -1.0]",
+        rotate_as_a_list: "should be a tensor, but is a list",
         rotate_the_other_way: "be [-3.0, -4.0, 1.0, 2.0], but is [3.0, 4.0, -1.0, -2.0]",
     },
     "apply_rotary": {
         apply_without_the_rest: "Are the last 72 numbers of each head missing?",
         apply_to_the_end_of_the_head: "Dimensions 24 to 95 of a head should pass through",
         apply_backwards: "it is turned the wrong way",
-        apply_to_all: "Your code raised RuntimeError",
+        apply_to_all: "where only the first 24 numbers of a head turn: your code raised RuntimeError",
         apply_in_place: "has changed it: work on a copy",
     },
 }
@@ -114,14 +155,14 @@ def test_the_folded_solution_passes(lesson, name, monkeypatch):
     monkeypatch.setattr(checks, "story", functools.partial(checks.story, tokens=10))
     result = getattr(exercises, name)(lesson.solution(f"my_{name}"))
     assert result.passed, result.message
-    assert ("Once upon a time" in result.message) == (name == "apply_rotary")
+    assert (exercises.PROMPT in result.message) == (name == "apply_rotary")
 
 
 @pytest.mark.parametrize(("name", "wrong", "message"), TRIES, ids=[wrong.__name__ for _, wrong, _ in TRIES])
 def test_a_wrong_try_is_told_which_property_failed(name, wrong, message):
     result = getattr(exercises, name)(wrong)
     assert not result.passed and message in result.message
-    assert "Once upon a time" not in result.message
+    assert exercises.PROMPT not in result.message
 
 
 def test_the_wrong_partners_get_no_story(lesson):
@@ -150,7 +191,7 @@ def test_each_bug_exhibit_is_caught_by_the_one_check_that_the_notebook_names(les
 
 def test_the_sliders_turn_the_hands():
     """Both moved by the same number, the angle between the hands stays; one moved alone, it changes."""
-    box = TurningPair(speed=0.5).widget()
+    box = TurningPair(frequency=0.5).widget()
     query, key, dial = box.children
     first = dial.value
     query.value, key.value = 8, 6
@@ -168,6 +209,28 @@ def test_the_slider_reads_without_a_kernel():
 
 def test_the_hands_point_where_the_formula_says():
     """The picture teaches the formula; a hand that goes the other way would teach another one."""
-    axes = hands(((3, 1),), speed=0.5).figure.axes[0]
+    axes = hands(((3, 1),), frequency=0.5).figure.axes[0]
     tips = [patch._posA_posB[1] for patch in axes.patches if hasattr(patch, "_posA_posB")]
     assert tips == [pytest.approx((math.cos(angle), math.sin(angle))) for angle in (1.5, 0.5)]
+
+
+def test_the_slider_of_the_clock_turns_each_hand_by_its_own_frequency():
+    position, dials = Clock({0: 1.0, 3: 0.1}, 2048).widget().children
+    assert position.max == 2047
+    position.value = 10
+    assert "position 10: pair 0 1.59, pair 3 0.16" in dials.value
+    bundle = Clock({0: 1.0, 3: 0.1}, 2048)._repr_mimebundle_()
+    assert "position 0: pair 0 0.00" in bundle["text/plain"] and "position 10: pair 0 1.59" in bundle["text/plain"]
+
+
+def test_the_clocks_hands_point_where_the_formula_says():
+    first, second = clock({0: 1.0, 3: 0.1}, (5,)).figure.axes
+    for axes, angle in ((first, 5.0), (second, 0.5)):
+        (tip,) = [patch._posA_posB[1] for patch in axes.patches if hasattr(patch, "_posA_posB")]
+        assert tip == pytest.approx((math.cos(angle), math.sin(angle)))
+
+
+def test_the_map_of_the_hands_says_when_each_one_first_points_back():
+    positions = torch.arange(1, 100)
+    cosines = neox_lib.rotary.rotary_angles(positions, 4, 10000)[:, :2].cos().T
+    assert "pair 0 at 2, pair 1 at none of these positions" in cosines_by_position(cosines, positions).alt

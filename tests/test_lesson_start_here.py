@@ -14,13 +14,11 @@ from neox_lib.course.figures.start_here import share_bars
 from tests.lessons import NOTEBOOKS, Lesson
 
 README = (NOTEBOOKS.parent / "README.md").read_text("utf-8")
-GLOSSARY = [
-    *("token", "token-id", "vocabulary", "bpe"),
-    *("parameter", "embedding", "hidden-size", "residual-stream", "block", "layernorm", "head", "head-dimension"),
-    *("attention", "mlp", "query-key-value", "position", "sdpa", "broadcasting", "logits", "softmax"),
-    *("checkpoint", "shard", "rank", "tensor-parallel", "fp32-fp16"),
-    *("context", "kv-cache", "prefill", "decode", "greedy", "perplexity", "bits-per-byte"),
-]
+FIELD_WORDS = {  # what a reader of the series must be able to look up, and to search for elsewhere
+    *("transformer", "decoder-only", "self-attention", "multi-head", "rope", "frequency", "training", "perplexity"),
+    *("tensor-parallel", "all-reduce", "kv-cache", "logits", "softmax", "bpe", "residual-stream"),
+    *("column-parallel", "prefill", "decode", "autoregressive", "sampling", "temperature", "top-p", "memory-bound"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +94,14 @@ def test_the_table_of_the_series_holds_every_notebook_with_its_own_minutes(place
 
 def test_the_glossary_explains_every_word_that_the_notebooks_link_to(lesson):
     text = prose(NOTEBOOKS / "00_start_here.ipynb")
-    assert sorted(re.findall(r'<a id="([^"]+)"></a>\*\*', text)) == sorted(GLOSSARY)
+    anchors = re.findall(r'<a id="([^"]+)"></a>\*\*', text)
+    assert len(anchors) == len(set(anchors)) and set(anchors) >= FIELD_WORDS
     linked = {
         anchor
         for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")
         for anchor in re.findall(r"\(00_start_here\.ipynb#([^)]+)\)", prose(path))
     }
-    assert linked <= {*GLOSSARY, "Glossary"}
+    assert linked <= {*anchors, "Glossary"}
 
 
 def test_the_glossary_is_short_and_every_entry_names_the_notebook_that_teaches_it():
@@ -110,7 +109,7 @@ def test_the_glossary_is_short_and_every_entry_names_the_notebook_that_teaches_i
     glossary = text[text.index("## Glossary") : text.index("## Where next")]
     for entry in glossary.split('<a id="')[1:]:
         text = entry.split("**: ")[1].split("\n\n")[0]
-        assert re.search(r"\]\(0[1-6]_\w+\.ipynb\)|assets/tiny/README\.md", text), entry
+        assert re.search(r"\]\(0[1-9]_\w+\.ipynb\)|assets/tiny/README\.md", text), entry
         assert len(text) <= 330, entry
 
 

@@ -142,8 +142,10 @@ def test_a_public_definition_that_no_notebook_promotes_fails_with_its_name(house
 
 @pytest.mark.parametrize("text", ["print(area(2))", "import math", "WIDTH = 3\nprint(WIDTH)", "def broken(:"])
 def test_a_cell_that_is_not_whole_definitions_is_refused_with_its_place(house, text):
-    write_notebook(house / "notebooks", "02_more.ipynb", cell(text))
-    with pytest.raises(PromotionError, match=r"02_more\.ipynb, cell 2"):
+    ran = cell(text)
+    ran.execution_count = 7
+    write_notebook(house / "notebooks", "02_more.ipynb", ran)
+    with pytest.raises(PromotionError, match=r"^02_more\.ipynb, cell \[7\] \""):
         promote.promote(house / "notebooks")
     assert module_text(house) == MODULE
 
@@ -159,15 +161,41 @@ def test_a_name_that_means_another_thing_in_the_notebook_is_found(house):
     """`math` the module and `math` the function: the same text, two meanings."""
     edit_notebook(house, "import math", "from cmath import sqrt as math")
     (found,) = promote.differences(house / "notebooks")
-    assert "math is cmath.sqrt there and math in neox_lib/small.py" in found
+    assert "`root` uses `math`, which is cmath.sqrt in the notebook and math in neox_lib/small.py" in found
 
 
 def test_a_name_that_the_library_does_not_import_is_refused(house):
     edit_notebook(house, "import math", "import math\nimport cmath")
     edit_notebook(house, "math.sqrt", "cmath.sqrt")
-    with pytest.raises(PromotionError, match="cmath is cmath there and nothing in"):
+    message = "`root` uses `cmath`, but `cmath` is not imported in neox_lib/small.py. Write `import cmath` inside"
+    with pytest.raises(PromotionError, match=message):
         promote.promote(house / "notebooks")
     assert module_text(house) == MODULE
+
+
+def test_an_import_by_another_name_is_written_out(house):
+    edit_notebook(house, "import math", "import math\nimport torch.nn.functional as F")
+    edit_notebook(house, "math.sqrt", "F.relu")
+    with pytest.raises(PromotionError, match=r"Write `from torch.nn import functional as F` inside the function"):
+        promote.promote(house / "notebooks")
+
+
+def test_a_function_of_the_notebook_that_the_library_lacks_is_to_be_promoted_too(house):
+    """The most natural promotion of all: a piece that calls the learner's own function."""
+    edit_notebook(house, "import math", "import math\n\ndef my_root(x):\n    return x**0.5")
+    edit_notebook(house, "math.sqrt", "my_root")
+    with pytest.raises(PromotionError, match=r"Put the definition of `my_root` into the same promoted cell, above"):
+        promote.promote(house / "notebooks")
+    assert module_text(house) == MODULE
+
+
+def test_a_piece_under_a_name_of_the_learners_is_told_the_librarys_name(house):
+    """A class left as MyBlock: what uses Block finds nothing in the notebook."""
+    edit_notebook(house, "WIDTH = 3", "MY_WIDTH = 3")
+    with pytest.raises(
+        PromotionError, match=r"`area` uses `WIDTH`, which nothing in 01_small.ipynb defines. If you ren"
+    ):
+        promote.promote(house / "notebooks")
 
 
 def test_a_new_definition_of_the_learner_stands_behind_the_one_before_it(house):
@@ -268,7 +296,10 @@ def test_a_piece_that_uses_what_is_gone_is_refused_with_what_to_use(moved):
 def test_a_piece_that_is_gone_is_refused_with_what_to_use(moved):
     write_notebook(moved / "notebooks", "02_wing.ipynb", cell("def height():\n    return 1  # mine", "wing"))
     (moved / "neox_lib" / "wing.py").write_text("")
-    with pytest.raises(PromotionError, match=r"02_wing.*, cell 2: .*wing\.height is gone; use neox_lib\.small\.area"):
+    with pytest.raises(
+        PromotionError,
+        match=r"02_wing.*, cell \[ \] \"def height\(\):\": .*wing\.height is gone; use neox_lib\.small\.area",
+    ):
         promote.promote(moved / "notebooks")
 
 

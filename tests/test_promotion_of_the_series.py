@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neox_lib.course import promote
+from neox_lib import attention
+from neox_lib.cache import KVCache
+from neox_lib.course import after_promotion, promote
 from tests.test_definitions import PROMOTED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,8 +84,8 @@ def test_a_learners_attention_is_what_notebook_06_and_the_command_line_run_until
     before, notebook_before = command_line_story(clone), outputs_of_notebook_06(clone)
     edit(clone, "return self.dense(merged)", "return self.dense(0.5 * merged)  # mine")
     done = run(clone, "-m", "neox_lib", "promote", "--from", "notebooks/mine")
-    assert done.returncode == 0, done.stderr
-    assert "attention" in done.stdout and "Restart the kernels" in done.stdout
+    assert "attention" in done.stdout and "Restart the kernels" in done.stdout, done.stderr
+    assert done.returncode == 1 and "Attention, as you promoted it, fails the check of its exercise" in done.stdout
     difference = subprocess.run(["git", "diff", "neox_lib"], cwd=clone, capture_output=True, text=True).stdout
     assert "+        return self.dense(0.5 * merged)  # mine" in difference
     assert command_line_story(clone) != before
@@ -108,3 +110,22 @@ def test_a_broken_piece_is_taken_back_in_one_line_and_promotion_still_starts_whe
     module.write_text(before.replace("class Attention(nn.Module):", "class Attention(nn.Modul):"))
     assert run(clone, "-m", "neox_lib", "promote").returncode == 0
     assert module.read_text() == before
+
+
+@pytest.mark.slow
+def test_every_piece_of_the_library_passes_what_is_tried_after_promotion():
+    """Else `promote` would find fault with learners who changed nothing but a comment."""
+    modules = {piece.rpartition(".")[0] for piece in after_promotion.CHECKS}
+    assert modules < set(PROMOTED) and after_promotion.failures(sorted(modules)) == []
+
+
+def test_a_piece_that_is_wrong_or_stops_the_model_is_named_at_once(monkeypatch):
+    """The library holds it from then on, and every later notebook would build on it."""
+    right = attention.fused_attention
+    monkeypatch.setattr(attention, "fused_attention", lambda query, key, value: right(query * 2, key, value))
+    (told,) = after_promotion.failures(["attention"])
+    assert "fused_attention, as you promoted it, fails the check of its exercise. Not yet." in told
+    monkeypatch.setattr(attention, "fused_attention", right)
+    monkeypatch.delattr(KVCache, "check_room")
+    *_, told = after_promotion.failures(["cache"])
+    assert "can't write with what you promoted: AttributeError" in told and "check_room" in told

@@ -11,11 +11,11 @@ from torch import nn
 
 from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.checkpoints.quantized import int8_bytes, is_quantized
-from neox_lib.config import tiny
+from neox_lib.config import neox_20b, tiny
 from neox_lib.evaluation.likelihood import perplexity, stories_of, story_stream
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.precision import needs
+from neox_lib.precision import format_card, needs
 from neox_lib.quantization import int8 as quantization
 from neox_lib.quantization import linear
 from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
@@ -219,6 +219,16 @@ def test_the_calculator_counts_what_a_model_holds(models):
     assert by_name["float32"].weights == sum(parameter.nbytes for parameter in models[0].parameters())
     assert by_name["int8"].longest(held + 500_000_000 + by_name["int8"].cache // 2, 256) == 128
     assert by_name["int8"].longest(held, 256) == 0
+
+
+def test_a_card_of_40_gb_has_room_for_a_cache_beside_int8_only():
+    """20B's 41.1 GB of fp16 weights leave nothing; int8's 20.9 GB leave 18.6, at 1.08 MB of cache in fp16 per token."""
+    rows = [line.split() for line in format_card(neox_20b(), 40 * 10**9).splitlines()[1:]]
+    assert [(row[0], " ".join(row[3:])) for row in rows] == [
+        ("float32", "none"),
+        ("float16", "none"),
+        ("int8", "17,214 tokens"),
+    ]
 
 
 def test_int8_is_taken_when_nothing_else_fits(monkeypatch, caplog):

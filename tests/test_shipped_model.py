@@ -55,8 +55,8 @@ def test_the_model_has_learned(model, tokenizer):
 
 
 def test_a_story_stays_a_story(model, tokenizer):
-    text = greedy_generate_text(model, tokenizer, "Once upon a time, a fox", 80)
-    assert text.startswith("Once upon a time, a fox") and len(text.split()) > 30
+    text = greedy_generate_text(model, tokenizer, "Once upon a time, there was a little fox", 80)
+    assert text.startswith("Once upon a time, there was a little fox") and len(text.split()) > 30
     assert len(set(text.split())) > 15, "it repeats itself"
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +17,12 @@ from neox_lib.training import loop as training
 from neox_lib.training.loop import (
     TrainingPlan,
     initialize,
-    make_optimizers,
+    make_optimizer,
     sample_batch,
     spread_sample,
     train,
     training_step,
 )
-from neox_lib.training.names import BOYS, GIRLS, with_other_names
 
 CONFIG = NeoXConfig(
     vocab_size=32,
@@ -155,25 +153,23 @@ def test_a_state_of_an_earlier_version_is_refused_by_what_it_lacks(tmp_path):
     run(tmp_path)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     config, plan = json.loads(state["identity"])
-    older = {name: value for name, value in plan.items() if name not in ("optimizer", "dtype", "average_from")}
+    older = {name: value for name, value in plan.items() if name != "dtype"}
     torch.save(state | {"identity": json.dumps([config, older])}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="is of an earlier version, without average_from, dtype, optimizer; use"):
+    with pytest.raises(ValueError, match="is of an earlier version, without dtype; use"):
         run(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"average_from": 2.0}, "average_from is 2.0; expected a share from 0 to 1"),
-        ({"average_from": float("nan")}, "average_from is nan; expected a share from 0 to 1"),
         ({"mix_share": -1.0}, "mix_share is -1.0; expected a share from 0 to 1"),
+        ({"dropout": float("nan")}, "dropout is nan; expected a share from 0 to 1"),
         ({"batch_tokens": 15}, "batch_tokens is 15; expected the longest window's 16 at least"),
-        ({"total_tokens": 63}, "total_tokens is 63; expected 0, or the 64 of one step at least"),
-        ({"total_tokens": -1}, "total_tokens is -1; expected 0, or the"),
+        ({"total_tokens": 63}, "total_tokens is 63; expected the 64 of one step at least"),
+        ({"total_tokens": -1}, "total_tokens is -1; expected the"),
         ({"windows": ((0.5, (8,)),)}, "expected lengths above 0, the first of them from a share of 0 on"),
         ({"windows": ((0.0, (8, 0)),)}, "expected lengths above 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1; expected 0 or more"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected adamw or muon"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -237,99 +233,15 @@ def test_learning_rate_starts_small_peaks_after_the_warm_up_and_ends_at_nearly_n
     assert rates[200:] == sorted(rates[200:], reverse=True)
 
 
-def test_the_rate_stays_where_averaging_begins():
-    """The mean of weights under a rate that falls to nothing would be the mean of equal weights."""
-    plan = TrainingPlan(total_tokens=1000 * 8192, warmup_steps=200, learning_rate=3e-3, average_from=0.6)
-    rates = [plan.learning_rate_at(step) for step in range(plan.steps)]
-    assert rates[599] > rates[600] == rates[999] == pytest.approx(1.5e-3)
-    from_the_start = dataclasses.replace(plan, average_from=0.0)
-    assert from_the_start.learning_rate_at(100) < from_the_start.learning_rate_at(999) == pytest.approx(3e-3)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_result_is_the_mean_of_the_weights_after_the_last_steps_also_after_a_stop(tmp_path, monkeypatch, optimizer):
-    """A mean that forgot what it held before a stop, or held the steps before its share, is another model."""
-    plan = dataclasses.replace(PLAN, average_from=0.5, optimizer=optimizer, dropout=0.1)
-    after_each_step: list[dict] = []
-    real = training.training_step
-
-    def note(model, *others) -> float:
-        loss = real(model, *others)
-        after_each_step.append({name: weight.clone() for name, weight in model.state_dict().items()})
-        return loss
-
-    monkeypatch.setattr(training, "training_step", note)
-    whole, history = run(tmp_path / "whole", plan)
-    last = after_each_step[-plan.steps // 2 :]
-    for name, found in whole.state_dict().items():
-        torch.testing.assert_close(found, torch.stack([state[name] for state in last]).mean(dim=0))
-    assert history[-1]["validation_loss"] == pytest.approx(
-        training.negative_log_likelihood(whole, VALIDATION, CONFIG.max_position_embeddings).mean().item(), abs=1e-4
-    )
-    a_save_after_every_step(monkeypatch)
-
-    def stop_late(*arguments) -> float:
-        if len(after_each_step) == plan.steps + plan.steps - 2:
-            raise Interrupted
-        return note(*arguments)
-
-    monkeypatch.setattr(training, "training_step", stop_late)
-    with pytest.raises(Interrupted):
-        run(tmp_path / "parts", plan)
-    monkeypatch.setattr(training, "training_step", real)
-    resumed, _ = run(tmp_path / "parts", plan)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
-
-
-def test_muon_has_the_matrices_of_the_layers_and_nothing_else():
-    """It is made for matrices between hidden states; an embedding's rows are no such thing."""
-    model = NeoXModel(CONFIG)
-    adamw, muon = make_optimizers(model, dataclasses.replace(PLAN, optimizer="muon"))
-    held = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
-    kinds = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-    assert len(names) == 4 * CONFIG.num_hidden_layers
-    assert all(any(f"{kind}.weight" in name for kind in kinds) for name in names)
-    assert sum(len(group["params"]) for group in adamw.param_groups) + len(held) == len(list(model.parameters()))
-
-
 def test_products_in_bfloat16_leave_the_weights_in_fp32():
     """Small updates vanish in a weight of 8 bits."""
     model = NeoXModel(CONFIG)
     initialize(model, 0)
     seen = []
     model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-    training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2, torch.bfloat16)
+    training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2, torch.bfloat16)
     assert seen[0] == torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_the_mean_of_models_is_taken_weight_by_weight_and_only_of_one_shape():
-    """Two runs from one start, averaged, are better than each."""
-    first, second = NeoXModel(CONFIG), NeoXModel(CONFIG)
-    initialize(first, 1)
-    initialize(second, 2)
-    expected = (first.final_linear.weight + second.final_linear.weight).detach() / 2
-    torch.testing.assert_close(training.mean_of([first, second]).final_linear.weight.detach(), expected)
-    other = NeoXModel(dataclasses.replace(CONFIG, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="model 2 has another shape than the first"):
-        training.mean_of([first, other])
-
-
-def test_a_story_told_again_has_other_names_and_the_same_people():
-    """Two children who become one, or one who becomes two, make a story that makes no sense."""
-    stories = ['Lily met Tom. "Tom\'s kite!" said Lily. Sue ran.', "Tomorrow Max sang.", "A bear slept."] * 20
-    retold = with_other_names(stories, seed=3)
-    assert sorted(retold) != sorted(stories)
-    assert retold == with_other_names(stories, seed=3) != with_other_names(stories, seed=4)
-    assert retold.count("A bear slept.") == 20
-    assert all(re.fullmatch(r"Tomorrow [A-Z]\w+ sang\.", story) for story in retold if "sang" in story)
-    long = [re.findall(r"[A-Z]\w+", story) for story in retold if "kite" in story]
-    assert all(a == d and b == c and len({a, b, e}) == 3 for a, b, c, d, e in long)
-    girls, boys = ({names[place] for names in long} for place in (0, 1))
-    assert girls <= set(GIRLS.split())
-    assert boys <= set(BOYS.split())
-    assert len(girls) > 1
 
 
 def test_window_lengths_take_turns_from_their_share_of_the_run_on():
@@ -430,7 +342,7 @@ def test_scoring_before_training_does_not_break_it():
     initialize(model, 0)
     with torch.inference_mode():
         model(STORIES[None, :9])
-    loss = training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+    loss = training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
     assert loss == pytest.approx(3.47, abs=0.3)
 
 
@@ -445,7 +357,7 @@ def test_a_step_in_parts_is_a_step_in_one():
     loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    found = training_step(model, [optimizer], windows, 1.0)
+    found = training_step(model, optimizer, windows, 1.0)
     assert found == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         expected = before[name] - gradients[name] * min(1.0, 1.0 / norm.item())  # clipped to length 1
@@ -459,7 +371,7 @@ def test_gradients_that_are_no_numbers_leave_the_weights_alone():
     model.norm.bias.data[3] = float("inf")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="the gradients are NaN or infinite, at a loss of nan"):
-        training_step(model, make_optimizers(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
+        training_step(model, make_optimizer(model, PLAN), sample_batch(STORIES, MIX, PLAN, 0), 1e-2)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -480,7 +392,7 @@ def test_initial_deviations_are_20bs():
 
 def test_weight_decay_leaves_biases_and_norms_alone():
     """Pulling a norm's weight towards zero silences its layer."""
-    groups = make_optimizers(NeoXModel(CONFIG), PLAN)[0].param_groups
+    groups = make_optimizer(NeoXModel(CONFIG), PLAN).param_groups
     decays = {group["weight_decay"]: {parameter.dim() for parameter in group["params"]} for group in groups}
     assert decays == {0.1: {2}, 0.0: {1}}
     assert sum(len(group["params"]) for group in groups) == len(list(NeoXModel(CONFIG).parameters()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neox_lib.bench.candidates import Generate
+from neox_lib.checkpoints.build import WithoutInitialValues
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
 from neox_lib.checkpoints.files import WEIGHT_DTYPES
 from neox_lib.checkpoints.gguf.writer import write_gguf
@@ -67,27 +68,30 @@ def llama_generate(model: NeoXModel, dtype: str) -> Generate:
 
 
 def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:
-    """A Hugging Face GPTNeoXForCausalLM with the same weights, all in `dtype`; in fp32 it shares their memory.
-
-    Raises ImportError without transformers.
+    """A Hugging Face GPTNeoXForCausalLM with the same weights on their device, all in `dtype`; what is in it already
+    shares its memory. Raises ImportError without transformers.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     fields: dict[str, Any] = huggingface_fields(model.config, dtype) | {"attn_implementation": "sdpa"}
-    twin = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
+    with torch.device("meta"), WithoutInitialValues():  # 20B's initial values would need 82 GB of the host
+        twin = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
     names, ours = names_by_key(model.config), model.state_dict()
     state = {key: ours[names.get(key, "final_linear.weight")].to(dtype) for key in twin.state_dict()}
     twin.load_state_dict(state, assign=True)
+    twin.gpt_neox.rotary_emb = type(twin.gpt_neox.rotary_emb)(twin.config).to(model.norm.weight.device)
     twin.generation_config.eos_token_id = None  # both sides write every token asked for
     twin.generation_config.pad_token_id = 0
     return twin.requires_grad_(False).eval()
 
 
-def hugging_face_generate(model: Any) -> Generate:
+def hugging_face_generate(model: Any, **options) -> Generate:
+    """Their generation, greedy; `options` such as a cache's implementation go to `generate`."""
+
     @torch.inference_mode()
     def generate(ids: Tensor, new_tokens: int) -> list[int]:
-        more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True}
+        more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True} | options
         return model.generate(ids, max_new_tokens=new_tokens, **more)[0, ids.shape[1] :].tolist()
 
     return generate

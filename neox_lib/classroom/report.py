@@ -15,7 +15,7 @@ from neox_lib.classroom.handed_in import Student, read_class
 from neox_lib.classroom.kernel import Limits
 from neox_lib.classroom.run_checks import Work, judge, plan
 from neox_lib.course.learner_copy import NOTEBOOKS
-from neox_lib.course.predictions import QUESTIONS, letter, questions
+from neox_lib.course.predictions import QUESTIONS, questions
 
 COLUMNS = (
     "student",
@@ -129,7 +129,7 @@ def predictions_of(student: Student, stem: str) -> tuple[int, int] | None:
     if chosen is None or not (QUESTIONS / f"{stem}.toml").is_file():
         return None
     answered = [each for each in questions(stem).values() if each.key in chosen]
-    return sum(chosen[each.key] == letter(each.answer) for each in answered), len(answered)
+    return sum(chosen[each.key] == each.right_key for each in answered), len(answered)
 
 
 def alike(answers: dict[str, dict[str, str]], references: dict[str, str]) -> dict[str, list[str]]:

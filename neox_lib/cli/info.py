@@ -17,6 +17,7 @@ def add(commands) -> None:
     add_revision(parser)
     parser.add_argument("--preset", metavar="NAME", help="a shape instead of files: neox_20b, tiny, or 14m to 12b")
     parser.add_argument("--tokens", type=int, help="text that the cache holds (default: the whole context)")
+    parser.add_argument("--gpu", type=float, metavar="GB", help="what a GPU with that many 10^9 bytes free would hold")
     parser.set_defaults(run=run)
 
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.decoding.step import why_modules
     from neox_lib.hub import look_up
     from neox_lib.memory import available_memory
-    from neox_lib.precision import format_needs
+    from neox_lib.precision import format_card, format_needs
 
     if arguments.preset is not None and arguments.model is not None:
         raise ValueError("give a checkpoint or --preset, not both")
@@ -51,7 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     reason = why_modules(config)
     print(f"{'decoding on a CPU':26} {'compiled loops' if reason is None else f'the modules ({reason})'}")
     print()
-    print(format_needs(config, tokens, available_memory(), memory_bandwidth(128, repeats=3)))
+    if arguments.gpu is not None:
+        print(f"a GPU with {arguments.gpu:g} GB free ({format_bytes(arguments.gpu * 1e9)}):")
+        print(format_card(config, int(arguments.gpu * 1e9)))
+    else:
+        print(format_needs(config, tokens, available_memory(), memory_bandwidth(128, repeats=3)))
     if files:
         print()
     width = max([24, *(len(row.part) for row in files)])

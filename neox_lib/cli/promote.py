@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 def add(commands) -> None:
     description = (
-        "Write the pieces that the notebooks build into the library. A piece that can't be imported is rolled back. "
+        "Write the pieces that the notebooks build into the library. A piece that can't be imported is rolled back; "
+        "one that fails its exercise's check is kept, and the exit status is 1. "
         "`git diff neox_lib` shows what changed, `git checkout neox_lib` undoes it."
     )
     parser = commands.add_parser("promote", help="move the notebooks' pieces into the library", description=description)
@@ -35,6 +36,7 @@ def left_out(older: "list[Promoted]") -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     from neox_lib.course import promote
+    from neox_lib.course.after_promotion import failures_in_a_fresh_process
 
     folder = arguments.folder or promote.NOTEBOOKS
     if not folder.is_dir():
@@ -61,4 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "neox_lib restores the library."
             )
         print("Restart the kernels of other notebooks: they still hold the old pieces.")
+        if failing := failures_in_a_fresh_process(changed):
+            print(f"{failing}\nThe library holds your text all the same; git checkout neox_lib takes it back.")
+            return 1
     return 0

@@ -20,24 +20,9 @@ def add(commands) -> None:
     parser.add_argument("--stories", nargs="+", required=True, type=Path, metavar="FILE", help="the main text")
     parser.add_argument("--mix", nargs="*", default=[], type=Path, metavar="FILE", help="text for variety")
     parser.add_argument("--validation", required=True, type=Path, metavar="FILE", help="held-out stories")
-    parser.add_argument(
-        "--tokens",
-        dest="total_tokens",
-        type=int,
-        metavar="N",
-        help="how many to train on; 0 writes the model, or the mean, of --start-from",
-    )
+    parser.add_argument("--tokens", dest="total_tokens", type=int, metavar="N", help="how many tokens to train on")
     parser.add_argument("--mix-share", type=float, help="which share of the windows comes from --mix")
-    parser.add_argument(
-        "--start-from",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="a model to begin with, or several of one shape and tokenizer: then with the mean of their weights",
-    )
-    parser.add_argument(
-        "--retellings", type=int, default=0, metavar="N", help="read the stories N times more, with other names"
-    )
+    parser.add_argument("--start-from", metavar="MODEL", help="begin with the weights and tokenizer of this model")
     parser.add_argument(
         "--windows",
         nargs="+",
@@ -46,15 +31,8 @@ def add(commands) -> None:
         help="window lengths that take turns from a share of the steps on, such as 0:256,256,2048 0.9:2048",
     )
     parser.add_argument("--batch-tokens", type=int, metavar="N", help="how many tokens go into one step")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="of the layers' matrices (default: adamw)")
     parser.add_argument("--learning-rate", type=float, help="the highest learning rate")
     parser.add_argument("--warmup-steps", type=int, metavar="N", help="after how many steps it is reached")
-    parser.add_argument(
-        "--average-from",
-        type=float,
-        metavar="SHARE",
-        help="from this share of the steps on, keep the learning rate and average the weights",
-    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: float32)")
     parser.add_argument("--weight-decay", type=float, help="how hard the matrices are pulled towards zero")
     parser.add_argument("--dropout", type=float, help="share of each branch's output that is dropped while training")
@@ -63,10 +41,10 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def give_tokenizer(folder: Path, stories: list[Path], start_from: list[str]) -> None:
+def give_tokenizer(folder: Path, stories: list[Path], start_from: str | None) -> None:
     """Put a tokenizer into a run's folder, if it has none: the one its first weights know, else one learned anew.
 
-    Raises ValueError, before that, for a model to start from that knows another one than the run.
+    Raises ValueError for a model to start from that knows another one than the run.
     """
     from neox_lib.checkpoints.atomic import write_atomically
     from neox_lib.checkpoints.tokenizer_files import copy_as_json, find_tokenizer
@@ -77,17 +55,14 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: list[str]) -> 
     from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
     own = folder / "tokenizer.json"
-    files = ([own] if own.exists() else []) + [find_tokenizer(local_tokenizer(each)) for each in start_from]
-    for file in files[1:]:
-        if create_tokenizer(file).get_vocab() != create_tokenizer(files[0]).get_vocab():
-            raise ValueError(
-                f"{file} and {files[0]} differ; a run and all models that it starts from need one tokenizer"
-            )
+    first = find_tokenizer(local_tokenizer(start_from)) if start_from else None
     if own.exists():
+        if first and create_tokenizer(first).get_vocab() != create_tokenizer(own).get_vocab():
+            raise ValueError(f"{own} and {first} differ; a run and the model that it starts from need one tokenizer")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if files:
-        write_atomically(own, lambda temporary: copy_as_json(files[0], temporary))
+    if first:
+        write_atomically(own, lambda temporary: copy_as_json(first, temporary))
         return
     print("training the tokenizer")
     texts = [story for path in stories for story in stories_of(path.read_text("utf-8"))]
@@ -116,24 +91,22 @@ def run(arguments: argparse.Namespace) -> None:
     options = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(training.TrainingPlan)}
     given = {name: value for name, value in options.items() if value is not None}
     plan = training.TrainingPlan(**given)
-    if arguments.retellings < 0:
-        raise ValueError(f"retellings is {arguments.retellings}; expected 0 or more")
     give_tokenizer(folder, arguments.stories, arguments.start_from)
     tokenizer = create_tokenizer(folder)
-    stories = training.read_streams(tokenizer, arguments.stories, arguments.retellings)
-    mix, validation = (training.read_streams(tokenizer, paths) for paths in (arguments.mix, [arguments.validation]))
+    stories, mix, validation = (
+        training.read_streams(tokenizer, paths) for paths in (arguments.stories, arguments.mix, [arguments.validation])
+    )
     print(f"{len(stories):,} tokens of stories, {len(mix):,} to mix in, {len(validation):,} held out")
     end = tokenizer.token_to_id(ENDOFTEXT)  # which stands between the stories of a stream
     config = dataclasses.replace(tiny(), tokenizer_vocab_size=count_ids(tokenizer), eos_token_ids=(end,))
     start = None
     if arguments.start_from:
-        start = training.mean_of([create_model(each, dtype=torch.float32) for each in arguments.start_from])
+        start = create_model(arguments.start_from, dtype=torch.float32)
         config = start.config
     check_ranks(config, arguments.ranks)
     sample = training.spread_sample(validation, 16, config.max_position_embeddings)
     model, history = training.train(config, plan, stories, mix, sample, folder, start)
-    if history:
-        plots.loss_curves(history).savefig(folder / "curves.png")
+    plots.loss_curves(history).savefig(folder / "curves.png")
     shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
     write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
     shutil.copy(folder / "tokenizer.json", finished)

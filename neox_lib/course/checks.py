@@ -12,6 +12,8 @@ import torch
 from neox_lib.course.progress import EXERCISES, record
 from neox_lib.course.series import progress as progress  # re-exported for notebooks
 
+PROMPT = "Once upon a time"
+
 
 class PropertyFailed(Exception):
     """A property does not hold; the message says which, on which input, what was expected and what was found."""
@@ -32,6 +34,16 @@ def require(holds: bool, failure: str) -> None:
     """Raise PropertyFailed with `failure` unless the property holds."""
     if not holds:
         raise PropertyFailed(failure)
+
+
+@contextlib.contextmanager
+def given(what: str) -> Iterator[None]:
+    """Within this context, what the learner's code raises is reported with `what`, the call and its input."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
 
 
 def require_equal(found, expected, what: str, tolerance: float = 0.0, why: str = "") -> None:
@@ -73,13 +85,11 @@ def require_count(found, expected: int, what: str, reasons: Mapping[int, str]) -
 
 
 def left_out_or_twice(parts: Mapping[str, int]) -> dict[int, str]:
-    """Reasons for `require_count`: each part (its name -> its size) left out, or counted twice. The first of a size
-    wins.
-    """
-    reasons = {}
+    """Reasons for `require_count`: each part (its name -> its size) left out, or counted twice; all parts of a size."""
+    reasons: dict[int, str] = {}
     for name, size in parts.items():
-        reasons.setdefault(-size, f"{name} left out")
-        reasons.setdefault(size, f"{name} counted twice")
+        for off, what in ((-size, f"{name} left out"), (size, f"{name} counted twice")):
+            reasons[off] = f"{reasons[off]}, or {what}" if off in reasons else what
     return reasons
 
 
@@ -95,9 +105,10 @@ def describe(value) -> str:
 def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
     """Make a check from a function that raises PropertyFailed, or returns a closing remark (a story, perhaps) or None.
 
-    The check never raises: it tells a stub (NotImplementedError) from a wrong try, names the property that failed, and
-    reports any other error in the learner's code with its line. The outcome is stored under `key`, but only for a
-    learner's piece, whose name starts with `my`: the library's own pieces and bug exhibits are nobody's progress.
+    The check never raises: it tells a stub (NotImplementedError without arguments, which torch's own have) from a wrong
+    try, names the property that failed, and reports any other error in the learner's code with its line and its input.
+    The outcome is stored under `key`, but only for a learner's piece, whose name starts with `my`: the library's own
+    pieces and bug exhibits are nobody's progress.
     """
 
     def decorate(check: Callable[..., str | None]) -> Callable[..., Result]:
@@ -107,13 +118,15 @@ def exercise(key: str) -> Callable[[Callable], Callable[..., Result]]:
         def run(yours, *more) -> Result:
             try:
                 remark = check(yours, *more)
-            except NotImplementedError:
-                return Result(False, f"Not written yet: {getattr(yours, '__name__', 'your piece')} is still a stub.")
             except PropertyFailed as failure:
                 outcome, message = str(failure), f"Not yet. {failure}"
             except Exception as error:  # whatever the learner's code raises, the notebook continues
-                outcome = f"{type(error).__name__}: {error}"
-                message = f"Not yet. Your code raised {outcome}{place_of_error(error)}"
+                if isinstance(error, NotImplementedError) and not error.args:
+                    name = getattr(yours, "__name__", "your piece")
+                    return Result(False, f"Not written yet: {name} is still a stub.")
+                outcome, call = f"{type(error).__name__}: {error}", getattr(error, "__notes__", [])[:1]
+                where = f"{call[0]}: your code" if call else "Your code"
+                message = f"Not yet. {where} raised {outcome}{place_of_error(error)}"
             else:
                 keep(key, yours, "passed")
                 return Result(True, "Passed." + (f"\n\n{remark}" if remark else ""))
@@ -155,7 +168,7 @@ def in_place_of(original: object, yours: object) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def story(prompt: str = "Once upon a time, a fox", tokens: int = 40) -> str:
+def story(prompt: str = PROMPT, tokens: int = 40) -> str:
     """The shipped model's greedy continuation, on the CPU in fp32, with whatever pieces the library holds."""
     from neox_lib.generation import greedy_generate_text, prompt_ids
     from neox_lib.loading import create_model, create_tokenizer
@@ -173,12 +186,12 @@ def require_same_story(written: str, expected: str, how: str) -> None:
     require(written == expected, told)
 
 
-def story_with(original: object, yours: object, what: str) -> str:
+def story_with(original: object, yours: object, what: str, prompt: str = PROMPT) -> str:
     """The closing remark for a piece: the story that the shipped model writes with the learner's version in place of
     the library's. Raises PropertyFailed if it differs from the story with the library's.
     """
-    expected = story()
+    expected = story(prompt)
     with in_place_of(original, yours):
-        written = story()
+        written = story(prompt)
     require_same_story(written, expected, f"with your {what}")
     return f"The shipped model wrote this with your {what} in place of the library's:\n{written}"

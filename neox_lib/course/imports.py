@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from neox_lib.course.moved import current_origin
 
+HERE = "a definition of its own"  # the origin of what a notebook itself defines and does not promote
+
 
 def free_names(source: str) -> set[str]:
     """The free names of a text: global names that it neither defines at top level nor finds in builtins."""
@@ -84,7 +86,7 @@ def differing_names(
         for name, bound in bound_names(plain_python(cell)).items():
             origin = current_origin(bound)
             if origin == "here":
-                origin = f"neox_lib.{promoted[name]}.{name}" if name in promoted else "a definition of its own"
+                origin = f"neox_lib.{promoted[name]}.{name}" if name in promoted else HERE
             if name not in promoted or origin.startswith("neox_lib."):
                 notebook[name] = origin
     names = set().union(*(free_names(text) for text in used))

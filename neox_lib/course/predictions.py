@@ -1,5 +1,6 @@
 """Questions before a surprising result: the learner predicts, then reads why each option is right or wrong."""
 
+import hashlib
 import html
 import re
 import tomllib
@@ -10,13 +11,18 @@ from pathlib import Path
 from neox_lib.course.progress import read_progress, record
 
 QUESTIONS = Path(__file__).parent / "questions"
+SEED = (
+    1220  # of the order in which options are shown; tests/test_predictions.py holds the letters of right ones balanced
+)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A multiple-choice question. `options` holds (text, explanation) pairs; `answer` is the right one's number from 0.
+    """A multiple-choice question. `options` holds (text, explanation) pairs in the order in which they are shown;
+    `answer` is the right one's number from 0.
 
-    As a cell's last expression it shows buttons where a kernel runs; its text form, one fold per option, can be read
+    What is recorded of a choice is the option's key, from `keys`, which does not depend on the order shown. As a cell's
+    last expression a question shows buttons where a kernel runs; its text form, one fold per option, can be read
     anywhere.
     """
 
@@ -24,10 +30,15 @@ class Prediction:
     question: str
     options: tuple[tuple[str, str], ...]
     answer: int
+    keys: tuple[str, ...]
+
+    @property
+    def right_key(self) -> str:
+        return self.keys[self.answer]
 
     def choose(self, number: int) -> str:
         """Record a choice and return the answer to it, as HTML."""
-        record("predictions", self.key, letter(number))
+        record("predictions", self.key, self.keys[number])
         right = "<b>Right.</b>" if number == self.answer else "<b>Not so.</b>"
         return f"<p>{right} {self.options[number][1]}</p>" + self.folded(without=number)
 
@@ -55,9 +66,9 @@ class Prediction:
         radio = ipywidgets.RadioButtons(options=choices, index=None, layout={"width": "max-content"})
         shown = ipywidgets.HTML()
         radio.observe(lambda change: setattr(shown, "value", self.choose(change["new"])), "value")
-        letters, earlier = [letter(number) for _, number in choices], read_progress()["predictions"].get(self.key)
-        if earlier in letters:
-            radio.value = letters.index(earlier)
+        earlier = read_progress()["predictions"].get(self.key)
+        if earlier in self.keys:
+            radio.value = self.keys.index(earlier)
         return ipywidgets.VBox([ipywidgets.HTML(f"<p><b>Predict.</b> {self.question}</p>"), radio, shown])
 
 
@@ -74,10 +85,16 @@ def letter(number: int) -> str:
     return chr(ord("A") + number)
 
 
+def shuffled(key: str, options: int) -> list[int]:
+    """The numbers of a question's options in the order in which they are shown: always the same for the same key."""
+    return sorted(range(options), key=lambda number: hashlib.sha256(f"{SEED} {key} {number}".encode()).digest())
+
+
 @cache
 def questions(chapter: str) -> dict[str, Prediction]:
-    """The questions of a notebook, by name. Raises ValueError if one has no right answer, or an option without a
-    `why`.
+    """The questions of a notebook, by name, with their options shuffled. An option's key is the letter of its place in
+    the file: new ones go to the end, so that an answer recorded earlier keeps its meaning. Raises ValueError if a
+    question has no right option.
     """
     data = tomllib.loads((QUESTIONS / f"{chapter}.toml").read_text("utf-8"))
     found = {}
@@ -88,7 +105,10 @@ def questions(chapter: str) -> dict[str, Prediction]:
             raise ValueError(
                 f"questions/{chapter}.toml: {name} needs at least two options and exactly one that is right"
             )
-        found[name] = Prediction(f"{chapter}.{name}", entry["question"], options, right[0])
+        key = f"{chapter}.{name}"
+        order = shuffled(key, len(options))
+        shown, keys = tuple(options[number] for number in order), tuple(map(letter, order))
+        found[name] = Prediction(key, entry["question"], shown, order.index(right[0]), keys)
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 from neox_lib.checkpoints.atomic import write_bytes_atomically
-from neox_lib.course.imports import differing_names
+from neox_lib.course.imports import HERE, differing_names, free_names
 from neox_lib.course.learner_copy import NOTEBOOKS, stale_copies
 from neox_lib.course.moved import current, is_older_text, successor
 
@@ -48,11 +48,7 @@ class Promoted:
     definition: Definition
     module: str
     notebook: Path
-    cell: int  # index in the notebook
-
-    @property
-    def where(self) -> str:
-        return f"{self.notebook.name}, cell {self.cell + 1}"
+    where: str  # the notebook's name and the cell's, as `place` gives them
 
 
 def definition_name(node: ast.stmt) -> str | None:
@@ -95,8 +91,25 @@ def cell_definitions(source: str, where: str) -> list[Definition]:
     return found
 
 
+def place(path: Path, cell: nbformat.NotebookNode) -> str:
+    """Where a cell is, as JupyterLab shows it: the number in brackets on its left, and its first line.
+
+    >>> place(Path("04_mine.ipynb"), nbformat.v4.new_code_cell("class MLP:", execution_count=9))
+    '04_mine.ipynb, cell [9] "class MLP:"'
+    """
+    number, first_line = cell.get("execution_count") or " ", next(iter(cell.source.strip().splitlines()), "")
+    return f'{path.name}, cell [{number}] "{first_line}"'
+
+
 def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
     """Notebook, cell index, module as the cell names it, and text of every promoted cell, in the series' order."""
+    return ((path, index, cell.metadata.module, cell.source) for path, index, cell in tagged_cells(folder))
+
+
+def tagged_cells(folder: Path) -> Iterator[tuple[Path, int, nbformat.NotebookNode]]:
+    """Notebook, cell index and cell of every promoted cell, in the series' order. Raises PromotionError for one that
+    names no module.
+    """
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         if ".new" in path.name:
             continue  # a newer original beside the learner's copy
@@ -106,11 +119,9 @@ def promoted_cells(folder: Path) -> Iterator[tuple[Path, int, str, str]]:
             raise PromotionError(f"{path}: not a readable notebook: {error}") from None
         for index, cell in enumerate(cells):
             if "promote" in cell.metadata.get("tags", []):
-                where = f"{path.name}, cell {index + 1}"
-                module = cell.metadata.get("module")
-                if module is None:
-                    raise PromotionError(f"{where}: tagged promote, but its metadata names no module")
-                yield path, index, module, cell.source
+                if "module" not in cell.metadata:
+                    raise PromotionError(f"{place(path, cell)}: tagged promote, but its metadata names no module")
+                yield path, index, cell
 
 
 def collect(folder: Path) -> list[Promoted]:
@@ -120,12 +131,13 @@ def collect(folder: Path) -> list[Promoted]:
     that is promoted twice.
     """
     found: dict[tuple[str, str], Promoted] = {}
-    for path, index, cell_module, source in promoted_cells(folder):
-        for definition in cell_definitions(source, f"{path.name}, cell {index + 1}"):
-            module = home(cell_module, definition.name)
+    for path, _, cell in tagged_cells(folder):
+        where = place(path, cell)
+        for definition in cell_definitions(cell.source, where):
+            module = home(cell.metadata.module, definition.name)
             if not module_path(module).is_file():
-                raise PromotionError(f"{path.name}, cell {index + 1}: there is no module {module} in neox_lib")
-            promoted = Promoted(definition, module, path, index)
+                raise PromotionError(f"{where}: there is no module {module} in neox_lib")
+            promoted = Promoted(definition, module, path, where)
             earlier = found.setdefault((module, definition.name), promoted)
             if earlier is not promoted:
                 raise PromotionError(f"{module}.{definition.name} is promoted twice: {earlier.where}; {promoted.where}")
@@ -226,14 +238,43 @@ def foreign_names(ours: list[Promoted], promoted: list[Promoted], source: str) -
     for notebook in dict.fromkeys(each.notebook for each in ours):
         texts = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
         here = {each.definition.name: each.module for each in promoted if each.notebook == notebook}
-        used = [each.definition.text for each in ours if each.notebook == notebook]
-        for name, (library_has, notebook_has) in differing_names(ours[0].module, source, texts, here, used).items():
+        pieces = [each for each in ours if each.notebook == notebook]
+        used = [each.definition.text for each in pieces]
+        for name, origins in differing_names(ours[0].module, source, texts, here, used).items():
+            user = next(each for each in pieces if name in free_names(each.definition.text))
             found.append(
-                gone((notebook_has or "").removeprefix("neox_lib."), notebook.name)
-                or f"{notebook.name}: {name} is {notebook_has or 'nothing'} there and {library_has or 'nothing'} in "
-                f"{file_name(ours[0].module)}; import it the same way in both, or inside the definition"
+                gone((origins[1] or "").removeprefix("neox_lib."), notebook.name) or two_meanings(name, user, *origins)
             )
     return found
+
+
+def two_meanings(name: str, user: Promoted, in_library: str | None, in_notebook: str | None) -> str:
+    """What to do about a name that a promoted definition uses and that the library's module has not, or has from
+    elsewhere.
+    """
+    piece, file = user.definition.name, file_name(user.module)
+    if in_notebook is None:
+        return (
+            f"{user.where}: `{piece}` uses `{name}`, which nothing in {user.notebook.name} defines. If you renamed it, "
+            f"give it its old name back: the library's is `{name}`"
+        )
+    if in_library is None and in_notebook == HERE:
+        return (
+            f"{user.where}: `{piece}` uses `{name}`, which is defined in the notebook but not in {file}. Put the "
+            f"definition of `{name}` into the same promoted cell, above `{piece}`"
+        )
+    module, _, last = in_notebook.rpartition(".")
+    line = f"from {module} import {last}" if module else f"import {last}"
+    line += "" if name == last else f" as {name}"
+    if in_library is None:
+        return (
+            f"{user.where}: `{piece}` uses `{name}`, but `{name}` is not imported in {file}. Write `{line}` inside "
+            f"the function that uses it"
+        )
+    return (
+        f"{user.where}: `{piece}` uses `{name}`, which is {in_notebook} in the notebook and {in_library} in {file}. "
+        "Import the same in both, or import it inside the function that uses it"
+    )
 
 
 def gone(name: str, where: str) -> str | None:
@@ -317,10 +358,10 @@ def pull(folder: Path = NOTEBOOKS) -> list[str]:
     changed = []
     for path in dict.fromkeys(path for path, *_ in promoted_cells(folder)):
         notebook = nbformat.read(path, as_version=4)
-        for index, cell in enumerate(notebook.cells):
+        for cell in notebook.cells:
             if "promote" not in cell.metadata.get("tags", []):
                 continue
-            where = f"{path.name}, cell {index + 1}"
+            where = place(path, cell)
             places = {each.name: each for each in definitions(module_source(cell.metadata.module))}
             wanted = cell_definitions(cell.source, where)
             for each in wanted:

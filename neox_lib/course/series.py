@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox_lib.course.learner_copy import NOTEBOOKS
-from neox_lib.course.predictions import QUESTIONS, letter, questions
+from neox_lib.course.predictions import QUESTIONS, questions
 from neox_lib.course.progress import EXERCISES, read_progress
 from neox_lib.course.promote import cell_definitions, definitions, home, module_path
 
@@ -110,7 +110,7 @@ def right(notebook: str) -> tuple[int, int]:
     if not (QUESTIONS / f"{notebook}.toml").is_file():
         return 0, 0
     asked, chosen = questions(notebook).values(), read_progress()["predictions"]
-    return sum(chosen.get(each.key) == letter(each.answer) for each in asked), len(asked)
+    return sum(chosen.get(each.key) == each.right_key for each in asked), len(asked)
 
 
 def held(notebook: str) -> tuple[int, int]:

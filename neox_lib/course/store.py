@@ -6,7 +6,7 @@ No timings, and no live widgets: those need the kernel that made them. What a wi
 from pathlib import Path
 
 import nbformat
-from nbconvert.preprocessors import ExecutePreprocessor
+from nbclient import NotebookClient
 
 from neox_lib.checkpoints.atomic import write_bytes_atomically
 from neox_lib.course.slides import mark_new_cells
@@ -29,14 +29,16 @@ def run_and_store(path: Path, timeout: int = 120) -> None:
     An error in a cell raises nbclient's CellExecutionError and leaves the file as it was.
     """
     notebook = nbformat.read(path, as_version=4)
-    runner = ExecutePreprocessor(
+    runner = NotebookClient(
+        notebook,
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,  # a streamed story is one output, not one per token
+        resources={"metadata": {"path": str(path.parent)}},
     )
-    runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    runner.execute()
     without_live_widgets(notebook)
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata.language_info = {"name": "python"}

@@ -29,7 +29,7 @@ from neox_lib.rotary import RotaryTable
 logger = logging.getLogger(__name__)
 
 # By bytes per weight, up to how many rows the loops are faster than the modules, which multiply blocks in fp32.
-MOST_ROWS = {1: 48, 2: 4, 4: 4}
+MOST_ROWS = {1: 64, 2: 4, 4: 4}
 CHUNK_BYTES = 2**16  # of weights, in a thread's hands at a time: some microseconds, far more than it costs to take them
 # A weight's dtype as the loops see it: on a CPU Numba has no 16-bit floating point, only its bits.
 SEEN_AS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}

@@ -15,7 +15,7 @@ from neox_lib.tokenizer import encode_text
 SETTLED = 64  # tokens per block: while text streams, only the last, incomplete block is sent again
 SHOWN_OF_PROMPT = 600  # a prompt's tokens drawn as spans; all are counted
 READY_PROMPTS = {
-    "a fox": "Once upon a time, a fox",
+    "a brave mouse": "Once upon a time, there was a brave little mouse",
     "two friends": "Tom and his sister went to the beach.",
     "a lost key": "The old man had a secret box. He could not find the key.",
     "a question": '"Why are you sad?" asked the bear.',

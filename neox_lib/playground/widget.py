@@ -34,7 +34,7 @@ class Playground:
         tokenizer=None,
         *,
         revision="main",
-        prompt: str = "Once upon a time, a fox",
+        prompt: str = "Once upon a time, there was a brave little mouse",
         sampling: Sampling | None = None,
         **settings,
     ):

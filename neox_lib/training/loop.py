@@ -1,5 +1,5 @@
-"""The loop that trained the shipped model: windows of stories, AdamW or Muon, a cosine schedule or an average of the
-weights, and a saved state to resume.
+"""The loop that trained the shipped model: windows of stories, AdamW, a cosine schedule, and a saved state to
+resume.
 """
 
 import dataclasses
@@ -8,15 +8,13 @@ import json
 import math
 import time
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from neox_lib.block import Block
@@ -24,7 +22,6 @@ from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
 from neox_lib.evaluation.likelihood import negative_log_likelihood, stories_of, story_stream
 from neox_lib.model import NeoXModel
-from neox_lib.training.names import with_other_names
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,7 @@ class TrainingPlan:
     Short windows are cheap; without some long ones the model would fail at the end of its context. A corpus that is
     read many times is memorized; `dropout` and a larger `weight_decay` counter that.
 
-    `optimizer` "muon" trains the layers' matrices with Muon (Jordan et al. 2024), the rest with AdamW. `dtype` is what
-    matrix products compute in; the weights stay in fp32. From the share `average_from` of the steps on, the learning
-    rate no longer falls, and the run's result is the mean of the weights after all those steps: as good as a rate that
-    falls to zero where the steps are few, and better where two such results are averaged once more (Izmailov et al.
-    2018, https://arxiv.org/abs/1803.05407; Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+    `dtype` is what matrix products compute in; the weights stay in fp32.
 
     Raises ValueError, naming the setting, for one out of range.
     """
@@ -51,9 +44,7 @@ class TrainingPlan:
     weight_decay: float = 0.1
     dropout: float = 0.0
     warmup_steps: int = 200
-    optimizer: str = "adamw"
     dtype: str = "float32"
-    average_from: float = 1.0
     windows: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (256, 256, 256, 2048)),)
     seed: int = 0
 
@@ -67,16 +58,15 @@ class TrainingPlan:
             raise ValueError(
                 f"batch_tokens is {self.batch_tokens}; expected the longest window's {self.longest_window} at least"
             )
-        if self.total_tokens != 0 and self.total_tokens < self.batch_tokens:
+        if self.total_tokens < self.batch_tokens:
             raise ValueError(
-                f"total_tokens is {self.total_tokens}; expected 0, or the {self.batch_tokens} of one step at least"
+                f"total_tokens is {self.total_tokens}; expected the {self.batch_tokens} of one step at least"
             )
-        for name in ("mix_share", "dropout", "average_from"):
+        for name in ("mix_share", "dropout"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is {share}; expected a share from 0 to 1")
-        for name, known in (("optimizer", ("adamw", "muon")), ("dtype", ("float32", "bfloat16"))):
-            if (chosen := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {chosen!r}; expected {' or '.join(known)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
 
@@ -93,11 +83,10 @@ class TrainingPlan:
         return lengths[step % len(lengths)]
 
     def learning_rate_at(self, step: int) -> float:
-        """A linear warm-up, then half a cosine down to zero, or to where averaging begins."""
+        """A linear warm-up, then half a cosine down to zero."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        falling = max(0, min(step, round(self.average_from * self.steps)) - self.warmup_steps)
-        progress = falling / max(1, self.steps - self.warmup_steps)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -134,22 +123,12 @@ def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) ->
     return torch.stack(rows)
 
 
-def make_optimizers(model: NeoXModel, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
-    """AdamW, without weight decay on biases and norms; if the plan says so, beside Muon for the layers' matrices.
-
-    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025,
-    https://arxiv.org/abs/2502.16982).
-    """
-    rate, decay = plan.learning_rate, plan.weight_decay
-    inner, matrices, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        by_muon = plan.optimizer == "muon" and name.startswith("layers.")
-        (vectors if parameter.dim() != 2 else inner if by_muon else matrices).append(parameter)
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
-    if inner:
-        optimizers += [torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
-    return optimizers
+def make_optimizer(model: NeoXModel, plan: TrainingPlan) -> torch.optim.Optimizer:
+    """AdamW, without weight decay on biases and norms."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def add_dropout(model: NeoXModel, probability: float) -> None:
@@ -170,7 +149,7 @@ def add_dropout(model: NeoXModel, probability: float) -> None:
 
 def training_step(
     model: NeoXModel,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batch: Tensor,
     learning_rate: float,
     dtype: torch.dtype = torch.float32,
@@ -192,11 +171,10 @@ def training_step(
             f"the gradients are NaN or infinite, at a loss of {total:.3g}; the state on the disk is still whole: start "
             "anew in another folder with a lower learning rate"
         )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return total
 
 
@@ -230,8 +208,8 @@ def train(
         model.load_state_dict(start.state_dict())
     if plan.dropout:
         add_dropout(model, plan.dropout)
-    average, optimizers = AveragedModel(model), make_optimizers(model, plan)
-    parts = {"model": model, "average": average} | {f"optimizer{i}": each for i, each in enumerate(optimizers)}
+    optimizer = make_optimizer(model, plan)
+    parts = {"model": model, "optimizer": optimizer}
     identity = {
         "identity": json.dumps([config.stored_fields(), dataclasses.asdict(plan)]),
         "origin": digest(stories, mix, *(start.state_dict().values() if start else ())),
@@ -245,16 +223,14 @@ def train(
             torch.manual_seed(plan.seed * 1_000_003 + step)
             model.train()
             rate, dtype = plan.learning_rate_at(step), getattr(torch, plan.dtype)
-            losses.append(training_step(model, optimizers, batch, rate, dtype))
+            losses.append(training_step(model, optimizer, batch, rate, dtype))
             step += 1
-            if step > plan.average_from * plan.steps:
-                average.update_parameters(model)
             seconds, last = seconds + time.monotonic() - last, time.monotonic()
             bar.update()
             if step % 100 == 0 or step == plan.steps:
-                judged = best_weights(model, average).eval()
+                model.eval()
                 validation_loss = (
-                    negative_log_likelihood(judged, validation, config.max_position_embeddings).mean().item()
+                    negative_log_likelihood(model, validation, config.max_position_embeddings).mean().item()
                 )
                 loss = sum(losses) / len(losses)
                 losses.clear()
@@ -266,15 +242,15 @@ def train(
             if time.monotonic() - saved_at > 300 or step == plan.steps:
                 save(folder, identity, parts, history, step, seconds)
                 saved_at = time.monotonic()
-    return best_weights(model, average).eval(), history
+    return model.eval(), history
 
 
 def check_lengths(config: NeoXConfig, plan: TrainingPlan, stories: Tensor, validation: Tensor) -> None:
     """Raise ValueError, before hours of training, for windows past the context and for texts that are too short."""
     length, context = plan.longest_window, config.max_position_embeddings
-    if plan.steps and length > context:
+    if length > context:
         raise ValueError(f"a window of {length} tokens exceeds the context of {context}; give shorter windows")
-    if plan.steps and len(stories) <= length:
+    if len(stories) <= length:
         raise ValueError(f"{len(stories)} tokens of stories do not fill a window of {length} + 1; add more text")
     if len(validation) < 2:
         raise ValueError("the held-out text is empty; give some stories")
@@ -286,22 +262,6 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def mean_of(models: Sequence[NeoXModel]) -> NeoXModel:
-    """The first of some models, its weights now the mean of all. Raises ValueError if they differ in shape."""
-    first = models[0]
-    for number, model in enumerate(models):
-        if model.config.stored_fields() != first.config.stored_fields():
-            raise ValueError(f"model {number + 1} has another shape than the first; the mean needs models of one shape")
-    states = [model.state_dict() for model in models]
-    first.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
-    return first
-
-
-def best_weights(model: NeoXModel, average: AveragedModel) -> NeoXModel:
-    """The averaged model once averaging has begun, until then the model itself."""
-    return cast(NeoXModel, average.module) if average.n_averaged > 0 else model
 
 
 def save(folder: Path, identity: dict[str, str], parts: dict, history: list[dict], step: int, seconds: float) -> None:
@@ -333,8 +293,6 @@ def restore(path: Path, identity: dict[str, str], parts: dict) -> tuple[list[dic
     return state["history"], state["step"], state["seconds"]
 
 
-def read_streams(tokenizer, paths: Iterable[Path], retellings: int = 0) -> Tensor:
-    """The token stream of some corpus files, `[N]`, and behind it `retellings` of their stories with other names."""
-    stories = [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))]
-    retold = [story for seed in range(retellings) for story in with_other_names(stories, seed)]
-    return story_stream(tokenizer, stories + retold)
+def read_streams(tokenizer, paths: Iterable[Path]) -> Tensor:
+    """The token stream of some corpus files, `[N]`; empty if there are none."""
+    return story_stream(tokenizer, [story for path in paths for story in stories_of(Path(path).read_text("utf-8"))])

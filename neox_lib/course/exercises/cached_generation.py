@@ -1,4 +1,4 @@
-"""The exercises of notebook 06: the greedy loop, the cache, and top-p."""
+"""The exercises of notebook 06: the greedy loop, the cache, the loop with a cache, and top-p."""
 
 import functools
 import itertools
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
-from neox_lib.course.checks import exercise, require, require_equal, story_with
-from neox_lib.generation import prompt_ids
+from neox_lib.course.checks import describe, exercise, given, require, require_equal, story_with
+from neox_lib.generation import prefill, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.sampling import Sampling
+from neox_lib.sampling import renormalize, top_p_mask
 
+PROMPT = "One day, a little rabbit"  # no other notebook's
 BOUND = 1e-3  # fp32 rounding moves these logits by about 1e-5, a wrong cache by whole units
 ONE_LAYER = NeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32)
 TWO_LAYERS = NeoXConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=32)
@@ -25,34 +26,97 @@ def shipped_model() -> NeoXModel:
     return create_model(device="cpu", dtype="float32")
 
 
-def countdown(input_ids: Tensor) -> Tensor:
+def countdown(input_ids: Tensor, last_only: bool = False) -> Tensor:
     """Stands in for a model that puts 4 after 5, 3 after 4, and 9 after 0: ids `[B, T]` -> logits `[B, T, 10]`."""
-    return torch.nn.functional.one_hot((input_ids - 1) % 10, 10).float()
+    logits = torch.nn.functional.one_hot((input_ids - 1) % 10, 10).float()
+    return logits[:, -1:] if last_only else logits
 
 
 @exercise("cached_generation.greedy")
 def greedy(yours: Callable[[NeoXModel, Tensor, int], Tensor]) -> str:
     """`yours(model, input_ids, new_tokens)` -> the prompt and its likeliest continuation, `[1, T + new_tokens]`."""
     prompt = torch.tensor([[7, 2, 5]])
-    found = yours(countdown, prompt, 4)  # type: ignore[arg-type]
     what = "my_greedy(countdown, [[7, 2, 5]], 4), where countdown puts i - 1 after i,"
+    with given(what):
+        found = yours(countdown, prompt, 4)  # type: ignore[arg-type]
+    require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
+    require(found.shape != (1, 4), f"{what} should begin with the prompt, but has only 4 tokens: {found.tolist()}")
     require_equal(found, torch.tensor([[7, 2, 5, 4, 3, 2, 1]]), what)
     require_equal(prompt, torch.tensor([[7, 2, 5]]), "the prompt that my_greedy was given, after the call,")
-    require_equal(yours(countdown, prompt, 0), prompt, "my_greedy(countdown, [[7, 2, 5]], 0)")  # type: ignore[arg-type]
-    prompt = prompt_ids(create_tokenizer(), "Once upon a time, a fox")
-    model, expected = shipped_model(), prompt
-    with torch.inference_mode():
-        for _ in range(12):
-            chosen = model(expected, last_only=True)[:, -1].argmax(dim=-1, keepdim=True)
-            expected = torch.cat([expected, chosen], dim=1)
+    what = "my_greedy(countdown, [[7, 2, 5]], 0)"
+    with given(what):
+        require_equal(yours(countdown, prompt, 0), prompt, what)  # type: ignore[arg-type]
+    prompt = prompt_ids(create_tokenizer(), PROMPT)
+    model, expected = shipped_model(), likeliest(prompt, 12)
+    what = f"my_greedy(model, prompt, 12) with the shipped model and the prompt {PROMPT!r}"
+    with torch.inference_mode(), given(what):
         found = yours(model, prompt, 12)
+    require_equal(list(found.shape), list(expected.shape), f"the shape of {what}")
     same = int((found == expected).long().cumprod(dim=1).sum()) - prompt.shape[1]
     require(
         same == 12,
-        f"my_greedy with the shipped model should add the 12 likeliest tokens, but only the first {same} are right, "
-        "though countdown came out right: does every pass read the whole text so far, prompt included?",
+        f"{what} should add the 12 likeliest tokens, but only the first {same} are right, though countdown came out "
+        "right: does every pass read the whole text so far, prompt included?",
     )
     return "Your loop writes what the library's writes, with countdown and with the shipped model."
+
+
+@torch.inference_mode()
+def likeliest(prompt: Tensor, new_tokens: int) -> Tensor:
+    """The shipped model's greedy text, each token from a pass over all before it: `[1, T]` -> `[1, T + new_tokens]`."""
+    for _ in range(new_tokens):
+        chosen = shipped_model()(prompt, last_only=True)[:, -1].argmax(dim=-1, keepdim=True)
+        prompt = torch.cat([prompt, chosen], dim=1)
+    return prompt
+
+
+class Tally:
+    """Stands in for a model with a cache: what comes next is the last digit of the sum of all tokens so far.
+
+    `passes` records how many tokens each pass was given, and whether with the cache.
+    """
+
+    def __init__(self):
+        self.passes: list[tuple[int, bool]] = []
+        self.held = 0  # the sum of the tokens that went in with the cache
+
+    def __call__(self, input_ids: Tensor, cache=None, last_only: bool = False) -> Tensor:
+        self.passes.append((input_ids.shape[1], cache is not None))
+        sums = input_ids.cumsum(dim=1) + (0 if cache is None else self.held)
+        self.held = int(sums[0, -1]) if cache is not None else self.held
+        logits = torch.nn.functional.one_hot(sums % 10, 10).float()
+        return logits[:, -1:] if last_only else logits
+
+
+@exercise("cached_generation.cached_greedy")
+def cached_greedy(yours: Callable[..., Tensor]) -> str:
+    """`yours(model, input_ids, new_tokens, cache)` -> ids `[1, T + new_tokens]`: prompt once, then token by token."""
+    tally, prompt = Tally(), torch.tensor([[1, 2]])
+    what = "my_cached_greedy(tally, [[1, 2]], 4, cache), where tally puts the last digit of the sum of all tokens next,"
+    with given(what):
+        found = yours(tally, prompt, 4, object())
+    sizes = [size for size, _ in tally.passes]
+    require(bool(sizes), f"{what} should ask the model, but never called it")
+    require(all(cached for _, cached in tally.passes), f"{what} called the model without the cache: model(ids, cache)")
+    require(sizes[0] == 2, f"{what} should read the whole prompt, 2 tokens, in its first pass, but read {sizes[0]}")
+    later = f"{what} should read one token in each later pass, the one just chosen, but its passes read {sizes} tokens"
+    require(set(sizes[1:]) <= {1}, f"{later}: the cache holds the others")
+    require(len(sizes) <= 5, f"{what} should need 4 passes (5 if it reads the last token too), but made {len(sizes)}")
+    require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
+    require(found.shape != (1, 4), f"{what} should begin with the prompt, but has only 4 tokens: {found.tolist()}")
+    require_equal(found, torch.tensor([[1, 2, 3, 6, 2, 4]]), what, why="1 + 2 = 3, 1 + 2 + 3 = 6, then 12, then 14")
+    require_equal(prompt, torch.tensor([[1, 2]]), "the prompt that my_cached_greedy was given, after the call,")
+    what = "my_cached_greedy(tally, [[1, 2]], 0, cache)"
+    with given(what):
+        require_equal(yours(Tally(), prompt, 0, object()), prompt, what)
+    model, tokenizer = shipped_model(), create_tokenizer()
+    prompt = prompt_ids(tokenizer, PROMPT)
+    room = KVCache(model.config, 1, prompt.shape[1] + 40, torch.device("cpu"), torch.float32)
+    what = f"my_cached_greedy(model, prompt, 40, cache) with the shipped model and the prompt {PROMPT!r}"
+    with torch.inference_mode(), given(what):
+        found = yours(model, prompt, 40, room)
+    require_equal(found, likeliest(prompt, 40), what, why="expected is what rereading the whole text gives")
+    return f"The shipped model wrote this with your loop:\n{tokenizer.decode(found[0].tolist())}"
 
 
 def random_splitting(tokens: int, generator: torch.Generator) -> list[int]:
@@ -75,19 +139,25 @@ def numbered(tokens: int, first: int = 0) -> Tensor:
 def cache(yours: type) -> str:
     """`yours(config, batch_size, capacity, device, dtype)` with update, advance and truncate, as KVCache has them."""
     device = torch.device("cpu")
-    require_first_steps(yours(ONE_LAYER, 1, 6, device, torch.float32))
-    require_layers_apart(yours(TWO_LAYERS, 1, 6, device, torch.float32))
-    require_texts_apart(yours(ONE_LAYER, 2, 6, device, torch.float32))
-    require_truncation(yours(ONE_LAYER, 1, 6, device, torch.float32))
-    require_any_splitting(yours)
 
-    class Fitted(yours):  # type: ignore[misc, valid-type]
-        """The learner's cache, with the method that the library's loop calls before it starts."""
+    def new(config: NeoXConfig, batch_size: int):
+        return yours(config, batch_size, 6, device, torch.float32)
 
-        def check_room(self, batch_size: int, tokens: int) -> None:
-            pass
-
-    return story_with(KVCache, Fitted, "MyKVCache")
+    with given("MyKVCache of one layer: update with tokens 0 and 1, advance(2), update with token 2"):
+        require_first_steps(new(ONE_LAYER, 1))
+    with given("MyKVCache of two layers: update of layer 0, then of layer 1, with two tokens"):
+        require_layers_apart(new(TWO_LAYERS, 1))
+    with given("MyKVCache with a batch of two texts: update with two tokens each, then with one"):
+        require_texts_apart(new(ONE_LAYER, 2))
+    with given("MyKVCache of one layer: four tokens, truncate(3), one more token, truncate(0)"):
+        require_truncation(new(ONE_LAYER, 1))
+    with given("MyKVCache in the shipped model, which reads 24 random tokens in random passes"):
+        require_any_splitting(yours)
+    for name in ("check_room", "capacity"):
+        told = f"MyKVCache has no {name}, which the library uses: take it over from the stub"
+        require(hasattr(new(ONE_LAYER, 1), name), told)
+    with given(f"MyKVCache in the library's loop, with the prompt {PROMPT!r}"):
+        return story_with(KVCache, yours, "MyKVCache", PROMPT)
 
 
 def require_first_steps(cache) -> None:
@@ -168,7 +238,7 @@ def require_any_splitting(yours: type, tries: int = 6) -> None:
 
 
 @exercise("cached_generation.top_p")
-def top_p(yours: Callable[[Tensor, float], Tensor]) -> None:
+def top_p(yours: Callable[[Tensor, float], Tensor]) -> str:
     """`yours(probabilities, p)` keeps the fewest tokens that together reach p, renormalised: `[V]` -> `[V]`."""
     four = torch.tensor([0.125, 0.5, 0.25, 0.125])
     cases = [
@@ -178,10 +248,37 @@ def top_p(yours: Callable[[Tensor, float], Tensor]) -> None:
         (1.0, [0.125, 0.5, 0.25, 0.125], "all are needed to reach 1"),
     ]
     for p, expected, reason in cases:
-        found = yours(four.clone(), p)
-        require_equal(found, torch.tensor(expected), f"my_top_p([0.125, 0.5, 0.25, 0.125], {p})", 1e-6, reason)
+        what, given_odds = f"my_top_p([0.125, 0.5, 0.25, 0.125], {p})", four.clone()
+        with given(what):
+            found = yours(given_odds, p)
+        require_equal(found, torch.tensor(expected), what, 1e-6, reason)
+        require_equal(given_odds, four, f"the probabilities that were handed to {what}, after the call,")
     probabilities = torch.randn(50, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
-    expected = Sampling(temperature=1, top_p=0.8).probabilities(probabilities.log()[None])[0].float()
-    kept = int((expected > 0).sum())
-    what = f"my_top_p of 50 random probabilities with p = 0.8, which keeps {kept} of them,"
-    require_equal(yours(probabilities, 0.8), expected, what, 1e-5)
+    expected = library_top_p(probabilities, 0.8)
+    what = f"my_top_p of 50 random probabilities with p = 0.8, which keeps {int((expected > 0).sum())} of them,"
+    with given(what):
+        require_equal(yours(probabilities, 0.8), expected, what, 1e-5)
+    with given(f"my_top_p of the shipped model's 2,048 probabilities after {PROMPT!r}, with p = 0.9,"):
+        written = drawn_story(yours)
+    expected = drawn_story(library_top_p)
+    require(written == expected, f"The story drawn with your my_top_p should be\n{expected}\n\nbut is\n{written}")
+    return f"The shipped model drew this with your my_top_p, p = 0.9:\n{written}"
+
+
+def library_top_p(probabilities: Tensor, p: float) -> Tensor:
+    rows = probabilities[None]
+    return renormalize(rows, top_p_mask(rows, rows.argsort(dim=-1, descending=True, stable=True), p))[0]
+
+
+@torch.inference_mode()
+def drawn_story(cut: Callable[[Tensor, float], Tensor], new_tokens: int = 40) -> str:
+    """A text of the shipped model, each token drawn from `cut(probabilities [V], 0.9)`, always with the same seed."""
+    model, tokenizer, generator = shipped_model(), create_tokenizer(), torch.Generator().manual_seed(0)
+    ids = prompt_ids(tokenizer, PROMPT)
+    room = KVCache(model.config, 1, ids.shape[1] + new_tokens, torch.device("cpu"), torch.float32)
+    unread = ids
+    for _ in range(new_tokens):
+        probabilities = prefill(model, unread, room)[0].double().softmax(dim=-1)
+        unread = torch.multinomial(cut(probabilities, 0.9), 1, generator=generator)[None]
+        ids = torch.cat([ids, unread], dim=1)
+    return tokenizer.decode(ids[0].tolist())

@@ -1,4 +1,4 @@
-"""The exercises of notebook 04: GELU, the norm, the parallel block, and a count of parameters."""
+"""The exercises of notebook 04: GELU, the norm, the parallel block, the forward pass, and a count of parameters."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,15 +13,20 @@ from neox_lib.course.checks import (
     PropertyFailed,
     describe,
     exercise,
+    given,
     left_out_or_twice,
     numbers,
     require,
     require_count,
     require_equal,
+    require_same_story,
     story_with,
 )
 from neox_lib.course.figures.plots import seeded
+from neox_lib.model import NeoXModel
 from neox_lib.rotary import rotary_table
+
+PROMPT = "Once upon a time, an old bear"  # no other notebook's
 
 SMALL = NeoXConfig(
     vocab_size=40,
@@ -39,7 +44,9 @@ NAMES = f"its parts are called {', '.join(BLOCK_PARTS[:-1])} and {BLOCK_PARTS[-1
 def gelu(yours: Callable[[Tensor], Tensor]) -> str:
     """`yours(x)` is the tanh form of GELU, elementwise, for a tensor of any shape."""
     x = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0], dtype=torch.float64)
-    found, expected = yours(x), F.gelu(x, approximate="tanh")
+    with given(f"my_gelu({numbers(x)})"):
+        found = yours(x)
+    expected = F.gelu(x, approximate="tanh")
     if isinstance(found, Tensor) and found.shape == x.shape:
         other = {
             "the exact GELU, x * Phi(x)": F.gelu(x),
@@ -53,7 +60,9 @@ def gelu(yours: Callable[[Tensor], Tensor]) -> str:
             require(not same, f"my_gelu({numbers(x)}) should be the tanh form of GELU, but is {name}")
     require_equal(found, expected, f"my_gelu({numbers(x)})", tolerance=1e-6)
     wide = seeded(2, 3, 4)
-    require_equal(yours(wide), F.gelu(wide, approximate="tanh"), "my_gelu of a [2, 3, 4] tensor", tolerance=1e-5)
+    with given("my_gelu of a [2, 3, 4] tensor"):
+        found = yours(wide)
+    require_equal(found, F.gelu(wide, approximate="tanh"), "my_gelu of a [2, 3, 4] tensor", tolerance=1e-5)
     return "It is the curve that 20B was trained with."
 
 
@@ -62,7 +71,8 @@ def layer_norm(yours: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
     """`yours(x, weight, bias, eps)` normalises each token over its C numbers: `[..., C]` -> `[..., C]`."""
     x, ones, zeros = torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.ones(4), torch.zeros(4)
     call = "my_layer_norm([[1, 1, 5, 5]], weight of ones, bias of zeros)"
-    found = yours(x, ones, zeros, 1e-5)
+    with given(call):
+        found = yours(x, ones, zeros, 1e-5)
     expected = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
     if isinstance(found, Tensor) and found.shape == x.shape:
         sample = (x - 3) / (16 / 3) ** 0.5
@@ -153,7 +163,8 @@ def parallel_block(yours: Callable[[NeoXConfig, int], nn.Module]) -> str:
     x = seeded(2, 5, SMALL.hidden_size)
     table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, torch.device("cpu"), torch.float32)
     before = x.clone()
-    found = block(x, *table)
+    with given("MyBlock on a [2, 5, 32] input"):
+        found = block(x, *table)
     require(torch.equal(x, before), "MyBlock changes its input: write hidden = hidden + ..., not hidden += ...")
     wirings = possible_wirings(block, x, table)
     expected, what = wirings.pop("parallel"), "The output of MyBlock for a [2, 5, 32] input"
@@ -162,12 +173,80 @@ def parallel_block(yours: Callable[[NeoXConfig, int], nn.Module]) -> str:
             require((found - output).abs().max().item() > 1e-4, f"{what} has the wrong values: {name}")
     require_equal(found, expected, what, tolerance=1e-4)
     store = OneLayerStore()
-    block(x, *table, store)
+    with given("MyBlock on a [2, 5, 32] input with a cache"):
+        block(x, *table, store)
     told = f"MyBlock(config, layer_index=1) should update layers [1] of its cache, but updated {store.layers}"
     require(store.layers == [1], f"{told}: pass layer_index and cache on to attention")
     if yours is Block:  # a story in place of itself would prove nothing
         return "It is the library's own block."
-    return story_with(Block, yours, "block")
+    return story_with(Block, yours, "block", PROMPT)
+
+
+def possible_passes(model: NeoXModel, ids: Tensor) -> dict[str, Tensor]:
+    """The logits of a right forward pass ("right"), and of the usual wrong ones: what is wrong -> logits."""
+    hidden = model.word_embeddings(ids)
+    cos, sin = model.rotary.rows(0, ids.shape[1], like=hidden)
+    stream = [hidden]
+    for layer in model.layers:
+        stream.append(layer(stream[-1], cos, sin))
+    backwards = hidden
+    for layer in reversed(list(model.layers)):
+        backwards = layer(backwards, cos, sin)
+    head, norm = model.final_linear, model.norm
+    right = head(norm(stream[-1]))
+    return {
+        "right": right,
+        "the last norm is missing: final_linear reads model.norm(hidden)": head(stream[-1]),
+        "the last block is missing: go through all of model.layers": head(norm(stream[-2])),
+        "only the first block has run: each block reads what the one before it returns": head(norm(stream[1])),
+        "no block has run": head(norm(hidden)),
+        "the blocks run from last to first": head(norm(backwards)),
+        "these are probabilities: logits come before softmax": right.softmax(-1),
+        "the logits are normalised: the norm comes before final_linear": F.layer_norm(
+            head(stream[-1]), right.shape[-1:]
+        ),
+    }
+
+
+def greedy_story(model: NeoXModel, forward: Callable[[NeoXModel, Tensor], Tensor], tokens: int = 20) -> str:
+    """The likeliest continuation of PROMPT by a forward pass without a cache, on the CPU."""
+    from neox_lib.generation import next_token_scores, prompt_ids
+    from neox_lib.loading import create_tokenizer
+
+    tokenizer = create_tokenizer()
+    ids = prompt_ids(tokenizer, PROMPT)
+    for _ in range(tokens):
+        best = next_token_scores(forward(model, ids), model.config).argmax(-1)
+        ids = torch.cat([ids, best.reshape(1, 1)], dim=1)
+    return tokenizer.decode(ids[0].tolist())
+
+
+@exercise("parallel_residual.forward_pass")
+@torch.no_grad()
+def forward_pass(yours: Callable[[nn.Module, Tensor], Tensor]) -> str:
+    """`yours(model, ids)` gives the logits of a model: a small one with random parameters, then the shipped one."""
+    from neox_lib.loading import create_model
+
+    model = NeoXModel(SMALL).eval()
+    for number, (_, parameter) in enumerate(sorted(model.named_parameters())):
+        parameter.copy_(0.5 * seeded(*parameter.shape, seed=number))
+    ids = torch.randint(SMALL.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    what = "my_forward on ids [2, 6] of a small model with 2 blocks and 40 tokens"
+    with given(what):
+        found = yours(model, ids)
+    passes = possible_passes(model, ids)
+    expected = passes.pop("right")
+    if isinstance(found, Tensor) and found.shape == expected.shape:
+        for name, logits in passes.items():
+            require((found - logits).abs().max().item() > 1e-4, f"{what} has the wrong values: {name}")
+    require_equal(found, expected, what, tolerance=1e-3)
+    shipped = create_model(device="cpu", dtype="float32")
+    written = greedy_story(shipped, yours)
+    require_same_story(written, greedy_story(shipped, lambda model, ids: model(ids)), "by your my_forward")
+    torch.manual_seed(0)
+    untrained = greedy_story(NeoXModel(shipped.config).eval(), yours)
+    told = f"By your forward pass, an untrained model of this shape writes:\n{untrained}"
+    return f"{told}\n\nand the trained one:\n{written}"
 
 
 def parts_of(config: NeoXConfig) -> dict[str, int]:
@@ -202,5 +281,7 @@ def parameter_count(yours: Callable[[NeoXConfig], int]) -> str:
     }
     for name, config in cases.items():
         reasons = left_out_or_twice(parts_of(config))
-        require_count(yours(config), config.parameter_count(), f"my_parameter_count({name})", reasons)
+        with given(f"my_parameter_count({name})"):
+            found = yours(config)
+        require_count(found, config.parameter_count(), f"my_parameter_count({name})", reasons)
     return f"20B has {neox_20b().parameter_count():,} parameters, counted from its config alone."

@@ -8,7 +8,7 @@ from neox_lib.course.checks import exercise, require, require_equal, require_sam
 from neox_lib.generation import Step, prompt_ids, stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 
-PROMPT = "Once upon a time, a fox"
+PROMPT = "Once upon a time, there was a brave little mouse"
 TEXTS = ["fox", "né", "a 🦊!", "狐狸", ""]
 
 

@@ -6,26 +6,31 @@ import torch
 from torch import Tensor
 
 from neox_lib import rotary
-from neox_lib.course.checks import describe, exercise, numbers, require, require_equal, story_with
+from neox_lib.course.checks import describe, exercise, given, numbers, require, require_equal, story_with
 from neox_lib.course.figures.plots import seeded
 
 HEAD, ROTARY = 96, 24  # 20B's
+PROMPT = "One day, a girl named Mia"
 
 
 @exercise("rotary.rotary_angles")
 def rotary_angles(yours: Callable[..., Tensor]) -> None:
     """A few angles by hand, the order of the columns, fp32 for positions of any dtype, the formula over the context."""
     hand = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    require_equal(yours(torch.tensor([0, 1]), 2), hand, "my_rotary_angles(positions [0, 1], rotary_ndims 2)", 1e-6)
-    found = yours(torch.tensor([2]), 4, 100)
-    what = "my_rotary_angles(positions [2], rotary_ndims 4, base 100)"
+    with given(what := "my_rotary_angles(positions [0, 1], rotary_ndims 2)"):
+        found = yours(torch.tensor([0, 1]), 2)
+    require_equal(found, hand, what, 1e-6)
+    with given(what := "my_rotary_angles(positions [2], rotary_ndims 4, base 100)"):
+        found = yours(torch.tensor([2]), 4, 100)
     shape = tuple(found.shape) if isinstance(found, Tensor) else ()
     side_by_side = shape == (1, 4) and torch.allclose(found.float(), torch.tensor([[2.0, 2.0, 0.2, 0.2]]), atol=1e-4)
     order = "each angle is next to its copy; the second half should repeat the first: [2.0, 0.2, 2.0, 0.2]"
     require(not side_by_side, f"{what} is {numbers(found)}: {order}")
     require_equal(found, torch.tensor([[2.0, 0.2, 2.0, 0.2]]), what, 1e-3)
     for dtype in (torch.int64, torch.float16):
-        found = yours(torch.arange(4, dtype=dtype), ROTARY)
+        with given(what := f"my_rotary_angles(positions [0, 1, 2, 3] in {dtype}, rotary_ndims {ROTARY})"):
+            found = yours(torch.arange(4, dtype=dtype), ROTARY)
+        require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
         need = f"should be in torch.float32 for positions in {dtype}, but are in {found.dtype}"
         require(found.dtype == torch.float32, f"The angles of my_rotary_angles {need}")
     exponents = torch.arange(0, ROTARY, 2, dtype=torch.float64) / ROTARY
@@ -37,16 +42,18 @@ def rotary_angles(yours: Callable[..., Tensor]) -> None:
 @exercise("rotary.rotate_half")
 def rotate_half(yours: Callable[[Tensor], Tensor]) -> None:
     """A quarter turn of pairs half the width apart: of four numbers, twice in a row, and with leading dimensions."""
-    four = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found, what = yours(four.clone()), "my_rotate_half([1, 2, 3, 4])"
+    with given(what := "my_rotate_half([1, 2, 3, 4])"):
+        found = yours(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     neighbours = isinstance(found, Tensor) and found.shape == (4,) and found.tolist() == [-2.0, 1.0, -4.0, 3.0]
     reason = "it turns neighbours, (1, 2) and (3, 4), but the partners are (1, 3) and (2, 4)"
     require(not neighbours, f"{what} should be [-3, -4, 1, 2], but is [-2, 1, -4, 3]: {reason}")
     require_equal(found, torch.tensor([-3.0, -4.0, 1.0, 2.0]), what)
     x = seeded(2, 3, 10)
-    what = "my_rotate_half applied twice to a [2, 3, 10] tensor, which is half a turn and negates it,"
-    require_equal(yours(yours(x.clone())), -x, what)
-    require_equal(yours(x.clone()), rotary.rotate_half(x), "my_rotate_half of a [2, 3, 10] tensor")
+    with given(what := "my_rotate_half of a [2, 3, 10] tensor"):
+        once = yours(x.clone())
+        require_equal(once, rotary.rotate_half(x), what, why="only the last dimension is cut into halves")
+        twice = yours(once)
+    require_equal(twice, -x, "my_rotate_half applied twice, which is half a turn and negates a tensor,")
 
 
 @exercise("rotary.apply_rotary")
@@ -54,13 +61,14 @@ def apply_rotary(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
     """Shape, the dimensions that pass through, partners, the direction of the turn, other sizes; then the story."""
     x = seeded(2, 3, 6, HEAD)
     cos, sin = rotary.rotary_table(6, ROTARY, 10000, x.device, x.dtype)
-    given = x.clone()
-    found, what = yours(given, cos, sin), f"my_apply_rotary(x [2, 3, 6, {HEAD}], cos and sin [6, {ROTARY}])"
+    x_given, what = x.clone(), f"my_apply_rotary(x [2, 3, 6, {HEAD}], cos and sin [6, {ROTARY}])"
+    with given(f"{what}, where only the first {ROTARY} numbers of a head turn"):
+        found = yours(x_given, cos, sin)
     require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
     same = found.shape == x.shape
     lost = "" if same else f" Are the last {HEAD - ROTARY} numbers of each head missing?"
     require(same, f"{what} should have shape {list(x.shape)}, but has {list(found.shape)}.{lost}")
-    require(torch.equal(given, x), f"{what} should leave x unchanged, but has changed it: work on a copy")
+    require(torch.equal(x_given, x), f"{what} should leave x unchanged, but has changed it: work on a copy")
     passed = torch.equal(found[..., ROTARY:], x[..., ROTARY:])
     require(passed, f"Dimensions {ROTARY} to {HEAD - 1} of a head should pass through unchanged, but some have changed")
     for dimension in (0, 5, 17):
@@ -69,8 +77,10 @@ def apply_rotary(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
     require_equal(found, rotary.apply_rotary(x, cos, sin), what, 1e-5)
     small, table = seeded(1, 2, 5, 32), rotary.rotary_table(5, 8, 10000, x.device, x.dtype)
     what = "my_apply_rotary(x [1, 2, 5, 32], cos and sin [5, 8])"
-    require_equal(yours(small, *table), rotary.apply_rotary(small, *table), what, 1e-5)
-    return story_with(rotary.apply_rotary, yours, "apply_rotary")
+    with given(what):
+        found = yours(small, *table)
+    require_equal(found, rotary.apply_rotary(small, *table), what, 1e-5)
+    return story_with(rotary.apply_rotary, yours, "apply_rotary", PROMPT)
 
 
 def check_partner(yours: Callable, dimension: int, cos: Tensor, sin: Tensor) -> None:

@@ -24,7 +24,7 @@ from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
 from neox_lib.quantization.linear import use_int8_linear
 
-PROMPT = "Once upon a time, a fox"
+PROMPT = "Once upon a time, there was a funny monkey"
 
 
 class MatricesMade(TorchDispatchMode):

@@ -1,15 +1,15 @@
-"""The exercises of notebook 01: merges by rank, ids back to text, and untrusted text."""
+"""The exercises of notebook 01: merges by rank, text to ids and back, and untrusted text."""
 
 from collections.abc import Callable
 
 from neox_lib import tokenizer as library
 from neox_lib.checkpoints.files import SHIPPED_MODEL
-from neox_lib.course.checks import describe, exercise, in_place_of, require, require_equal
+from neox_lib.course.checks import describe, exercise, given, in_place_of, require, require_equal
 from neox_lib.generation import greedy_generate_text
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.tokenizer import ENDOFTEXT, PADDING, BPETokenizer, read_tokenizer
 
-PROMPT = "Once upon a time, a fox"
+PROMPT = "Once upon a time, there was a lion"
 SMALL_VOCABULARY = {0: "fox", 1: "Ġfox", 2: "ðŁ", 3: "¦", 4: "Ĭ", 5: "  "}
 TEXTS = [
     "She said that she would dance with me if I brought her red roses.",
@@ -37,15 +37,18 @@ def apply_merges(yours: Callable[[list[str], dict[tuple[str, str], int]], list[s
     """Neighbours joined by rank: in small words, then in the words of whole texts, then for the story's prompt."""
     for holds, word, learned, expected in MERGES:
         symbols, ranks = list(word), {tuple(pair.split()): rank for rank, pair in enumerate(learned)}
-        found, what = yours(symbols, ranks), f"my_apply_merges({list(word)}, {ranks})"
+        what = f"my_apply_merges({list(word)}, {ranks})"
+        with given(what):
+            found = yours(symbols, ranks)
         require(isinstance(found, list), f"{what} should be a list of symbols, but is {describe(found)}")
         require(found == expected, f"{what} should be {expected}, but is {found}: {holds}")
         require(symbols == list(word), f"{what} changed the list that it was given: work on a copy")
     readable, fast = read_tokenizer(SHIPPED_MODEL / "tokenizer.json"), create_tokenizer()
     for word in dict.fromkeys(word for text in TEXTS for word in library.pretokenize(text)):
-        found = yours([library.BYTE_TO_CHARACTER[byte] for byte in word.encode("utf-8")], readable.ranks)
-        expected = fast.model.tokenize("".join(library.BYTE_TO_CHARACTER[byte] for byte in word.encode("utf-8")))
-        what = f"my_apply_merges on {word!r}, with the shipped tokenizer's {len(readable.ranks)} merges,"
+        what, symbols = f"my_apply_merges on {word!r}, with the shipped tokenizer's merges,", library.byte_symbols(word)
+        with given(what):
+            found = yours(symbols, readable.ranks)
+        expected = fast.model.tokenize("".join(library.byte_symbols(word)))
         require_equal(found, [token.value for token in expected], what)
     return story_by_merges(yours)
 
@@ -66,6 +69,30 @@ def story_by_merges(yours: Callable) -> str:
     return f"Your merges encoded the prompt, in place of the library's; the shipped model continued:\n{written}"
 
 
+@exercise("tokenizer.encode")
+def encode(yours: Callable[[str, dict[tuple[str, str], int], dict[str, int]], list[int]]) -> None:
+    """Pretokens, symbols, merges, ids: of short texts by hand, then as the readable tokenizer has them."""
+    ranks = {("l", "o"): 0, ("lo", "w"): 1, ("Ġ", "low"): 2, ("w", "Ġ"): 3}
+    vocab = {symbol: number for number, symbol in enumerate(["l", "o", "w", "Ġ", "Ã", "©", "lo", "low", "Ġlow", "wĠ"])}
+    for text, expected, holds in [
+        ("low", [7], "the merges make one token of the word"),
+        ("low low", [7, 8], "each pretoken is encoded, and the second has its space"),
+        ("w w", [2, 3, 2], "nothing is merged across the cut between two pretokens"),
+        ("é", [4, 5], "a character of two bytes is two symbols"),
+        ("", [], "an empty text has no tokens"),
+    ]:
+        with given(what := f"my_encode({text!r}, {ranks}, vocab)"):
+            found = yours(text, dict(ranks), dict(vocab))
+        require(isinstance(found, list), f"{what} should be a list of ids, but is {describe(found)}")
+        require(found == expected, f"{what} should be {expected}, but is {found}: {holds}")
+    readable = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
+    plain = BPETokenizer(readable.vocab, readable.merges, {}, set())
+    for text in TEXTS:
+        with given(what := f"my_encode({text!r}, the shipped tokenizer's merges and vocabulary)"):
+            found = yours(text, readable.ranks, readable.vocab)
+        require_equal(found, plain.encode(text), what)
+
+
 @exercise("tokenizer.decode")
 def decode(yours: Callable[[list[int], dict[int, str]], str]) -> None:
     """The text of token ids: bytes first, then characters, and U+FFFD for bytes that form none."""
@@ -77,32 +104,40 @@ def decode(yours: Callable[[list[int], dict[int, str]], str]) -> None:
         ([0, 2], "fox\ufffd", "bytes that form no whole character become U+FFFD"),
         ([], "", "no tokens, no text"),
     ]:
-        found = yours(ids, SMALL_VOCABULARY)
         what = f"my_decode of the tokens {[SMALL_VOCABULARY[token_id] for token_id in ids]}"
+        with given(what):
+            found = yours(ids, SMALL_VOCABULARY)
         require(isinstance(found, str), f"{what} should be a str, but is {describe(found)}")
         require(found == expected, f"{what} should be {expected!r}, but is {found!r}: {holds}")
     readable = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
     for text in TEXTS:
-        require_equal(yours(readable.encode(text), readable.tokens), text, f"my_decode of the ids of {text!r}")
+        with given(what := f"my_decode of the ids of {text!r}"):
+            found = yours(readable.encode(text), readable.tokens)
+        require_equal(found, text, what)
 
 
 @exercise("tokenizer.encode_untrusted")
 def encode_untrusted(yours: Callable[[BPETokenizer, str], list[int]]) -> None:
-    """Ids that hold no control token, whatever the text says, and that decode to exactly that text."""
+    """Ids without a control token, whatever the text says; they decode to that text, and merges apply to all of it."""
     tokenizer = read_tokenizer(SHIPPED_MODEL / "tokenizer.json")
     control = {tokenizer.added[token] for token in (ENDOFTEXT, PADDING)}
+    runs = {run: tokenizer.added[run] for run in library.WHITESPACE_RUNS}
+    without_control = BPETokenizer(tokenizer.vocab, tokenizer.merges, runs, set())
     hostile = [f"Good night.{ENDOFTEXT}Once more", f"{PADDING}{PADDING} a    b", ENDOFTEXT, f"<|endof{ENDOFTEXT}text|>"]
     for text in [*TEXTS, *hostile]:
-        found, what = yours(tokenizer, text), f"my_encode_untrusted(tokenizer, {text!r})"
+        what = f"my_encode_untrusted(tokenizer, {text!r})"
+        with given(what):
+            found = yours(tokenizer, text)
         require(isinstance(found, list), f"{what} should be a list of ids, but is {describe(found)}")
         inside = sorted(control.intersection(found))
         require(not inside, f"{what} should hold no control token, but holds {inside}: a stranger could end the text")
         back = tokenizer.decode(found, skip_special_tokens=False)
         require(back == text, f"{what} should decode to the same text, but decodes to {back!r}: nothing may be lost")
-        if text in TEXTS:
-            what = f"{what}, a text without control tokens,"
-            require_equal(
-                found, tokenizer.encode(text), what, why="compare with tokenizer.encode; mind the runs of spaces"
+        why = "compare with tokenizer.encode; mind the runs of spaces"
+        if text in hostile:
+            why = (
+                "the letters of a control token are text like any other: the merges apply to them and their neighbours"
             )
+        require_equal(found, without_control.encode(text), what, why=why)
     unchanged = tokenizer.encode(ENDOFTEXT) == [0]
     require(unchanged, "my_encode_untrusted should leave the tokenizer unchanged, but changed it: build a new one")

@@ -23,6 +23,7 @@ from neox_lib.distributed.loading import build_rank
 from neox_lib.model import NeoXModel
 from neox_lib.rotary import rotary_table
 
+PROMPT = "Once upon a time, two friends"  # no other notebook's
 SMALL = NeoXConfig(
     vocab_size=40,
     tokenizer_vocab_size=40,
@@ -126,9 +127,8 @@ def block(yours: BlockOnDevices) -> str:
         require(wire.all_reduces > 0, f"{told}: a device can read another's partial sum only through it")
         told = f"{what} gives the right values, but calls all_reduce {wire.all_reduces} times where once is enough"
         require(wire.all_reduces == 1, f"{told}: first add attention's and the MLP's part on each device")
-    expected, wire = story(), Wire()
-    prompt = expected[: len("Once upon a time, a fox")]
-    written = write(model_on_devices(shipped_parts(2), yours, wire), prompt, 40)
+    expected, wire = story(PROMPT), Wire()
+    written = write(model_on_devices(shipped_parts(2), yours, wire), PROMPT, 40)
     require_same_story(written, expected, "on two devices with your block")
     return (
         f"The shipped model wrote this on two devices, with your block and {wire.all_reduces} all-reduces:\n{written}"

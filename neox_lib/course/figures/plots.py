@@ -35,6 +35,33 @@ class Picture:
         return {"text/html": image, "text/plain": f"Figure: {self.alt}"}
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Pictures of one thing that moves, each under the label of its step, with a slider where a kernel runs.
+
+    Elsewhere (a stored notebook, the site, print) the picture of the step `still` stands for all of them.
+    """
+
+    pictures: Mapping[str, Picture]
+    still: str
+    name: str  # what the slider moves along, such as "position"
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return (self.widget()._repr_mimebundle_() or {}) | self.pictures[self.still]._repr_mimebundle_()
+
+    def widget(self):
+        """The slider above the picture; arrow keys move it."""
+        import ipywidgets
+
+        shown = {label: each._repr_mimebundle_()["text/html"] for label, each in self.pictures.items()}
+        slider = ipywidgets.SelectionSlider(
+            options=list(shown), value=self.still, description=self.name, layout={"width": "60%"}
+        )
+        picture = ipywidgets.HTML(shown[self.still])
+        slider.observe(lambda change: setattr(picture, "value", shown[change["new"]]), "value")
+        return ipywidgets.VBox([slider, picture])
+
+
 def new_figure(width: float = 8, height: float = 4.5) -> Figure:
     """An empty figure, its size in inches, at 100 dots per inch."""
     return Figure(figsize=(width, height), dpi=100, layout="constrained")

@@ -1,9 +1,10 @@
-"""The figure of notebook 01, the byte table as a square, and its text: one sentence in seven languages."""
+"""The figure of notebook 01, a text cut up in rows of boxes, and its text: one sentence in seven languages."""
+
+from collections.abc import Mapping, Sequence
 
 from matplotlib.patches import Rectangle
 
-from neox_lib.course.figures.plots import FONT_SIZE, YELLOW, Picture, new_figure
-from neox_lib.tokenizer import BYTE_TO_CHARACTER
+from neox_lib.course.figures.plots import FONT_SIZE, SKY, Picture, new_figure
 
 # First sentence of article 1 of the Universal Declaration of Human Rights, in the UN's own translations (ohchr.org)
 SENTENCES = {
@@ -17,28 +18,25 @@ SENTENCES = {
 }
 
 
-def byte_table() -> Picture:
-    """Every byte's character: on white for bytes that stand for themselves, on yellow for those that were lent one."""
-    figure = new_figure(9, 7)
+def box_rows(rows: Mapping[str, Sequence[tuple[str, int]]], title: str) -> Picture:
+    """Rows of boxes above one another, each row named on its left: `{name: [(text, width in units), ...]}`."""
+    widest = max(sum(width for _, width in boxes) for boxes in rows.values())
+    unit = min(0.9, 8 / widest)  # inches
+    figure = new_figure(unit * widest + 0.14 * max(map(len, rows)) + 0.4, 0.62 * len(rows) + 0.6)
     axes = figure.add_subplot()
-    lent = {byte for byte, character in BYTE_TO_CHARACTER.items() if chr(byte) != character}
-    for byte, character in BYTE_TO_CHARACTER.items():
-        row, column = divmod(byte, 16)
-        colour = YELLOW if byte in lent else "white"
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="#777777"))
-        weight = "bold" if byte in lent else "normal"
-        axes.text(column, row, character, ha="center", va="center", fontsize=FONT_SIZE + 1, fontweight=weight)
-    digits = [f"{digit:X}" for digit in range(16)]
-    axes.set_xticks(range(16), digits, fontsize=FONT_SIZE)
-    axes.set_yticks(range(16), [f"{digit}0" for digit in digits], fontsize=FONT_SIZE)
-    axes.set(xlim=(-0.5, 15.5), ylim=(15.5, -0.5))
+    for row, boxes in enumerate(rows.values()):
+        left = 0
+        for index, (text, width) in enumerate(boxes):
+            colour = SKY if index % 2 else "white"  # neighbours differ by their frame too
+            axes.add_patch(Rectangle((left, row + 0.1), width, 0.8, facecolor=colour, edgecolor="black", linewidth=1.5))
+            size = FONT_SIZE + 2 if len(text) <= 3 * width or width > 3 else FONT_SIZE - 2
+            axes.text(left + width / 2, row + 0.5, text.replace(" ", "·"), ha="center", va="center", fontsize=size)
+            left += width
+    axes.set(xlim=(-0.05, widest + 0.05), ylim=(len(rows), 0))
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], list(rows), fontsize=FONT_SIZE)
+    axes.set_xticks([])
     axes.tick_params(length=0)
-    axes.set_title("The character of each byte (yellow, bold: a lent one)", fontsize=FONT_SIZE + 1)
-    axes.set_xlabel("second hexadecimal digit of the byte", fontsize=FONT_SIZE)
-    axes.set_ylabel("first hexadecimal digit", fontsize=FONT_SIZE)
-    alt = (
-        f"A square of 16 by 16 cells, one for each byte. {256 - len(lent)} bytes stand for themselves: letters, "
-        f"digits, punctuation. {len(lent)} are lent a character from code point 256 on: the first 33, among them the "
-        "space (hex 20, Ġ) and the newline (hex 0A, Ċ), those from hex 7F to A0, and hex AD."
-    )
-    return Picture(figure, alt)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=FONT_SIZE + 1)
+    told = "; ".join(f"{name}: {' | '.join(text for text, _ in boxes)}" for name, boxes in rows.items())
+    return Picture(figure, f"Rows of boxes. {title}. {told}.")
