@@ -1,5 +1,6 @@
 """The baselines: transformers, CTranslate2, and llama.cpp in its wheel xllamacpp, with one of our models' weights."""
 
+import importlib
 import importlib.util
 import logging
 import tempfile
@@ -48,8 +49,7 @@ def make_baseline(library: str, model: NeoXModel, dtype: str) -> Generate:
 
 def llama_generate(model: NeoXModel, dtype: str) -> Generate:
     """llama.cpp in its own settings, with as many threads as torch. `dtype` is one of `gguf.writer.TYPES`."""
-    import xllamacpp  # type: ignore[import-not-found]  # a test's requirement, on Linux only
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # it tells no types
     settings = xllamacpp.CommonParams()
     settings.n_ctx, settings.n_parallel, settings.verbosity = model.config.max_position_embeddings, 1, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()

@@ -1,3 +1,4 @@
+# type: ignore  # what these functions take, Numba finds out
 """A few tokens through the whole model in loops that Numba compiles, weights read where they lie.
 
 A token's time is the time in which memory delivers the weights, so each weight is read once, in its stored form, and

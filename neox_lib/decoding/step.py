@@ -61,7 +61,7 @@ class Addresses:
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own:
                 return True
         wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor, _ in self.tensors)
-        return wants_gradient or _has_any_global_hook()
+        return wants_gradient or bool(_has_any_global_hook())
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -204,7 +204,7 @@ def why_modules(config: NeoXConfig) -> str | None:
         from neox_lib.decoding.loops import forward
     except Exception as error:  # Numba is missing, or doesn't fit this Python or NumPy
         return f"no Numba: {error}"
-    if not any(Path(forward.stats.cache_path or "").glob("loops.forward-*.nbc")):
+    if not any(Path(forward.stats.cache_path or "").glob("loops.forward-*.nbc")):  # type: ignore[attr-defined]
         logger.info("the decoding loops will be compiled for this processor when they are first used: some 10 s, once")
     return None
 
