@@ -300,7 +300,7 @@ def test_the_right_merges_begin_the_story(folded_merges):
     """The reward must be earned: were the prompt encoded by the fast library, any merges would tell the same story."""
     result, asked = folded_merges
     assert "Your merges encoded the prompt, in place of the library's" in result.message
-    assert exercises.PROMPT in result.message and {"One", "Ġsunny", "ĠTim"} <= set(asked)
+    assert exercises.PROMPT in result.message and {"Once", "Ġlion"} <= set(asked)
 
 
 def test_the_figure_names_its_rows_and_gives_each_box_its_width():

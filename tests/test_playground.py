@@ -157,7 +157,7 @@ def test_a_branch_counts_what_it_repeats(play, shipped):
 
 
 def test_the_line_below_speaks_when_something_has_run(play):
-    assert play.page.speed == "" and "This text of 7 tokens" in play.page.needs
+    assert play.page.speed == "" and "This text of 11 tokens" in play.page.needs
     done(play, do="generate", prompt=PROMPT)
     assert "tokens/s" in play.page.speed and "KV cache" in play.page.speed
     assert "This text of 19 tokens" in play.page.needs

@@ -76,6 +76,15 @@ def test_perplexity_notices_a_wrong_loader(model, tokenizer):
     assert -token_log_probabilities(wrong_model, ids).mean() > right + 0.01
 
 
+def test_the_stories_that_it_wrote_are_whole_different_and_its_own(model, tokenizer):
+    """Text to train on that breaks off, repeats itself or comes from another model would teach that."""
+    stories = stories_of((SHIPPED_MODEL.parent / "stories.txt").read_text("utf-8"))
+    assert 1_000_000 <= sum(len(story.encode()) for story in stories) < 1_010_000
+    assert len(set(stories)) > 0.99 * len(stories)
+    assert sum(story.rstrip('"')[-1:] in ".!?" for story in stories) > 0.95 * len(stories)
+    assert bits_per_byte(model, tokenizer, stories[:20]) < 0.6, "a story by chance costs 0.7 or more"
+
+
 def test_the_public_face_is_all_there():
     for name in neox_lib.__all__:
         assert getattr(neox_lib, name) is not None

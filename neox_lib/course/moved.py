@@ -73,6 +73,7 @@ GONE = {
     "generation._Row": "generation.generate_tokens",
     "generation._steps": "generation.generate_tokens",
     "generation.next_token_logits": "generation.prefill",
+    "lesson.figures_tokenizer.byte_table": "course.figures.tokenizer.box_rows",
     "sampling.fewest_reaching": "sampling.top_p_mask",
     "scale.int8_file.load_int8": "loading.create_model",
     "scale.weights.open_weights": "checkpoints.opening.open_checkpoint",

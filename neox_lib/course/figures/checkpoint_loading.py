@@ -71,7 +71,7 @@ def pair_picture(first: Tensor, second: Tensor, x: Tensor) -> Picture:
     axes.text(18.2, -0.05, "+", ha="center", va="center", fontsize=FONT_SIZE + 9)
     axes.text(18.7, -1.0, "all-reduce", ha="left", va="center", fontsize=FONT_SIZE + 1, fontweight="bold")
     draw_arrow(axes, (18.9, 0), (21.5, 0))
-    draw_matrix(axes, sum(parts)[:, None], torch.zeros(4, 1), 21.7, "on both ranks")
+    draw_matrix(axes, torch.stack(parts).sum(dim=0)[:, None], torch.zeros(4, 1), 21.7, "on both ranks")
     for place, words in ((4.8, "column-parallel"), (12.5, "row-parallel")):
         axes.text(place, 6.1, words, ha="center", va="top", fontsize=FONT_SIZE + 2, fontweight="bold")
     halves = f"{as_words(parts[0])} and {as_words(parts[1])}"
@@ -98,7 +98,7 @@ def merge_picture(
     figure = new_figure(13, 5.7)
     figure.suptitle(title, fontsize=FONT_SIZE + 3)
     grid = figure.add_gridspec(2, 2, height_ratios=(5.4, 2.6))
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     for number, (name, (parts, merge)) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[number // 2, number % 2])
         owners = [torch.full_like(part, rank + 1.0) for rank, part in enumerate(parts)]
