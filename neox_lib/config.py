@@ -11,6 +11,7 @@ import torch
 
 from neox_lib.rope_scaling import RopeScaling
 
+SMALL_MODEL_PARAMETERS = 100_000_000  # up to here a CPU keeps a model in fp32 and runs it through its modules
 ACTIVATIONS = ("gelu_fast", "gelu")
 # The fields of each kind, by name: annotations may be strings, and a check of types would then let everything pass.
 WHOLE_NUMBERS = (

@@ -15,10 +15,11 @@ from neox_lib.checkpoints.generation_settings import read_sampling
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import build_int8_model
 from neox_lib.checkpoints.tokenizer_files import GENERATION, find_tokenizer, open_tokenizer
-from neox_lib.decoding.linear import use_fast_linear
+from neox_lib.decoding.step import use_compiled_step
 from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision, shrink_to_fit
+from neox_lib.quantization.linear import use_cast_linear
 from neox_lib.sampling import Sampling
 from neox_lib.spelling import count_ids
 
@@ -76,7 +77,9 @@ def create_model(
     else:
         model = build_model(checkpoint, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
-    return use_fast_linear(model) if chosen_device.type == "cpu" else model
+    if chosen_device.type == "cpu":
+        use_compiled_step(use_cast_linear(model))
+    return model
 
 
 def use_tokenizer(model: NeoXModel, tokenizer: Tokenizer) -> None:

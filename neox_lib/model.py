@@ -64,6 +64,7 @@ class NeoXModel(nn.Module):
         super().__init__()
         self.config = config
         self.use_cache = True
+        self.step: Callable[..., Tensor | None] | None = None  # a plug for a faster pass: None leaves it to the layers
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -84,16 +85,16 @@ class NeoXModel(nn.Module):
     ) -> Tensor:
         """Scores for the token after each position: ids `[B, T]` -> logits `[B, T, V]`.
 
-        With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`: only the last position is
-        multiplied by the output matrix. `padding` `[B]` hides that many tokens at the start of each row, cached ones
-        included, and counts positions after them (notebook 06). `on_layer(depth, hidden)` sees the residual stream
-        `[B, T, C]` before each layer, depth 0 .. L-1, and before the last norm, depth L; when it returns False, the
-        pass raises Stopped and the cache keeps its length. Raises ValueError for ids outside the vocabulary, a wrong
-        rank or dtype, and more tokens than the context.
+        With a cache the T tokens follow the ones it holds. `last_only` gives `[B, 1, V]`, the last position. `padding`
+        `[B]` hides so many tokens at the start of each row, cached ones included, and counts positions after them.
+        `on_layer(depth, hidden)` sees the residual stream `[B, T, C]` before each layer, depth 0 .. L-1, and before the
+        last norm, depth L; False ends the pass: Stopped. Raises ValueError for wrong ids, or more than the context.
         """
         check_token_ids(input_ids, self.config.vocab_size)
         held, tokens = 0 if cache is None else cache.length, input_ids.shape[1]
         cos, sin = self.rotary.rows(held if padding is None else held - padding, tokens, like=self.norm.weight)
+        if self.step and (out := self.step(self, input_ids, cos, sin, cache, last_only, padding, on_layer)) is not None:
+            return out
         masked = {} if padding is None else {"mask": padding_mask(padding, tokens, held + tokens)}
         hidden = self.word_embeddings(input_ids).to(self.norm.weight.dtype)
         for depth, layer in enumerate(self.layers):

@@ -11,10 +11,9 @@ import torch
 from neox_lib.checkpoints.checkpoint import Checkpoint
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.checkpoints.quantized import int8_bytes
-from neox_lib.config import NeoXConfig, format_bytes
+from neox_lib.config import SMALL_MODEL_PARAMETERS, NeoXConfig, format_bytes
 from neox_lib.memory import available_memory
 
-SMALL_MODEL_PARAMETERS = 100_000_000
 SPARE = 500_000_000  # bytes left for activations, Python and torch
 DTYPES = WEIGHT_DTYPES | {"int8": torch.int8}  # dtypes for a model, by the name a user types
 

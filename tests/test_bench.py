@@ -10,21 +10,22 @@ from neox_lib.__main__ import main
 from neox_lib.bench import measure as bench
 from neox_lib.bench import on_device
 from neox_lib.bench.baselines import (
+    BASELINES,
     ctranslate2_generate,
     ctranslate2_logits,
     ctranslate2_twin,
     hugging_face_generate,
     hugging_face_twin,
 )
-from neox_lib.bench.candidates import in_precision, our_generate, our_model, random_model
+from neox_lib.bench.candidates import our_generate, our_model, random_model
 from neox_lib.bench.measure import bytes_per_token, run_bench, time_answer, time_load
 from neox_lib.bench.table import LoadRow, Row, Timing, format_best, format_load, format_positions, format_row, ratio
 from neox_lib.config import NeoXConfig
-from neox_lib.decoding.linear import FastLinear
+from neox_lib.quantization.linear import CastLinear
 
 SMALL = NeoXConfig(
-    vocab_size=128,
-    tokenizer_vocab_size=128,
+    vocab_size=320,
+    tokenizer_vocab_size=320,
     hidden_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -40,7 +41,7 @@ def small_shapes(monkeypatch):
 
 
 def without_baselines(monkeypatch):
-    for library in ("transformers", "ctranslate2"):
+    for library in ("transformers", "ctranslate2", "xllamacpp"):
         monkeypatch.setitem(sys.modules, library, None)
 
 
@@ -63,7 +64,7 @@ def test_both_sides_write_the_same_tokens_from_the_same_weights(tied):
     config = NeoXConfig(**{**SMALL.__dict__, "tie_word_embeddings": tied})
     model = random_model(config)
     ids = torch.arange(10)[None]
-    ours = our_generate(in_precision(model, torch.float32))(ids, 20)
+    ours = our_generate(our_model(model, "float32"))(ids, 20)
     assert hugging_face_generate(hugging_face_twin(model, torch.float32))(ids, 20) == ours
 
 
@@ -113,9 +114,9 @@ def test_a_short_answer_is_refused():
 
 
 def test_ours_is_what_create_model_gives_on_a_cpu():
-    """Fast layers, matrices in the dtype asked for, all else in fp32."""
-    model = in_precision(random_model(SMALL), torch.float16)
-    assert isinstance(model.final_linear, FastLinear)
+    """Matrices in the dtype asked for, all else in fp32, and layers that can multiply the two."""
+    model = our_model(random_model(SMALL), "float16")
+    assert isinstance(model.final_linear, CastLinear)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float16 if parameter.dim() == 2 else torch.float32), name
 
@@ -132,9 +133,10 @@ def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     """A combination left out or measured twice would shift the table."""
     pytest.importorskip("transformers")
     pytest.importorskip("ctranslate2")
-    rows = list(run_bench(["a", "b"], ["float32", "packed", "int8"], [4, 9], new_tokens=3, rounds=2))
-    pairs = [(dtype, baseline) for dtype in ("float32", "packed") for baseline in ("transformers", "ctranslate2")]
-    pairs.append(("int8", "ctranslate2"))
+    pytest.importorskip("xllamacpp")
+    rows = list(run_bench(["a", "b"], ["float32", "float16", "int8"], [4, 9], new_tokens=3, rounds=2))
+    pairs = [(dtype, baseline) for dtype in ("float32", "float16") for baseline in BASELINES]
+    pairs += [("int8", "ctranslate2"), ("int8", "xllamacpp")]
     expected = [(shape, prompt, *pair) for shape in "ab" for prompt in (4, 9) for pair in pairs]
     assert [(row.shape, row.prompt, row.dtype, row.baseline) for row in rows] == expected
     for row in rows:
@@ -225,7 +227,7 @@ def test_wrong_settings_are_refused():
         next(run_bench(["161m"], ["float32"], [4]))
     with pytest.raises(ValueError, match="knows the dtypes"):
         next(run_bench(["tiny"], ["float8"], [4]))
-    with pytest.raises(ValueError, match="measures against transformers, ctranslate2, not vllm"):
+    with pytest.raises(ValueError, match="measures against transformers, ctranslate2, xllamacpp, not vllm"):
         next(run_bench(["tiny"], ["float32"], [4], against=["vllm"]))
 
 

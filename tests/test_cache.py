@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from neox_lib.cache import KVCache
 from neox_lib.config import NeoXConfig
-from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
+from neox_lib.quantization.linear import use_cast_linear
 
 SMALL = NeoXConfig(
     vocab_size=64,
@@ -255,7 +255,7 @@ def halved(model: NeoXModel, form: str) -> NeoXModel:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data = parameter.data.half()
-    return use_fast_linear(model)
+    return use_cast_linear(model)
 
 
 HALF = replace(

@@ -103,9 +103,7 @@ def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert list(results) == list(PHASES)
     assert all(results[phase]["peak"] > 50e6 and results[phase]["seconds_in_all"] >= 0 for phase in PHASES)
-    for phase in ("warm", "packed"):
-        assert len(results[phase]["seconds"]) == 32 and results[phase]["finite"]
-    assert results["packed"]["read_per_token"] == results["warm"]["read_per_token"]
+    assert len(results["warm"]["seconds"]) == 32 and results["warm"]["finite"]
     assert results["long"]["prompt"] == 40 and results["cold"]["prompt"] == 8
     layers = 3 * (4 * 128 * 128 + 2 * 128 * 512)
     assert results["warm"]["flops"] == 2 * (8 * layers + 512 * 128)
@@ -136,7 +134,7 @@ def test_the_command_knows_the_phases():
 
 
 def test_a_phase_out_of_turn_is_one_line(tmp_path, capsys):
-    for phase in ("convert", "cold", "warm", "packed"):
+    for phase in ("convert", "cold", "warm"):
         assert main(["full-size", phase, str(tmp_path), "--shape", "small"]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith("neox_lib: ") and str(tmp_path) in said

@@ -21,7 +21,7 @@ from neox_lib.config import ACTIVATIONS, NeoXConfig
 from neox_lib.generation import greedy_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.quantization.int8_linear import use_int8_linear
+from neox_lib.quantization.linear import use_int8_linear
 from neox_lib.rope_scaling import RopeScaling
 from tests import small_models
 from tests.small_models import family

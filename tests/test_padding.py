@@ -10,11 +10,10 @@ from torch import Tensor
 
 from neox_lib import create_model, create_tokenizer, greedy_generate, greedy_generate_text
 from neox_lib.cache import KVCache
-from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.padding import pad_left, padding_mask
-from neox_lib.quantization.int8_linear import use_int8_linear
+from neox_lib.quantization.linear import use_cast_linear, use_int8_linear
 from neox_lib.sampling import GREEDY, Sampling
 from tests.small_models import BASE, family
 
@@ -242,7 +241,7 @@ def mixed(model: NeoXModel) -> NeoXModel:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data = parameter.data.half()
-    return use_fast_linear(model)
+    return use_cast_linear(model)
 
 
 @pytest.mark.parametrize("form", [halves, mixed, use_int8_linear])

@@ -1,8 +1,10 @@
-"""The baselines: Hugging Face transformers and CTranslate2, with the weights of one of our models."""
+"""The baselines: transformers, CTranslate2, and llama.cpp in its wheel xllamacpp, with one of our models' weights."""
 
+import importlib
 import importlib.util
 import logging
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,21 +13,19 @@ from torch import Tensor
 
 from neox_lib.bench.candidates import Generate
 from neox_lib.checkpoints.build import WithoutInitialValues
+from neox_lib.checkpoints.checkpoint import ModelCheckpoint
 from neox_lib.checkpoints.files import WEIGHT_DTYPES
+from neox_lib.checkpoints.gguf.writer import write_gguf
 from neox_lib.checkpoints.huggingface.config import huggingface_fields
 from neox_lib.checkpoints.huggingface.layout import names_by_key
 from neox_lib.model import NeoXModel
+from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 
 # For each of our dtypes, the one a baseline uses. CTranslate2 computes in fp32 or int8 on a CPU, never in fp16.
 BASELINES = {
-    "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "packed": "float16"},
-    "ctranslate2": {
-        "float32": "float32",
-        "float16": "float32",
-        "packed": "float32",
-        "int8": "int8",
-        "packed-int8": "int8",
-    },
+    "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"},
+    "ctranslate2": {"float32": "float32", "float16": "float32", "int8": "int8"},
+    "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0"},
 }
 
 
@@ -42,7 +42,29 @@ def make_baseline(library: str, model: NeoXModel, dtype: str) -> Generate:
     """
     if library == "transformers":
         return hugging_face_generate(hugging_face_twin(model, WEIGHT_DTYPES[dtype]))
+    if library == "xllamacpp":
+        return llama_generate(model, dtype)
     return ctranslate2_generate(ctranslate2_twin(model, dtype))
+
+
+def llama_generate(model: NeoXModel, dtype: str) -> Generate:
+    """llama.cpp in its own settings, with as many threads as torch. `dtype` is one of `gguf.writer.TYPES`."""
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # it tells no types
+    settings = xllamacpp.CommonParams()
+    settings.n_ctx, settings.n_parallel, settings.verbosity = model.config.max_position_embeddings, 1, -1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder, "tokenizer.json")
+        save_tokenizer(train_tokenizer(["the fox and the hen"], 290), tokenizer)  # any: prompts are given as ids
+        settings.model.path = str(write_gguf(ModelCheckpoint(model), folder, tokenizer, dtype))
+        server = xllamacpp.Server(settings)  # its mapping outlives the file's name
+    always = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+
+    def generate(ids: Tensor, new_tokens: int) -> list[int]:
+        answer = server.handle_completions({"prompt": ids[0].tolist(), "n_predict": new_tokens, **always})
+        return [0] * answer["usage"]["completion_tokens"]  # it tells their text, and their number
+
+    return generate
 
 
 def hugging_face_twin(model: NeoXModel, dtype: torch.dtype) -> Any:

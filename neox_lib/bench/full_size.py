@@ -1,8 +1,8 @@
 """A full-size model on this machine: write random weights, quantize, load and run them, and measure each phase.
 
 `python -m neox_lib full-size all FOLDER` makes a checkpoint of 20B's shapes (41 GB), converts it to int8 (21 GB), loads
-that from disk and from memory, and writes text, with plain and with packed weights. Each phase runs in its own process,
-so its peak memory is its own too. Results are printed and kept in FOLDER/results.json.
+that from disk and from memory, and writes text. Each phase runs in its own process, so its peak memory is its own too.
+Results are printed and kept in FOLDER/results.json.
 """
 
 import ctypes
@@ -134,11 +134,8 @@ def int8_of(folder: Path) -> Path:
     return file
 
 
-def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: bool = False) -> dict:
-    """Load the int8 file and write some tokens; returns the seconds of the load, the first token and each later one.
-    Packing, if asked for, counts as part of the load.
-    """
-    from neox_lib.decoding.int8_packing import pack
+def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int) -> dict:
+    """Load the int8 file and write some tokens; returns the seconds of the load, the first token and each later one."""
     from neox_lib.generation import stream_generate
     from neox_lib.loading import create_model
 
@@ -148,8 +145,6 @@ def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int, packed: b
     matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
     output = model.final_linear.weight.numel()  # only the last token needs the scores
     read = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
-    if packed:
-        pack(model)
     load = time.perf_counter() - started
     say(f"loaded in {load:.2f} s with {cached:.0%} of the file in memory; prompt of {prompt} tokens")
     ids = torch.randint(model.config.tokenizer_vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
@@ -185,10 +180,6 @@ def run_long(rehearsal: Rehearsal) -> dict:
     return load_and_write(rehearsal, rehearsal.long_prompt, 1)
 
 
-def run_packed(rehearsal: Rehearsal) -> dict:
-    return load_and_write(rehearsal, PROMPT, NEW_TOKENS, packed=True)
-
-
 PHASES = {
     "machine": measure_machine,
     "write": write,
@@ -196,7 +187,6 @@ PHASES = {
     "cold": run_cold,
     "warm": run_warm,
     "long": run_long,
-    "packed": run_packed,
 }
 
 
@@ -208,7 +198,7 @@ def report(results: dict) -> list[str]:
             speed = f"{found['bytes'] / 1e9:.2f} GB in {found['seconds_in_all']:.0f} s"
             lines.append(f"{phase}: {speed}, peak memory {found['peak'] / 2**30:.2f} GiB")
     machine = results.get("machine")
-    for phase in ("cold", "warm", "long", "packed"):
+    for phase in ("cold", "warm", "long"):
         if found := results.get(phase):
             line = f"{phase}: {found['cached']:.0%} of the file in memory, load {found['load']:.2f} s"
             line += f", first token of a {found['prompt']}-token prompt {found['prefill']:.2f} s"

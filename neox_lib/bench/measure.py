@@ -29,7 +29,6 @@ from neox_lib.bench.table import (
 )
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import preset
-from neox_lib.decoding.packing import PackedWeight
 from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
 
@@ -60,15 +59,11 @@ def time_answer(generate: Generate, ids: Tensor, new_tokens: int) -> Timing:
 def bytes_per_token(model: NeoXModel, prompt: int, new_tokens: int) -> float:
     """Bytes that a decode step must read, half-way through the answer: the weights, one row of the embedding, the
     cache.
-
-    A packed weight counts with the bytes per number of the layout in use.
     """
     embedding, config = model.word_embeddings.weight, model.config
     tied = config.tie_word_embeddings
     weights = sum(tensor.nbytes for tensor in model.parameters() if tied or tensor is not embedding)
-    layers = [each for each in model.modules() if isinstance(each, PackedWeight)]
-    packed = sum(each.itemsize * each.in_features * each.out_features for each in layers)
-    return weights + packed + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
+    return weights + config.kv_cache_bytes(prompt + new_tokens // 2, model.norm.weight.dtype)
 
 
 def choose_baselines(names: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 from neox_lib.bench.baselines import BASELINES, is_installed
@@ -58,7 +59,7 @@ def ratio(slow: list[Timing], fast: list[Timing], of: str) -> float:
 
 
 def describe_machine(bandwidth: float) -> str:
-    """The machine and the versions: processor, threads, memory speed, Python, libraries."""
+    """The machine, how busy it is, and the versions: processor, threads, memory speed, load, Python, libraries."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -66,7 +67,8 @@ def describe_machine(bandwidth: float) -> str:
     versions = f"torch {torch.__version__}"
     versions += "".join(f", {library} {version(library)}" for library in BASELINES if is_installed(library))
     return (
-        f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s; "
+        f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s, load "
+        f"{psutil.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, {versions}"
     )
 

@@ -17,7 +17,7 @@ from neox_lib.checkpoints.tokenizer_files import with_vocabulary, write_beside
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
 from neox_lib.quantization.int8 import quantize_rows
-from neox_lib.quantization.int8_linear import Int8Linear
+from neox_lib.quantization.linear import Int8Linear
 
 INT8_ENDING = ".int8.safetensors"
 INT8_FILE = f"model{INT8_ENDING}"  # its name in a folder

@@ -4,9 +4,7 @@ import argparse
 
 
 def add(commands) -> None:
-    description = (
-        "Speed against Hugging Face transformers and CTranslate2 on the same random weights, alternating, medians."
-    )
+    description = "Speed against transformers, CTranslate2 and llama.cpp on the same random weights, in turns, medians."
     parser = commands.add_parser("bench", help="measure speed", description=description)
     parser.add_argument(
         "--device", help="cuda: fp16 models made on the GPU, in eager mode and compiled (default: the CPU's precisions)"
@@ -15,14 +13,14 @@ def add(commands) -> None:
     parser.add_argument(
         "--dtypes",
         nargs="+",
-        default=["float32", "float16", "packed", "int8", "packed-int8"],
-        help="of the weights; packed: float16, or int8, rearranged for long sessions (default: all but bfloat16)",
+        default=["float32", "float16", "int8"],
+        help="of the weights (default: float32 float16 int8)",
     )
     parser.add_argument(
         "--against",
         nargs="*",
-        help="what to compare with, where it is installed (default: transformers ctranslate2; cuda: transformers, and "
-        "compiled, which is transformers with a static cache and a compiled decode step)",
+        help="what to compare with, where it is installed (default: transformers ctranslate2 xllamacpp; cuda: "
+        "transformers, and compiled, which is transformers with a static cache and a compiled decode step)",
     )
     parser.add_argument("--prompts", nargs="+", type=int, help="tokens (default: 64 1024; cuda: 1024)")
     parser.add_argument("--positions", nargs="*", type=int, default=[], help="time a token there too, as 100 2000")

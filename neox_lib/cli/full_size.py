@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-PHASES = ("machine", "write", "convert", "cold", "warm", "long", "packed")
+PHASES = ("machine", "write", "convert", "cold", "warm", "long")
 
 
 def add(commands) -> None:

@@ -63,9 +63,6 @@ def add(commands) -> None:
     )
     parser.add_argument("--no-cache", action="store_true", help="recompute every token, to see what the cache saves")
     parser.add_argument("--no-stop", action="store_true", help="go on past the end of a text")
-    parser.add_argument(
-        "--pack", action="store_true", help="on a CPU, rearrange fp16 or int8 weights first: pays off in long texts"
-    )
     parser.set_defaults(run=run)
 
 
@@ -107,10 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
         model = create_model(source, not arguments.no_cache, arguments.device, arguments.dtype, revision)
         if arguments.tokenizer:
             use_tokenizer(model, tokenizer)
-        if arguments.pack:
-            from neox_lib.decoding.int8_packing import pack
-
-            pack(model)
         stop = () if arguments.no_stop else None
         if template is not None:
             chat = Chat(model, tokenizer, template, sampling, stop_token_ids=stop)

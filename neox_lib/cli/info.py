@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.bench.measure import memory_bandwidth
     from neox_lib.checkpoints.files import SHIPPED_MODEL
     from neox_lib.config import format_bytes, preset
+    from neox_lib.decoding.step import why_modules
     from neox_lib.hub import look_up
     from neox_lib.memory import available_memory
     from neox_lib.precision import format_card, format_needs
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         dtypes = dict.fromkeys([source.dtype, source.float_dtype])  # of an int8 file two
         print(f"{'stored as':26} {', from '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
         print(f"{'read from':26} {source}")
+    reason = why_modules(config)
+    print(f"{'decoding on a CPU':26} {'compiled loops' if reason is None else f'the modules ({reason})'}")
     print()
     if arguments.gpu is not None:
         print(f"a GPU with {arguments.gpu:g} GB free ({format_bytes(arguments.gpu * 1e9)}):")

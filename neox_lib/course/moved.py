@@ -8,6 +8,7 @@ import hashlib
 # Modules, below neox_lib; the longest match counts.
 MODULES = {
     "checkpoint": "checkpoints.slim.reader",
+    "decoding.linear": "quantization.linear",
     "files": "checkpoints.files",
     "layout": "checkpoints.slim.layout",
     "lesson": "course",
@@ -23,11 +24,12 @@ MODULES = {
     "lesson.plots": "course.figures.plots",
     "play": "playground",
     "playground.recall": "recall",
+    "quantization.int8_linear": "quantization.linear",
     "release": "checkpoints.slim.config",
     "scale.bench": "bench.measure",
     "scale.int8_file": "checkpoints.quantized",
-    "scale.int8_linear": "quantization.int8_linear",
-    "scale.linear": "decoding.linear",
+    "scale.int8_linear": "quantization.linear",
+    "scale.linear": "quantization.linear",
     "scale.loading": "loading",
     "scale.parallel": "distributed.tensor_parallel",
     "scale.quantization": "quantization.int8",
@@ -45,12 +47,16 @@ NAMES = {
     "checkpoint.BUFFERS": "checkpoints.files.BUFFERS",
     "checkpoint.LayerFile": "checkpoints.checkpoint.LayerFile",
     "course.figures.two_devices.meetings": "course.figures.two_devices.all_reduces",
+    "decoding.linear.FastLinear": "quantization.linear.CastLinear",
+    "decoding.linear.use_fast_linear": "quantization.linear.use_cast_linear",
     "files.write_text_atomically": "checkpoints.atomic.write_text_atomically",
     "layout.empty_model": "checkpoints.build.empty_model",
     "layout.parameter_shapes": "config.parameter_shapes",
     "lesson.figures_two_devices.meetings": "course.figures.two_devices.all_reduces",
     "model.model_attention_weights": "inspection.attention.model_attention_weights",
     "scale.fits.preset": "config.preset",
+    "scale.linear.FastLinear": "quantization.linear.CastLinear",
+    "scale.linear.use_fast_linear": "quantization.linear.use_cast_linear",
     "scale.named.create_tokenizer": "loading.create_tokenizer",
     "tokenizer.create_tokenizer": "loading.create_tokenizer",
     "tokenizer.find_tokenizer": "checkpoints.tokenizer_files.find_tokenizer",
@@ -90,7 +96,7 @@ OLDER_TEXTS = """
     6f4bdeac 700f5800 710a6cd1 72e1de97 747e6e49 74acc642 7c171cd2 7f7eb9d8 830ea038 89b50e7b 8a0a5e9e 8b53d44c
     996be67f 999d031b a1efa4af a98173c4 ab8cf9ed ae0068e1 b9b5fb66 bc4414cb c2cf30eb c9ea2a80 cae59866 cd3aba20
     cd726bd1 d3f7aa50 d99271f2 da0805aa db788d96 f11c6ab3 f2d64d33 f3c03adb f52afd68 f78d89cb 6d5f52bb bb38e63a
-    78e3d486
+    78e3d486 b801beaa
 """
 
 

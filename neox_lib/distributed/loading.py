@@ -15,12 +15,12 @@ from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.slim.partition import merge_rule, shard_shape
 from neox_lib.config import NeoXConfig
-from neox_lib.decoding.linear import use_fast_linear
 from neox_lib.distributed.ranks import rank_device
 from neox_lib.distributed.tensor_parallel import SplitBlock, SplitEmbedding, SplitOutput, own_part, share_of
 from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision
+from neox_lib.quantization.linear import use_cast_linear
 
 logger = logging.getLogger(__name__)
 
@@ -90,4 +90,4 @@ def create_rank_model(
         logger.info(precision.notice)
     model = build_rank(checkpoint.config, checkpoint.parts(), rank, ranks, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
-    return use_fast_linear(model) if chosen_device.type == "cpu" else model
+    return use_cast_linear(model) if chosen_device.type == "cpu" else model

@@ -8,7 +8,7 @@ the embeddings and one per block (two where the residual is sequential), and an 
 have the same hidden states and exactly the same scores, so all choose the same next token.
 
 PyTorch's `parallelize_module` cuts a model from a plan. It needs two all-reduces per block, and its overhead per layer
-exceeds the time of a small pass; here ranks work on plain tensors, so that the layers of `decoding` serve too.
+exceeds the time of a small pass; here ranks work on plain tensors, so that the layers of `quantization` serve too.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from neox_lib.block import Block
 from neox_lib.checkpoints.slim.partition import merge_rule, merge_shards
 from neox_lib.checkpoints.slim.writer import check_ranks
 from neox_lib.config import NeoXConfig
-from neox_lib.decoding.linear import FastLinear
+from neox_lib.quantization.linear import CastLinear
 
 
 def sum_over_ranks(partial: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class SplitEmbedding(nn.Module):
         return sum_over_ranks(vectors.masked_fill(elsewhere[..., None], 0))
 
 
-class SplitOutput(FastLinear):
+class SplitOutput(CastLinear):
     """The output matrix's rows of one rank: `[..., C]` -> `[..., V]`; it scores its own tokens and asks the others."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
-from neox_lib.quantization.int8_linear import use_int8_linear
+from neox_lib.quantization.linear import use_int8_linear
 
 PROMPT = "Once upon a time, there was a funny monkey"
 
