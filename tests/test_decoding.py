@@ -4,7 +4,9 @@ The first run compiles them, some ten seconds for each dtype; the results are ke
 """
 
 import copy
+import gc
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -197,19 +199,23 @@ def test_threads_change_no_bit_and_late_ones_no_number(monkeypatch, parallel):
     ids = torch.arange(12)[None]
 
     @torch.inference_mode()
-    def write() -> tuple[Tensor, Tensor]:
+    def write(model: NeoXModel) -> tuple[Tensor, Tensor]:
         cache = cache_for(model, 1, 12)
         logits = torch.cat([model(part, cache) for part in ids.split(1, dim=1)], dim=1)
         return logits, cache.keys
 
-    alone = write()
+    alone = write(model)
     monkeypatch.setattr(step, "CHUNK_BYTES", 100)  # a few rows: many chunks in a model as small as this
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert all(torch.equal(*pair) for pair in zip(alone, write(), strict=True))
     late = Late()
     monkeypatch.setattr(step, "helpers", lambda threads: late)
-    logits, keys = write()
+    logits, keys = write(model)
     before = logits.clone(), keys.clone()
+    norm = weakref.ref(model.layers[0].input_layernorm.weight)
+    del model
+    gc.collect()
+    assert norm() is not None, "a late thread reads the norms of a model that nobody holds any more"
     for function, *work in late.calls:
         function(*work)
     assert len(late.calls) == 24 and all(torch.equal(*pair) for pair in zip(before, (logits, keys), strict=True))

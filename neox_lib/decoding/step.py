@@ -135,6 +135,13 @@ if hasattr(os, "register_at_fork"):  # a child process has no threads but its ow
     os.register_at_fork(after_in_child=helpers.cache_clear)
 
 
+def run_part(_found: Addresses, work: tuple) -> None:
+    """One thread's part. It holds on to the model's tensors, which a thread that comes late would else find freed."""
+    from neox_lib.decoding.loops import forward
+
+    forward(*work)
+
+
 def compiled_step(
     model: NeoXModel,
     input_ids: Tensor,
@@ -154,7 +161,7 @@ def compiled_step(
     found, (batch, tokens) = addresses_of(model), input_ids.shape
     if found is None or batch * tokens > MOST_ROWS[found.like.itemsize]:
         return None
-    from neox_lib.decoding.loops import PHASES, Buffers, Shape, forward
+    from neox_lib.decoding.loops import PHASES, Buffers, Shape
 
     config, held, rows = model.config, cache.length, batch * tokens
     cache.check_room(batch, held + tokens)
@@ -179,8 +186,8 @@ def compiled_step(
     work = (counters, found.layers, found.final, found.like, found.like_final, shape, buffers, held)
     threads = torch.get_num_threads()
     for _ in range(threads - 1):  # they are not waited for: one that comes late finds all chunks done
-        helpers(threads - 1).submit(forward, *work)
-    forward(*work)
+        helpers(threads - 1).submit(run_part, found, work)
+    run_part(found, work)
     cache.advance(tokens)
     return logits.view(batch, -1, shape.vocabulary)
 
