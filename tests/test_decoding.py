@@ -207,7 +207,7 @@ def test_threads_change_no_bit_and_late_ones_no_number(monkeypatch, parallel):
     alone = write(model)
     monkeypatch.setattr(step, "CHUNK_BYTES", 100)  # a few rows: many chunks in a model as small as this
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert all(torch.equal(*pair) for pair in zip(alone, write(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(alone, write(model), strict=True))
     late = Late()
     monkeypatch.setattr(step, "helpers", lambda threads: late)
     logits, keys = write(model)
