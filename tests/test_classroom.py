@@ -19,7 +19,7 @@ from neox_lib.classroom.kernel import Limits
 from neox_lib.classroom.report import Report, class_report, harmless
 from neox_lib.classroom.student import READ_THE_TABLE, unmarked, without_asserts, write_student_edition
 from neox_lib.course.learner_copy import NOTEBOOKS
-from neox_lib.course.predictions import letter, questions
+from neox_lib.course.predictions import questions
 
 PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 STEMS = [path.stem for path in PATHS]
@@ -227,7 +227,7 @@ def handed_in(edition, tmp_path_factory) -> Path:
     own = {stem: {name: in_own_words(text) for name, text in references(stem).items()} for stem in STEMS}
     for stem in STEMS:
         hand_in(edition / f"{stem}.ipynb", folder / "ada" / f"{stem}.ipynb", own[stem])
-    chosen = {each.key: letter(each.answer) for each in questions(ROTARY).values()}
+    chosen = {each.key: each.right_key for each in questions(ROTARY).values()}
     chosen.popitem()
     chosen[next(iter(chosen))] = "Z"
     (folder / "ada" / ".progress.json").write_text(json.dumps({"predictions": chosen}))

@@ -113,13 +113,6 @@ def test_a_mixed_model_keeps_its_precisions(random_model, tmp_path):
     assert_same_weights(ours, tmp_path / "m")
 
 
-def test_a_packed_model_is_written_as_it_was(random_model, tmp_path):
-    """Packed weights are no parameters any more, and still the model."""
-    ours = our_model(random_model(BASE), "packed")
-    write_huggingface(ours, tmp_path / "m")
-    assert_same_weights(ours, tmp_path / "m")
-
-
 @pytest.mark.parametrize("limit", [1, 9_000, 40_000])
 def test_shards_hold_at_most_the_limit_and_load_as_one_model(random_model, tmp_path, limit):
     """A file past 5 GB is refused by some stores and loads whole elsewhere."""

@@ -14,6 +14,7 @@ from neox_lib.course.slides import SHOW, mark_new_cells
 
 TYPES = {"slide", "subslide", "fragment", "-", "skip"}
 NOT_SHOWN = {"Sources", "Glossary", "Text and ids", "Inside the model", "Weights and files", "Writing text"}
+NOT_SHOWN |= {"Appendix: the rest of the library's file", "Appendix: the table as a part of the model"}
 every_notebook = pytest.mark.parametrize(
     "path", sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")), ids=lambda path: path.stem
 )

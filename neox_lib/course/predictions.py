@@ -11,9 +11,7 @@ from pathlib import Path
 from neox_lib.course.progress import read_progress, record
 
 QUESTIONS = Path(__file__).parent / "questions"
-SEED = (
-    1220  # of the order in which options are shown; tests/test_predictions.py holds the letters of right ones balanced
-)
+SEED = 1220  # of the order in which options are shown; a test holds the letters of right ones balanced
 
 
 @dataclass(frozen=True)
