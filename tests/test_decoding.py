@@ -311,6 +311,8 @@ def test_large_models_get_the_loops_and_the_shipped_one_runs_the_pieces(monkeypa
     monkeypatch.setitem(sys.modules, "numba", None)
     model = use_compiled_step(model_of(BASE))
     assert model.step is None and "no Numba" in step.why_modules(BASE)
+    row, stored = torch.randn(1, 8), quantize_rows(torch.randn(3, 8))
+    torch.testing.assert_close(multiply_few(row, *stored), row @ dequantize_rows(*stored).T)
 
 
 def test_without_a_place_to_keep_it_code_is_compiled_each_time(monkeypatch):

@@ -23,7 +23,7 @@ from neox_lib.block import MLP, Block
 from neox_lib.cache import KVCache
 from neox_lib.config import SMALL_MODEL_PARAMETERS, NeoXConfig
 from neox_lib.model import NeoXModel, OnLayer
-from neox_lib.quantization.linear import CastLinear, Int8Linear
+from neox_lib.quantization.linear import CastLinear, Int8Linear, multiply_blocks
 from neox_lib.rotary import RotaryTable
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,13 @@ def compiled_step(
 
 
 def multiply_few(input: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """input `[R, in]` fp32 times a stored weight `[out, in]`, as the loops multiply it, on one thread -> `[R, out]`."""
-    from neox_lib.decoding.loops import Matrix, multiply
-
+    """input `[R, in]` fp32 times a stored weight `[out, in]` -> `[R, out]`, as the loops multiply it, on one thread; as
+    the modules do where Numba is missing.
+    """
+    try:
+        from neox_lib.decoding.loops import Matrix, multiply
+    except ImportError:
+        return multiply_blocks(input, weight, scale)
     outputs = len(weight)
     out, scale = torch.empty(len(input), outputs), torch.ones(outputs) if scale is None else scale
     matrix = Matrix(as_array(weight), scale.numpy(), np.zeros(outputs, np.float32))
