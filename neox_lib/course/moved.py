@@ -96,7 +96,7 @@ OLDER_TEXTS = """
     6f4bdeac 700f5800 710a6cd1 72e1de97 747e6e49 74acc642 7c171cd2 7f7eb9d8 830ea038 89b50e7b 8a0a5e9e 8b53d44c
     996be67f 999d031b a1efa4af a98173c4 ab8cf9ed ae0068e1 b9b5fb66 bc4414cb c2cf30eb c9ea2a80 cae59866 cd3aba20
     cd726bd1 d3f7aa50 d99271f2 da0805aa db788d96 f11c6ab3 f2d64d33 f3c03adb f52afd68 f78d89cb 6d5f52bb bb38e63a
-    78e3d486 b801beaa
+    78e3d486 b801beaa d278fd42
 """
 
 
