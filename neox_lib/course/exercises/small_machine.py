@@ -23,6 +23,8 @@ from neox_lib.course.checks import (
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.quantization.int4 import dequantize_groups as library_dequantize_groups
+from neox_lib.quantization.int4 import quantize_groups
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
 from neox_lib.quantization.linear import Int8Linear, use_int8_linear
 
@@ -226,6 +228,55 @@ def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
         written = int8_story()
     require_same_story(written, expected, "in int8, quantized by your function")
     return f"The shipped model, quantized by your function in place of the library's, wrote this in int8:\n{written}"
+
+
+def from_nibbles(dequantize: Callable[..., Tensor]) -> str:
+    """The shipped model's text from weights in int4, turned back by `dequantize`."""
+    model = create_model(device="cpu", dtype="float32")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(dequantize(*quantize_groups(layer.weight.detach())), requires_grad=False)
+    return write(model)
+
+
+@exercise("small_machine.dequantize_groups")
+def dequantize_groups(yours: Callable[..., Tensor]) -> str:
+    """`yours(nibbles, scales, dtype)` gives the weights that two numbers per byte and a scale per group stand for."""
+    nibbles, scales = torch.tensor([[[159, 101], [127, 172]]], dtype=torch.uint8), torch.tensor([[0.1, 0.01]])
+    what = "my_dequantize_groups([[[159, 101], [127, 172]]], [[0.1, 0.01]])"
+    with given(what):
+        found = yours(nibbles, scales)
+    expected = torch.tensor([[0.7, -0.3, 0.1, -0.2, 0.07, 0.04, -0.01, 0.02]])
+    wrong = {
+        "is 8 taken off each number?": expected + torch.tensor([0.8] * 4 + [0.08] * 4),
+        "uint8 has no negative numbers, 5 - 8 is 253 there: make it fp32 first": unsigned(expected),
+        "is the low nibble the first half of its group, and the high one the second?": expected.view(2, 2, 2).flip(1),
+        "a group's low nibbles all come before its high ones: cat, not stack": expected.view(2, 2, 2).transpose(1, 2),
+        "does each group have its own scale?": torch.cat([expected[:, :4], 10 * expected[:, 4:]], dim=1),
+    }
+    told = ""
+    if isinstance(found, Tensor) and found.shape == expected.shape:
+        close = (why for why, each in wrong.items() if torch.allclose(found.float(), each.reshape(1, 8), atol=1e-4))
+        told = next(close, "")
+    require_equal(found, expected, what, tolerance=1e-4, why=told)
+    weight = seeded(3, 64).half()
+    stored = quantize_groups(weight)
+    for dtype in (torch.float32, torch.float16):
+        what = f"my_dequantize_groups of three rows of two groups of 32, as the library makes them, in {dtype}"
+        with given(what):
+            found = yours(*stored, dtype)
+        require_equal(found, library_dequantize_groups(*stored, dtype), what, tolerance=1e-3)
+        require(found.dtype == dtype, f"{what} should be in {dtype}, but is in {found.dtype}")
+    with given("my_dequantize_groups for a matrix of the shipped model"):
+        written = from_nibbles(yours)
+    require_same_story(written, from_nibbles(library_dequantize_groups), "in int4, read by your function")
+    return f"The shipped model wrote this from weights of 4 bits that your function read:\n{written}"
+
+
+def unsigned(weights: Tensor) -> Tensor:
+    """By-hand weights as they come out when 8 is taken off in uint8."""
+    steps = torch.tensor([0.1] * 4 + [0.01] * 4)
+    return (weights / steps).round() % 256 * steps
 
 
 def require_parts(yours: Callable[[NeoXConfig], int], config: NeoXConfig, argument: str) -> None:

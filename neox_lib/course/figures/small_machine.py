@@ -36,7 +36,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 def int8_rows(weights: Tensor, numbers: Tensor, scales: Tensor) -> Picture:
     """A small matrix `[out, in]` in fp32, and beside it int8 numbers and a scale per row; a byte is one unit wide."""
     rows, columns = weights.shape
-    figure, axes = canvas(13, 1.1 + 0.62 * rows, 5 * columns + 9, -1.35 * rows + 0.2, 1.75)
+    figure, axes = canvas(13, 1.1 + 0.62 * rows, 5 * columns + 9, -1.35 * rows + 0.2, 1.75, left=-0.2)
     right = 4 * columns + 2.5
     for x, width, words in (
         (0, 4 * columns, "weights in fp32: 4 bytes each"),
@@ -56,7 +56,7 @@ def int8_rows(weights: Tensor, numbers: Tensor, scales: Tensor) -> Picture:
         axes.text(right + columns + 0.5, y + 0.45, "\u00d7", ha="center", va="center", fontsize=FONT_SIZE + 3)
     told = "; ".join(
         f"{each} becomes {whole} times {scale:.4g}"
-        for each, whole, scale in zip(weights_in_words(weights), numbers.tolist(), scales.tolist(), strict=True)
+        for each, whole, scale in zip(weights_in_words(weights), numbers.int().tolist(), scales.tolist(), strict=True)
     )
     alt = f"Boxes as wide as their bytes. Each row of fp32 weights becomes int8 numbers and one scale: {told}."
     return Picture(figure, alt)
@@ -74,7 +74,7 @@ def eight_at_once(weights: Sequence[int], x: Sequence[int]) -> Steps:
     last = len(weights) // LANES
     labels = [f"{step}" for step in range(1, last + 1)] + ["the sum"]
     pictures = {label: lanes_after(weights, x, step + 1) for step, label in enumerate(labels)}
-    return Steps(pictures, labels[-1], "step")
+    return Steps(pictures, labels[-2], "step")
 
 
 def lanes_after(weights: Sequence[int], x: Sequence[int], step: int) -> Picture:
