@@ -36,9 +36,9 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Nibbles `[out, in / 32, 16]` uint8 and bfloat16 scales `[out, in / 32]` of a matrix `[out, in]`.
 
     A byte holds two numbers, each + 8: in its low four bits one of the group's first 16, in its high four one of the
-    last 16. Number x scale is within half a step of every weight from -8 to 7 steps. bfloat16 has fp32's range, and what
-    its rounding costs is small beside a step. Takes fp32, fp16 and bfloat16. Raises ValueError for another dtype or
-    shape, and for NaN or infinity.
+    last 16. Number x scale is within half a step of every weight from -8 to 7 steps. bfloat16 has fp32's range, and
+    what its rounding costs is small beside a step. Takes fp32, fp16 and bfloat16. Raises ValueError for another dtype
+    or shape, and for NaN or infinity.
 
     >>> nibbles, scales = quantize_groups(torch.tensor([[-1.0, 0.5] + 14 * [0.0] + [0.25] + 15 * [0.0]]))
     >>> nibbles[0, 0, :3].tolist(), scales.tolist()  # -8 + 8 and 2 + 8 in the first byte
@@ -67,6 +67,6 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_groups(nibbles: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights `[out, in]` in `dtype` that `nibbles` `[out, in / 32, 16]` and `scales` `[out, in / 32]` stand for."""
+    """The weights `[out, in]` in `dtype` that nibbles `[out, in / 32, 16]` and scales `[out, in / 32]` stand for."""
     numbers = torch.cat([nibbles & 15, nibbles >> 4], dim=-1).float() - 8
     return (numbers * scales.float()[..., None]).flatten(1).to(dtype)
