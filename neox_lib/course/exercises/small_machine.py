@@ -1,4 +1,4 @@
-"""The exercises of notebook 08: a row times x, rows in int8, two weights in a byte, and the bytes of a model in int8."""
+"""The exercises of notebook 08: a row times x, rows in int8, two weights in a byte, the bytes of a model in int8."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,8 +45,9 @@ class Counted(float):
 
 
 def compiled_rows(row: Callable) -> Callable[..., np.ndarray] | None:
-    """All rows by the learner's loop over one: numbers `[out, in]`, scales `[out]`, x `[T, in]` -> `[T, out]`. None where
-    Numba is missing or can't compile it.
+    """All rows by the learner's loop over one: numbers `[out, in]`, scales `[out]`, x `[T, in]` -> `[T, out]`.
+
+    None where Numba is missing or can't compile it.
     """
     try:
         from numba import njit
@@ -85,9 +86,7 @@ class LoopLinear(nn.Module):
 
 
 def story_by_loop(row: Callable) -> tuple[str, str]:
-    """The shipped model's text in int8 with this loop over a row, and where: compiled, in every matrix, or as Python, in
-    one of them.
-    """
+    """The shipped model's text in int8 with this loop over a row, and where the loop was used."""
     model, multiply = use_int8_linear(create_model(device="cpu", dtype="float32")), compiled_rows(row)
     if multiply is None:
         dense = model.layers[0].attention.dense

@@ -146,8 +146,8 @@ def bits_curve(percent: Mapping[str, Sequence[float]], bits: Sequence[int]) -> P
         "How many bits until it breaks?",
         "bits per weight",
         "perplexity, % above fp32 (log axis)",
-        alt=f"Perplexity in percent above that of fp32, on a logarithmic axis, against bits per weight. {told}. A level "
-        "line marks 1 percent.",
+        alt=f"Perplexity in percent above that of fp32, on a logarithmic axis, against bits per weight. {told}. A "
+        "level line marks 1 percent.",
         log_y=True,
     )
     (axes,) = picture.figure.axes
