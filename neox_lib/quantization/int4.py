@@ -1,7 +1,9 @@
 """Weight-only int4: every 32 weights of a row become whole numbers from -8 to 7 and one scale of their own.
 
 Sixteen numbers can't serve a whole row: one large weight would make the step too wide for all others. So each group of
-32 has a scale, in 16 bits, which makes 4.5 bits per weight. Built in notebook 08.
+32 has a scale, in 16 bits, which makes 4.5 bits per weight.
+
+Built in notebook 08.
 """
 
 import torch
