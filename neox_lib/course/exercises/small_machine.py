@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox_lib.checkpoints.quantized import int8_bytes as bytes_in_int8
+from neox_lib.checkpoints.quantized import quantized_bytes as bytes_in_int8
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
 from neox_lib.course.checks import (
     describe,
@@ -22,7 +22,7 @@ from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
-from neox_lib.quantization.linear import use_int8_linear
+from neox_lib.quantization.linear import use_quantized_linear
 
 PROMPT = "Once upon a time, there was a funny monkey"
 
@@ -98,7 +98,7 @@ def check_values(numbers: Tensor, scales: Tensor, weight: Tensor, what: str) -> 
 def int8_story(tokens: int = 40) -> str:
     """The shipped model's greedy text in int8, quantized with whatever `quantize_rows` the library holds."""
     tokenizer = create_tokenizer()
-    model = use_int8_linear(create_model(device="cpu", dtype="float32"))
+    model = use_quantized_linear(create_model(device="cpu", dtype="float32"))
     return greedy_generate_text(model, tokenizer, PROMPT, prompt_ids(tokenizer, PROMPT).shape[1] + tokens)
 
 
