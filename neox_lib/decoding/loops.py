@@ -226,8 +226,8 @@ def no_sums(typingctx):
 def add_group(typingctx, sums, nibbles, scales, numbers, group):
     """sums + the scale of a group x the products of its 32 weights and activations, four products in each lane.
 
-    Written in vectors, which compilers do not make of a loop as short as this one. Two products and their sum in 32 bits
-    are one instruction as long as no other sum is mixed into theirs: the fence keeps it out.
+    Written in vectors, which compilers do not make of a loop as short as this one. A pair of products and their sum are
+    one instruction as long as no other sum is mixed into theirs: the fence keeps it out.
     """
 
     def generate(context, builder, signature, arguments):
@@ -239,27 +239,25 @@ def add_group(typingctx, sums, nibbles, scales, numbers, group):
             array = context.make_array(signature.args[which])(context, builder, arguments[which])
             place = builder.mul(arguments[4], ir.Constant(ir.IntType(64), parts))
             place = builder.add(place, ir.Constant(ir.IntType(64), part))
-            start = builder.bitcast(array.data, kind.as_pointer())
-            loaded = builder.load(builder.gep(start, [place]))
+            loaded = builder.load(builder.gep(builder.bitcast(array.data, kind.as_pointer()), [place]))
             loaded.align = 1
             return loaded
 
-        def pairs(half, activations):
-            weights = builder.sub(half, whole(16, 16, [8] * 16))
-            products = builder.mul(*(builder.sext(each, whole(32, 16)) for each in (weights, activations)))
+        def pairs(half, part):
+            factors = builder.sub(half, whole(16, 16, [8] * 16)), load(3, whole(16, 16), part, 2)
+            products = builder.mul(*(builder.sext(each, whole(32, 16)) for each in factors))
             even, odd = (builder.shuffle_vector(products, products, whole(32, 8, range(at, 16, 2))) for at in (0, 1))
-            kind = ir.FunctionType(FLOATS, [FLOATS])
-            fence = cgutils.get_or_insert_function(builder.module, kind, "llvm.arithmetic.fence.v8f32")
-            fenced = builder.call(fence, [builder.bitcast(builder.add(even, odd), FLOATS)])
-            return builder.bitcast(fenced, whole(32, 8))
+            return builder.add(even, odd)
 
         both = builder.zext(load(1, whole(8, 16)), whole(16, 16))
-        low = pairs(builder.and_(both, whole(16, 16, [15] * 16)), load(3, whole(16, 16), 0, 2))
-        high = pairs(builder.lshr(both, whole(16, 16, [4] * 16)), load(3, whole(16, 16), 1, 2))
-        bits = builder.shl(builder.zext(load(2, ir.IntType(16)), ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        scale = builder.bitcast(bits, ir.FloatType())
-        scale = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scale, ir.Constant(ir.IntType(32), 0))
-        scale = builder.shuffle_vector(scale, scale, whole(32, 8, [0] * 8))
+        low = pairs(builder.and_(both, whole(16, 16, [15] * 16)), 0)
+        high = pairs(builder.lshr(both, whole(16, 16, [4] * 16)), 1)
+        kind = ir.FunctionType(FLOATS, [FLOATS])
+        fence = cgutils.get_or_insert_function(builder.module, kind, "llvm.arithmetic.fence.v8f32")
+        low = builder.bitcast(builder.call(fence, [builder.bitcast(low, FLOATS)]), whole(32, 8))
+        bits = load(2, whole(16, 1))  # bfloat16 is the upper half of fp32
+        bits = builder.bitcast(builder.shuffle_vector(bits, bits, whole(32, 16, [0] * 16)), whole(32, 8))
+        scale = builder.bitcast(builder.and_(bits, whole(32, 8, [0xFFFF0000] * 8)), FLOATS)
         scaled = builder.fmul(builder.sitofp(builder.add(low, high), FLOATS), scale, flags=("contract",))
         return builder.fadd(arguments[0], scaled, flags=("contract",))
 
