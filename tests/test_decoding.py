@@ -26,7 +26,7 @@ from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
 from neox_lib.padding import pad_left
 from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
-from neox_lib.quantization.linear import use_cast_linear, use_int8_linear
+from neox_lib.quantization.linear import use_cast_linear, use_quantized_linear
 from tests.small_models import BASE, family, randomize
 
 pytest.importorskip("numba")
@@ -42,7 +42,7 @@ def model_of(config: NeoXConfig, dtype: str = "float32", seed: int = 0) -> NeoXM
     model = NeoXModel(config).requires_grad_(False).eval()
     randomize(model, seed, gain=1.0)
     if dtype == "int8":
-        use_int8_linear(model)
+        use_quantized_linear(model)
     elif dtype != "float32":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype)) if parameter.dim() == 2 else parameter.data

@@ -13,7 +13,7 @@ from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache
 from neox_lib.bench.random_checkpoint import SMALL, ConsumedCheckpoint, random_tensors, shape_named, write_random
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.slim.layout import is_slim
 from neox_lib.config import neox_20b
 from neox_lib.loading import create_model
@@ -76,8 +76,8 @@ def test_shards_are_removed_as_they_are_converted(tmp_path):
     assert counts[0] == 6 and counts == sorted(counts, reverse=True) and counts[-1] == 1
     assert not list((tmp_path / "slim").iterdir()) and not is_slim(tmp_path / "slim")
     write_random(tmp_path / "again", SMALL)
-    removed = write_int8(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
-    kept = write_int8(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
+    removed = write_quantized(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
+    kept = write_quantized(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
     assert removed.read_bytes() == kept.read_bytes()
 
 
@@ -85,8 +85,8 @@ def test_room_that_comes_back_meanwhile_counts(slim, tmp_path, monkeypatch):
     needed = open_checkpoint(slim).nbytes // 2
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: needed // 2)
     with pytest.raises(CheckpointError, match="the disk has"):
-        write_int8(open_checkpoint(slim), tmp_path / "out")
-    write_int8(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
+        write_quantized(open_checkpoint(slim), tmp_path / "out")
+    write_quantized(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
     assert create_model(tmp_path / "out", device="cpu")(torch.arange(9)[None]).isfinite().all()
 
 

@@ -18,21 +18,21 @@ from neox_lib.__main__ import main
 from neox_lib.checkpoints import quantized as int8_file
 from neox_lib.checkpoints.build import fill_model
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
-from neox_lib.checkpoints.convert import convert_to_int8
+from neox_lib.checkpoints.convert import convert_to_quantized
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
-from neox_lib.checkpoints.int8_stream import Int8Stream
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import (
     INT8_FILE,
-    empty_int8_model,
-    find_int8,
-    int8_bytes,
-    int8_metadata,
-    int8_specs,
+    empty_quantized_model,
+    find_quantized,
     quantized,
-    write_int8,
+    quantized_bytes,
+    quantized_metadata,
+    quantized_specs,
+    write_quantized,
 )
+from neox_lib.checkpoints.quantized_stream import QuantizedStream
 from neox_lib.checkpoints.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import read_ahead
@@ -48,7 +48,7 @@ ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memo
 def folder(tmp_path_factory):
     """The shipped model in int8, with its tokenizer."""
     path = tmp_path_factory.mktemp("int8") / "model"
-    write_int8(open_checkpoint(SHIPPED_MODEL), path, SHIPPED_MODEL / "tokenizer.json")
+    write_quantized(open_checkpoint(SHIPPED_MODEL), path, SHIPPED_MODEL / "tokenizer.json")
     return path
 
 
@@ -81,19 +81,21 @@ def test_the_file_gives_the_model_that_quantizing_while_loading_gives(folder):
 def test_other_programs_can_read_the_file(folder):
     """One plain safetensors file: names, dtypes and shapes are what the specs say, and every tensor is aligned."""
     with safetensors.safe_open(folder / INT8_FILE, "pt") as file:
-        assert set(file.keys()) == set(int8_specs(tiny()))
-        for name, (dtype, shape) in int8_specs(tiny()).items():
+        assert set(file.keys()) == set(quantized_specs(tiny()))
+        for name, (dtype, shape) in quantized_specs(tiny()).items():
             tensor = file.get_tensor(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
         assert file.metadata()["source_dtype"] == "float16" and file.metadata()["version"] == "1"
     for name, tensor in open_checkpoint(folder).tensors():
         assert tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous(), name
-    assert (folder / INT8_FILE).stat().st_size < int8_bytes(tiny()) + 20_000
+    assert (folder / INT8_FILE).stat().st_size < quantized_bytes(tiny()) + 20_000
 
 
 def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
-    file = write_int8(ModelCheckpoint(create_model(device="cpu", dtype="float32")), tmp_path / "mine.int8.safetensors")
-    assert file.name == "mine.int8.safetensors" and find_int8(tmp_path) == file
+    file = write_quantized(
+        ModelCheckpoint(create_model(device="cpu", dtype="float32")), tmp_path / "mine.int8.safetensors"
+    )
+    assert file.name == "mine.int8.safetensors" and find_quantized(tmp_path) == file
     ids = torch.arange(2, 50)[None]
     assert (
         create_model(file, device="cpu")(ids) - create_model(folder, device="cpu")(ids)
@@ -111,12 +113,12 @@ def test_damaged_weights_are_named_and_no_file_is_left(random_model, tmp_path, n
     model.get_parameter(name)[3] = bad
     write_slim(model, tmp_path / "m", ranks=2)
     for quantize in (
-        lambda: convert_to_int8(tmp_path / "m", tmp_path / "i"),
+        lambda: convert_to_quantized(tmp_path / "m", tmp_path / "i"),
         lambda: create_model(tmp_path / "m", dtype="int8"),
     ):
         with pytest.raises(CheckpointError, match=f"^{name}:? .*holds NaN or infinity"):
             quantize()
-    assert find_int8(tmp_path / "i") is None
+    assert find_quantized(tmp_path / "i") is None
 
 
 def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other_rules(random_model, tmp_path):
@@ -126,7 +128,7 @@ def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other
     model = random_model(
         dataclasses.replace(tiny(), tie_word_embeddings=True, attention_bias=False, rope_scaling=scaling)
     )
-    loaded = create_model(write_int8(ModelCheckpoint(model), tmp_path / "tied"), device="cpu")
+    loaded = create_model(write_quantized(ModelCheckpoint(model), tmp_path / "tied"), device="cpu")
     assert loaded.final_linear.weight is loaded.word_embeddings.weight and loaded.config == model.config
     ids = torch.arange(2, 60)[None]
     assert (loaded(ids) - model(ids)).abs().mean() < 0.05 * model(ids).std()
@@ -139,11 +141,11 @@ def test_a_stream_of_wrapped_shards_is_the_model_without_its_value_head(random_m
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
     wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()} | {"v_head.summary.bias": torch.ones(1)}
     save_file(wrapped, tmp_path / "shard.safetensors")
-    stream = Int8Stream(tmp_path, BASE, torch.float16)
+    stream = QuantizedStream(tmp_path, BASE, torch.float16)
     stream.check_complete("the index", wrapped)
     stream.add(tmp_path / "shard.safetensors")
     stream.finish(tmp_path / "streamed.int8.safetensors")
-    expected = write_int8(ModelCheckpoint(model), tmp_path / "expected").read_bytes()
+    expected = write_quantized(ModelCheckpoint(model), tmp_path / "expected").read_bytes()
     assert (tmp_path / "streamed.int8.safetensors").read_bytes() == expected
 
 
@@ -152,7 +154,7 @@ def test_int8_is_no_source(folder, tmp_path, capsys):
         assert main(["convert", str(folder), str(tmp_path / "out"), "--to", target]) == 2
         assert "int8 weights, which can be run but not converted" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="the model in memory: int8 weights"):
-        write_int8(ModelCheckpoint(create_model(folder, device="cpu")), tmp_path / "again")
+        write_quantized(ModelCheckpoint(create_model(folder, device="cpu")), tmp_path / "again")
     with pytest.raises(ValueError, match="dtype must be auto or int8"):
         create_model(folder, dtype="float16")
 
@@ -227,12 +229,12 @@ def test_a_path_that_cannot_be_an_int8_model_says_what_was_expected(tmp_path):
         open_checkpoint(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointError, match="give a folder or a name that ends in"):
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path / "notes.txt")
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_an_interruption_in_the_middle_leaves_the_old_file_whole(folder, tmp_path, monkeypatch, error):
-    file = write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+    file = write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     before = file.read_bytes()
 
     def stop(tensors, embedding=None):
@@ -243,7 +245,7 @@ def test_an_interruption_in_the_middle_leaves_the_old_file_whole(folder, tmp_pat
 
     monkeypatch.setattr(int8_file, "quantized", stop)
     with pytest.raises((CheckpointError, KeyboardInterrupt)) as raised:
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
     if isinstance(error, OSError):
         assert "No space left on device" in str(raised.value)
@@ -268,7 +270,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkey
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 1_000_000)
     monkeypatch.setattr(int8_file, "quantize_rows", lambda *arguments: pytest.fail("read weights that have no room"))
     with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB free"):
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path / "out")
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path / "out")
 
 
 def test_a_tensor_that_is_not_as_announced_leaves_no_file(tmp_path):
@@ -310,10 +312,10 @@ def test_any_order_of_tensors_and_odd_sizes_make_the_same_file(tmp_path):
 
 def test_a_loaded_file_can_be_replaced_and_is_let_go(folder, tmp_path, random_model):
     """The model in use keeps its old weights; once it is gone nothing is mapped any more."""
-    file = write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+    file = write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     model, ids = create_model(file, device="cpu"), torch.arange(2, 40)[None]
     before = model(ids)
-    write_int8(ModelCheckpoint(random_model(tiny())), tmp_path)
+    write_quantized(ModelCheckpoint(random_model(tiny())), tmp_path)
     assert torch.equal(model(ids), before)
     assert not torch.allclose(create_model(file, device="cpu")(ids), before)
     del model
@@ -358,7 +360,7 @@ def test_two_processes_share_the_pages_of_one_file(tmp_path):
 
     assert next(random_tensors(config))[0] == "word_embeddings.weight"
     write_random(tmp_path / "slim", config)
-    file = write_int8(open_checkpoint(tmp_path / "slim"), tmp_path / "int8")
+    file = write_quantized(open_checkpoint(tmp_path / "slim"), tmp_path / "int8")
     command = [sys.executable, "-c", LOAD, str(file)]
     pipes = {
         "stdin": subprocess.PIPE,
@@ -396,7 +398,7 @@ def test_quantizing_lets_go_of_each_tensor_before_the_next_one_comes():
     made: list[weakref.ref] = []
 
     def one_by_one():
-        for name, (_, shape) in int8_specs(tiny()).items():
+        for name, (_, shape) in quantized_specs(tiny()).items():
             if not name.endswith(".scale"):
                 assert not any(earlier() is not None for earlier in made), f"the one before {name} is still held"
                 tensor = torch.ones(shape)
@@ -408,15 +410,15 @@ def test_quantizing_lets_go_of_each_tensor_before_the_next_one_comes():
     for name, tensor in quantized(one_by_one()):
         names.append(name)
         del tensor
-    assert names == list(int8_specs(tiny()))
+    assert names == list(quantized_specs(tiny()))
 
 
 def test_specs_describe_a_model_that_runs():
     """Specs and the model come from one place: what the specs announce, an int8 model of that config consists of."""
     config = NeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
-    specs = int8_specs(config)
+    specs = quantized_specs(config)
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
-    model = fill_model(empty_int8_model(config), tensors.items())
+    model = fill_model(empty_quantized_model(config), tensors.items())
     assert {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()} == specs
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, 50432)
-    assert json.loads(int8_metadata(config)["config"])["hidden_size"] == 64
+    assert json.loads(quantized_metadata(config)["config"])["hidden_size"] == 64

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox_lib.checkpoints.quantized import int8_bytes
+from neox_lib.checkpoints.quantized import quantized_bytes
 from neox_lib.config import NeoXConfig
 from neox_lib.course.exercises import small_machine as exercises
 from neox_lib.course.figures import small_machine as figures
@@ -269,7 +269,7 @@ def test_a_wrong_count_is_told_which_part_is_off(change, told):
     """A bare difference of two large numbers helps nobody."""
 
     def wrong(config: NeoXConfig) -> int:
-        return int8_bytes(config) + change(config)
+        return quantized_bytes(config) + change(config)
 
     result = exercises.int8_bytes(wrong)
     assert not result.passed

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from neox_lib.checkpoints.files import SHIPPED_MODEL
-from neox_lib.checkpoints.quantized import int8_bytes, is_quantized
+from neox_lib.checkpoints.quantized import is_quantized, quantized_bytes
 from neox_lib.config import neox_20b, tiny
 from neox_lib.evaluation.likelihood import perplexity, stories_of, story_stream
 from neox_lib.loading import create_model, create_tokenizer
@@ -19,7 +19,7 @@ from neox_lib.precision import format_card, needs
 from neox_lib.quantization import int8 as quantization
 from neox_lib.quantization import linear
 from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
-from neox_lib.quantization.linear import Int8Linear, use_int8_linear
+from neox_lib.quantization.linear import QuantizedLinear, use_quantized_linear
 
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,9 +90,9 @@ def test_anything_but_a_matrix_of_weights_is_refused(weight):
         quantize_rows(weight)
 
 
-def int8_layer(inputs: int, outputs: int, bias: bool = True) -> Int8Linear:
+def int8_layer(inputs: int, outputs: int, bias: bool = True) -> QuantizedLinear:
     plain = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
-    return Int8Linear(*quantize_rows(plain.weight), plain.bias)
+    return QuantizedLinear(*quantize_rows(plain.weight), plain.bias)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])
@@ -111,7 +111,7 @@ def test_the_product_is_that_of_what_the_numbers_stand_for(monkeypatch, rows, in
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_activations_take_the_plain_way(dtype):
     """The way of a GPU: dequantized, then multiplied. Results past 65504 before scaling must not become infinite."""
-    layer = Int8Linear(torch.full((3, 4096), 127, dtype=torch.int8), torch.full((3,), 1e-3))
+    layer = QuantizedLinear(torch.full((3, 4096), 127, dtype=torch.int8), torch.full((3,), 1e-3))
     found = layer(torch.ones(2, 4096, dtype=dtype))
     assert found.dtype == dtype and torch.allclose(found.float(), torch.tensor(0.127 * 4096), rtol=1e-2)
 
@@ -133,7 +133,7 @@ def test_a_gradient_reaches_the_input():
 @pytest.mark.parametrize("scales", [torch.ones(6), torch.ones(4, 1), torch.ones(1, 4)])
 def test_scales_of_the_wrong_axis_are_refused(scales):
     with pytest.raises(ValueError, match="one scale per row"):
-        Int8Linear(torch.zeros(4, 6, dtype=torch.int8), scales)
+        QuantizedLinear(torch.zeros(4, 6, dtype=torch.int8), scales)
 
 
 def test_scales_of_columns_would_be_noticed():
@@ -145,7 +145,7 @@ def test_scales_of_columns_would_be_noticed():
     assert ((wrong - weight).abs() > scales[:, None]).float().mean() > 0.5
     x = matrix(2, 64)
     expected = x @ weight.T
-    assert ((Int8Linear(numbers, scales)(x) - expected).abs() <= 0.3 * weight.norm(dim=1)).all()
+    assert ((QuantizedLinear(numbers, scales)(x) - expected).abs() <= 0.3 * weight.norm(dim=1)).all()
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_tied_output_matrix_stays_the_embedding(random_model, token_ids):
     model = random_model(config).requires_grad_(False)
     ids, before = token_ids(config, 1, 20), None
     before = model(ids)
-    assert use_int8_linear(model).final_linear.weight is model.word_embeddings.weight
+    assert use_quantized_linear(model).final_linear.weight is model.word_embeddings.weight
     assert model.word_embeddings.weight.dtype == torch.float32
     assert not any(type(module) is nn.Linear and module is not model.final_linear for module in model.modules())
     assert (model(ids) - before).abs().mean() < 0.05 * before.std()
@@ -206,13 +206,13 @@ def test_a_layer_that_can_not_be_quantized_is_named(random_model):
     model = random_model(tiny()).requires_grad_(False)
     model.layers[1].mlp.dense_h_to_4h.weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.dense_h_to_4h: row 3 holds NaN"):
-        use_int8_linear(model)
+        use_quantized_linear(model)
 
 
 def test_the_calculator_counts_what_a_model_holds(models):
     """The bytes that it tells before loading are those of the loaded model, and a token reads all but the embedding."""
     held = sum(parameter.nbytes for parameter in models[1].parameters())
-    assert int8_bytes(tiny()) == held
+    assert quantized_bytes(tiny()) == held
     by_name = {need.precision: need for need in needs(tiny(), 256)}
     assert by_name["int8"].weights == held
     assert by_name["int8"].read == held - models[1].word_embeddings.weight.nbytes
@@ -235,6 +235,6 @@ def test_int8_is_taken_when_nothing_else_fits(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr("neox_lib.precision.free_memory", lambda device: 5_000_000)
     model = create_model(device="cpu")
-    assert isinstance(model.layers[0].attention.dense, Int8Linear) and isinstance(model, NeoXModel)
+    assert isinstance(model.layers[0].attention.dense, QuantizedLinear) and isinstance(model, NeoXModel)
     (said,) = caplog.messages
     assert "do not fit" in said and "int8" in said

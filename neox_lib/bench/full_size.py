@@ -111,24 +111,24 @@ def write(rehearsal: Rehearsal) -> dict:
 
 def convert(rehearsal: Rehearsal) -> dict:
     from neox_lib.bench.random_checkpoint import ConsumedCheckpoint
-    from neox_lib.checkpoints.quantized import write_int8
+    from neox_lib.checkpoints.quantized import write_quantized
     from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
     slim, target = rehearsal.folder / "slim", rehearsal.folder / "int8"
     say("converting to int8" + (", removing each layer's files once read" if rehearsal.delete_shards else ""))
     if rehearsal.delete_shards:
         checkpoint = ConsumedCheckpoint(slim)
-        file = write_int8(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2)
+        file = write_quantized(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2)
     else:
-        file = write_int8(SlimCheckpoint(slim), target)
+        file = write_quantized(SlimCheckpoint(slim), target)
     return {"bytes": file.stat().st_size}
 
 
 def int8_of(folder: Path) -> Path:
     """The int8 file of an earlier phase."""
-    from neox_lib.checkpoints.quantized import find_int8
+    from neox_lib.checkpoints.quantized import find_quantized
 
-    file = find_int8(folder / "int8")
+    file = find_quantized(folder / "int8")
     if file is None:
         raise ValueError(f"{folder / 'int8'}: no int8 model there; run the phases write and convert first")
     return file

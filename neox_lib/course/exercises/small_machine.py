@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neox_lib.checkpoints.quantized import int8_bytes as bytes_in_int8
+from neox_lib.checkpoints.quantized import quantized_bytes as bytes_in_int8
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
 from neox_lib.course.checks import (
     describe,
@@ -26,7 +26,7 @@ from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.quantization.int4 import dequantize_groups as library_dequantize_groups
 from neox_lib.quantization.int4 import quantize_groups
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
-from neox_lib.quantization.linear import Int8Linear, use_int8_linear
+from neox_lib.quantization.linear import QuantizedLinear, use_quantized_linear
 
 PROMPT = "Once upon a time, there was a funny monkey"
 
@@ -74,7 +74,7 @@ def compiled_rows(row: Callable) -> Callable[..., np.ndarray] | None:
 class LoopLinear(nn.Module):
     """An int8 layer whose product is `multiply(numbers, scales, x)` on numpy's arrays: `[..., in]` -> `[..., out]`."""
 
-    def __init__(self, linear: Int8Linear, multiply: Callable[..., np.ndarray]):
+    def __init__(self, linear: QuantizedLinear, multiply: Callable[..., np.ndarray]):
         super().__init__()
         self.linear, self.multiply = linear, multiply
 
@@ -87,7 +87,7 @@ class LoopLinear(nn.Module):
 
 def story_by_loop(row: Callable) -> tuple[str, str]:
     """The shipped model's text in int8 with this loop over a row, and where the loop was used."""
-    model, multiply = use_int8_linear(create_model(device="cpu", dtype="float32")), compiled_rows(row)
+    model, multiply = use_quantized_linear(create_model(device="cpu", dtype="float32")), compiled_rows(row)
     if multiply is None:
         dense = model.layers[0].attention.dense
         as_python = lambda numbers, scales, x: np.array(  # noqa: E731
@@ -98,7 +98,7 @@ def story_by_loop(row: Callable) -> tuple[str, str]:
     else:
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if isinstance(child, Int8Linear):
+                if isinstance(child, QuantizedLinear):
                     setattr(module, name, LoopLinear(child, multiply))
         where = "compiled, for every row of every matrix"
     return write(model), where
@@ -190,7 +190,7 @@ def write(model: nn.Module, tokens: int = 40) -> str:
 
 def int8_story() -> str:
     """The shipped model's greedy text in int8, quantized with whatever `quantize_rows` the library holds."""
-    return write(use_int8_linear(create_model(device="cpu", dtype="float32")))
+    return write(use_quantized_linear(create_model(device="cpu", dtype="float32")))
 
 
 @exercise("small_machine.quantize_rows")
