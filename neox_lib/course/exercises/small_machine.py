@@ -1,5 +1,6 @@
 """The exercises of notebook 08: a row times x, rows in int8, two weights in a byte, the bytes of a model in int8."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from neox_lib.course.checks import (
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.model import NeoXModel
 from neox_lib.quantization.int4 import dequantize_groups as library_dequantize_groups
 from neox_lib.quantization.int4 import quantize_groups
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
@@ -71,6 +73,11 @@ def compiled_rows(row: Callable) -> Callable[..., np.ndarray] | None:
     return multiply
 
 
+def as_python(row: Callable, numbers: np.ndarray, scales: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What `compiled_rows` gives, slowly."""
+    return np.array([[row(*each, one) for each in zip(numbers, scales, strict=True)] for one in x], np.float32)
+
+
 class LoopLinear(nn.Module):
     """An int8 layer whose product is `multiply(numbers, scales, x)` on numpy's arrays: `[..., in]` -> `[..., out]`."""
 
@@ -88,19 +95,14 @@ class LoopLinear(nn.Module):
 def story_by_loop(row: Callable) -> tuple[str, str]:
     """The shipped model's text in int8 with this loop over a row, and where the loop was used."""
     model, multiply = use_quantized_linear(create_model(device="cpu", dtype="float32")), compiled_rows(row)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    where = "compiled, for every row of every matrix"
     if multiply is None:
-        dense = model.layers[0].attention.dense
-        as_python = lambda numbers, scales, x: np.array(  # noqa: E731
-            [[row(*each, one) for each in zip(numbers, scales, strict=True)] for one in x], np.float32
-        )
-        model.layers[0].attention.dense = LoopLinear(dense, as_python)
+        layers = {name: layer for name, layer in layers.items() if name == "layers.0.attention.dense"}
         where = "in one of its matrices: as Python it is too slow for all, and Numba is missing or can't compile it"
-    else:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, QuantizedLinear):
-                    setattr(module, name, LoopLinear(child, multiply))
-        where = "compiled, for every row of every matrix"
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoopLinear(layer, multiply or functools.partial(as_python, row)))
     return write(model), where
 
 
@@ -182,7 +184,7 @@ def check_values(numbers: Tensor, scales: Tensor, weight: Tensor, what: str) -> 
     require(worst <= 0.501, f"{told}: {more}")
 
 
-def write(model: nn.Module, tokens: int = 40) -> str:
+def write(model: NeoXModel, tokens: int = 40) -> str:
     """A model's greedy text after the notebook's prompt."""
     tokenizer = create_tokenizer()
     return greedy_generate_text(model, tokenizer, PROMPT, prompt_ids(tokenizer, PROMPT).shape[1] + tokens)
