@@ -105,11 +105,11 @@ def test_the_largest_of_each_row_is_127_and_the_sign_is_kept():
     assert torch.equal(quantize_rows(-weight)[0], -numbers)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_blocks_of_a_large_matrix_are_quantized_as_the_whole_and_it_is_left_alone(monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "size"), [("int8", "BLOCK_NUMBERS"), ("int4", "BLOCK_WEIGHTS")])
+def test_blocks_of_a_large_matrix_are_quantized_as_the_whole_and_it_is_left_alone(monkeypatch, kind, size):
     weight = matrix(50, 64)
     whole, before = quantize(weight, QUANTIZED[kind]), weight.clone()
-    monkeypatch.setattr(f"neox_lib.quantization.{kind}.BLOCK_NUMBERS", 200)
+    monkeypatch.setattr(f"neox_lib.quantization.{kind}.{size}", 200)
     assert all(torch.equal(a, b) for a, b in zip(whole, quantize(weight, QUANTIZED[kind]), strict=True))
     assert torch.equal(weight, before)
 

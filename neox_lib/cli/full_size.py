@@ -8,8 +8,8 @@ PHASES = ("machine", "write", "convert", "cold", "warm", "long")
 
 def add(commands) -> None:
     description = (
-        "Write random weights in the shapes of GPT-NeoX-20B (41 GB), convert them to int8 (21 GB) or int4 (12 GB), load "
-        "that from disk and from memory, and write text, measuring each phase. Results are printed and kept in "
+        "Write random weights in the shapes of GPT-NeoX-20B (41 GB), convert them to int8 (21 GB) or int4 (12 GB), "
+        "load that from disk and from memory, and write text, measuring each phase. Results are printed and kept in "
         "FOLDER/results.json; remove the folder afterwards."
     )
     parser = commands.add_parser("full-size", help="try 20B's size on this machine", description=description)

@@ -1,14 +1,16 @@
 """Weight-only int4: every 32 weights of a row become whole numbers from -8 to 7 and one scale of their own.
 
 Sixteen numbers can't serve a whole row: one large weight would make the step too wide for all others. So each group of
-32 has a scale, in 16 bits, which makes 4.5 bits per weight. Built in notebook 08.
+32 has a scale, in 16 bits, which makes 4.5 bits per weight.
+
+Built in notebook 08.
 """
 
 import torch
 from torch import Tensor
 
 GROUP = 32  # weights that share a scale
-BLOCK_NUMBERS = 2**20  # quantized at a time: 4 MB in fp32, which stays in a processor's cache
+BLOCK_WEIGHTS = 2**20  # quantized at a time: 4 MB in fp32, which stays in a processor's cache
 
 
 def fit_scales(groups: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     nibbles = torch.empty(outputs, inputs // GROUP, GROUP // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=weight.device)
-    rows = max(1, BLOCK_NUMBERS // inputs)
+    rows = max(1, BLOCK_WEIGHTS // inputs)
     for block, nibble, scale in zip(weight.split(rows), nibbles.split(rows), scales.split(rows), strict=True):
         groups = block.float().reshape(-1, GROUP)
         scale.copy_(fit_scales(groups).view(scale.shape))
