@@ -183,6 +183,16 @@ def test_a_wrong_try_hears_which_property_failed_and_gets_no_story(name, wrong, 
     assert not result.passed and says in result.message and "Once upon" not in result.message, result.message
 
 
+def test_the_page_of_ten_lines_streams_also_after_the_whole_notebook_was_run(lesson, monkeypatch):
+    """Its function reads names of the notebook: a later cell that takes one of them would silence the button."""
+    names = lesson.names
+    monkeypatch.setitem(names, "my_stream", lesson.solution("my_stream"))
+    names["button"].click()
+    assert (
+        names["page"].value.startswith(names["box"].value) and len(names["page"].value) > len(names["box"].value) + 40
+    )
+
+
 def test_the_timelines_show_what_the_text_says():
     """Stop waits only where the loop runs in the callback, and the last draw comes after the last token."""
     above, below = figures.who_waits().figure.axes
