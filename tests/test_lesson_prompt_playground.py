@@ -1,5 +1,6 @@
 """Notebook 07: every exercise is kind to a stub, fair to a solution, and tells wrong tries apart."""
 
+import ipywidgets
 import pytest
 
 from neox_lib.course.checks import PropertyFailed
