@@ -189,9 +189,8 @@ def test_the_page_of_ten_lines_streams_also_after_the_whole_notebook_was_run(les
     names = lesson.names
     monkeypatch.setitem(names, "my_stream", lesson.solution("my_stream"))
     names["button"].click()
-    assert (
-        names["page"].value.startswith(names["box"].value) and len(names["page"].value) > len(names["box"].value) + 40
-    )
+    prompt, shown = names["box"].value, names["page"]
+    assert isinstance(shown, ipywidgets.HTML) and shown.value.startswith(prompt) and len(shown.value) > len(prompt) + 40
 
 
 def test_the_timelines_show_what_the_text_says():
