@@ -21,6 +21,7 @@ PROMOTED = [
     "inspection.attention",
     "playground.streaming",
     "quantization.int8",
+    "quantization.int4",
     "distributed.tensor_parallel",
 ]
 LONGEST = 50  # lines, docstring and decorators included

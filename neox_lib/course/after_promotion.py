@@ -26,6 +26,7 @@ CHECKS = {
     "cache.KVCache": "cached_generation.cache",
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
+    "quantization.int4.dequantize_groups": "small_machine.dequantize_groups",
 }
 
 
