@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.evaluator import evaluate as ask
 from lm_eval.tasks import TaskManager
@@ -61,9 +60,9 @@ class HarnessModel(LM):
                     yield place, *answer
                 bar.update(len(batch))
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation behind its context, and whether greedy decoding would write it."""
-        pairs = [pair_ids(self.encoder, *request.args, self.begin) for request in requests]
+        pairs = [pair_ids(self.encoder, *request.args, begin=self.begin) for request in requests]
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         longest_first = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)  # little padding in a batch
         found = [(0.0, False)] * len(pairs)
@@ -72,7 +71,7 @@ class HarnessModel(LM):
             self.cache_hook.add_partial("loglikelihood", requests[place].args, found[place])
         return found
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """The log-likelihood of each text, read in windows of the model's context."""
         pairs, owners = [], []
         for number, request in enumerate(requests):
@@ -88,7 +87,7 @@ class HarnessModel(LM):
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, found[owner])
         return found
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: list[Any]) -> list[str]:
         """What the model writes behind each context, up to the first of its stop strings."""
         groups: dict[str, list[int]] = defaultdict(list)
         contexts = [prompt_ids(self.encoder, request.args[0], self.model.config)[0].tolist() for request in requests]
