@@ -22,6 +22,7 @@ PROMOTED = [
     "playground.streaming",
     "quantization.int8",
     "distributed.tensor_parallel",
+    "evaluation.likelihood",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

@@ -26,6 +26,10 @@ CHECKS = {
     "cache.KVCache": "cached_generation.cache",
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
+    "evaluation.likelihood.token_log_probabilities": "how_good_is_it.token_log_probabilities",
+    "evaluation.likelihood.pair_ids": "how_good_is_it.pair_ids",
+    "evaluation.likelihood.windows": "how_good_is_it.windows",
+    "evaluation.likelihood.standard_error": "how_good_is_it.standard_error",
 }
 
 

@@ -99,7 +99,9 @@ def ending_bars(sums: Mapping[str, float], means: Mapping[str, float], right: st
         drawn = axes.barh(names, list(values.values()), color=SKY, edgecolor="black")
         best = max(range(len(names)), key=list(values.values()).__getitem__)
         drawn[best].set(facecolor=ORANGE, hatch="//")
-        axes.bar_label(drawn, [form.format(each) for each in values.values()], fontsize=FONT_SIZE, padding=-48)
+        marks = axes.bar_label(drawn, [form.format(each) for each in values.values()], fontsize=FONT_SIZE, padding=-52)
+        for mark in marks:  # readable on hatching
+            mark.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 2})
         axes.invert_yaxis()
         finish_axes(axes, "chosen: the hatched one", label, "")
         axes.grid(False)
