@@ -141,9 +141,17 @@ def windows(yours: Callable) -> str:
         text = list(range(tokens))
         what = f"my_windows({'[]' if not text else f'[0, ..., {tokens - 1}]'}, length={length}, stride={stride})"
         with given(what):
-            found = [(list(a), list(b)) for a, b in itertools.islice(yours(text, length, stride), 100)]
-        require(len(found) < 100, f"{what} should end, but goes on after 100 pairs")
-        require_windows(found, text, length, stride, what)
+            pairs = list(itertools.islice(yours(text, length, stride), 100))
+        require(len(pairs) < 100, f"{what} should end, but goes on after 100 pairs")
+        odd = [
+            pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2 or isinstance(pair[0], int)
+        ]
+        require(
+            not odd, f"{what} should give pairs (context, continuation) of tokens, but gives {odd[0] if odd else ''}"
+        )
+        require_windows(
+            [(list(context), list(continuation)) for context, continuation in pairs], text, length, stride, what
+        )
     return "Every token but the first is scored once, with as much before it as fits."
 
 
