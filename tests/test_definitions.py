@@ -23,6 +23,7 @@ PROMOTED = [
     "quantization.int8",
     "quantization.int4",
     "distributed.tensor_parallel",
+    "evaluation.likelihood",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

@@ -49,7 +49,7 @@ def give_tokenizer(folder: Path, stories: list[Path], start_from: str | None) ->
     from neox_lib.checkpoints.atomic import write_atomically
     from neox_lib.checkpoints.tokenizer_files import copy_as_json, find_tokenizer
     from neox_lib.config import tiny
-    from neox_lib.evaluation.likelihood import stories_of
+    from neox_lib.evaluation.corpus import stories_of
     from neox_lib.hub import local_tokenizer
     from neox_lib.loading import create_tokenizer
     from neox_lib.tokenizer import save_tokenizer, train_tokenizer
@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.checkpoints.slim.writer import check_ranks, write_slim
     from neox_lib.config import tiny
     from neox_lib.course.figures import plots
-    from neox_lib.evaluation.likelihood import bits_per_byte, stories_of
+    from neox_lib.evaluation.corpus import stories_of
+    from neox_lib.evaluation.likelihood import bits_per_byte
     from neox_lib.loading import create_model, create_tokenizer
     from neox_lib.spelling import count_ids
     from neox_lib.tokenizer import ENDOFTEXT

@@ -27,6 +27,10 @@ CHECKS = {
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
     "quantization.int4.dequantize_groups": "small_machine.dequantize_groups",
+    "evaluation.likelihood.token_log_probabilities": "how_good_is_it.token_log_probabilities",
+    "evaluation.likelihood.pair_ids": "how_good_is_it.pair_ids",
+    "evaluation.likelihood.windows": "how_good_is_it.windows",
+    "evaluation.likelihood.standard_error": "how_good_is_it.standard_error",
 }
 
 
