@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 SAMPLE_TOKENS = 60
+VALIDATION_TOKENS = 16 * 2048
 
 
 def window_schedule(text: str) -> tuple[float, tuple[int, ...]]:
@@ -117,7 +118,8 @@ def run(arguments: argparse.Namespace) -> None:
         start = create_model(arguments.start_from, dtype=torch.float32)
         config = start.config
     check_ranks(config, arguments.ranks)
-    sample = training.spread_sample(validation, 16, config.max_position_embeddings)
+    length = plan.longest_window  # past it the model has learned nothing
+    sample = training.spread_sample(validation, max(1, VALIDATION_TOKENS // length), length)
     prompt = prompt_ids(tokenizer, arguments.prompt)
     new_tokens = min(SAMPLE_TOKENS, config.max_position_embeddings - prompt.shape[1])
 
@@ -130,5 +132,5 @@ def run(arguments: argparse.Namespace) -> None:
     shutil.rmtree(finished, ignore_errors=True)  # of an earlier call; this folder is ours alone
     write_slim(model.to(torch.float16), finished, arguments.ranks, spread_seed=plan.seed)
     shutil.copy(folder / "tokenizer.json", finished)
-    bits = bits_per_byte(create_model(finished), tokenizer, held_out, config.max_position_embeddings)
+    bits = bits_per_byte(create_model(finished), tokenizer, held_out, length)
     print(f"{bits:.4f} bits per byte on the held-out stories, by the finished model in {finished}")

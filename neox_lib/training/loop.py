@@ -14,15 +14,6 @@ from neox_lib.model import NeoXModel
 from neox_lib.training.plan import TrainingPlan
 
 
-def next_token_loss(logits: Tensor, windows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token: logits `[B, T, V]`, windows `[B, T + 1]` -> a single number.
-
-    Position t has read tokens 0 to t of its window and is judged by token t + 1. Computed in fp32.
-    """
-    targets = windows[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
 @torch.no_grad()
 def initialize(model: NeoXModel, seed: int) -> None:
     """20B's initialization (`configs/20B.yml`): small_init everywhere, wang_init for matrices that write to the
@@ -39,6 +30,15 @@ def initialize(model: NeoXModel, seed: int) -> None:
             parameter.normal_(0, deviation, generator=generator)
         else:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def next_token_loss(logits: Tensor, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token: logits `[B, T, V]`, windows `[B, T + 1]` -> a single number.
+
+    Position t has read tokens 0 to t of its window and is judged by token t + 1. Computed in fp32.
+    """
+    targets = windows[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def sample_batch(stories: Tensor, mix: Tensor, plan: TrainingPlan, step: int) -> Tensor:

@@ -63,7 +63,7 @@ def train(
 
     `folder/state.pt` is written every five minutes, and a second call resumes from it. `folder/history.json` holds a
     row for the start and for every hundred steps: step, tokens, loss (mean since the row before; none at the start),
-    validation loss (nats per token, in windows of the whole context), seconds of training, and a sample, if `write`
+    validation loss (nats per token, in the plan's longest windows), seconds of training, and a sample, if `write`
     makes one of the model. A run begins with the weights of `start`, else with random ones. Raises ValueError for
     texts that are shorter than the longest window, and if the state in the folder belongs to another config, plan,
     text or start.
@@ -84,7 +84,9 @@ def train(
     history, first, seconds = restore(folder / "state.pt", identity, parts)
 
     def report(step: int, losses: Sequence[float]) -> None:
-        row = {"step": step, "tokens": step * plan.batch_tokens} | judge(model, validation, losses, write)
+        row = {"step": step, "tokens": step * plan.batch_tokens} | judge(
+            model, validation, plan.longest_window, losses, write
+        )
         history.append(row | {"seconds": round(seconds)})
         write_text_atomically(folder / "history.json", json.dumps(history, indent=1))
         if write:
@@ -110,11 +112,15 @@ def train(
 
 
 def judge(
-    model: NeoXModel, validation: Tensor, losses: Sequence[float], write: Callable[[NeoXModel], str] | None
+    model: NeoXModel,
+    validation: Tensor,
+    length: int,
+    losses: Sequence[float],
+    write: Callable[[NeoXModel], str] | None,
 ) -> dict:
     """What a row of the history says about a model: the mean of its last losses, validation loss, and a sample."""
     model.eval()
-    held_out = negative_log_likelihood(model, validation, model.config.max_position_embeddings).mean().item()
+    held_out = negative_log_likelihood(model, validation, length).mean().item()
     row: dict = {"loss": round(sum(losses) / len(losses), 4)} if losses else {}
     return row | {"validation_loss": round(held_out, 4)} | ({"sample": write(model)} if write else {})
 
