@@ -55,52 +55,45 @@ def sample_of(model: NeoXModel, prompt: str = PROMPT, tokens: int = 40) -> str:
 @exercise("train_it.next_token_loss")
 def next_token_loss(yours: Callable[[Tensor, Tensor], Tensor]) -> str:
     """`yours(logits, windows)` is the mean cross-entropy of the next tokens: `[B, T, V]`, `[B, T + 1]` -> `[]`."""
-    flat = torch.zeros(1, 4, 5)
-    what = "my_next_token_loss(zeros [1, 4, 5], [[2, 0, 1, 4, 3]])"
+    what, right = "my_next_token_loss(zeros [1, 4, 5], [[2, 0, 1, 4, 3]])", math.log(5)
     with given(what):
-        found = yours(flat, torch.tensor([[2, 0, 1, 4, 3]]))
+        found = yours(torch.zeros(1, 4, 5), torch.tensor([[2, 0, 1, 4, 3]]))
     require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
-    require(
-        found.ndim == 0,
-        f"{what} should be one number, but has shape {list(found.shape)}: take the mean over all positions",
-    )
-    require_equal(found.double(), torch.tensor(math.log(5)).double(), what, 1e-4, "five equal scores cost ln 5 each")
+    shape = list(found.shape)
+    require(shape == [], f"{what} should be one number, but has shape {shape}: take the mean over all positions")
+    for wrong, why in (
+        (4 * right, "this is the sum over the positions: take their mean"),
+        (-right, "the logarithm of a probability is negative, and a price is not: change the sign"),
+        (0.0, "these are the scores: softmax makes probabilities of them"),
+        (math.log2(5), "this is in bits: use the natural logarithm"),
+    ):
+        told = f"{what} should be {right:.4f}, but is {found.item():.4f}: {why}"
+        require(abs(found.item() - wrong) > 1e-4, told)
+    require_equal(found.double(), torch.tensor(right).double(), what, 1e-4, "five equal scores cost ln 5 each")
     logits, windows = 3 * seeded(3, 6, 7), torch.randint(7, (3, 7), generator=torch.Generator().manual_seed(1))
-    rows, targets = logits.flatten(0, 1), windows[:, 1:].flatten()
-    right, scores = F.cross_entropy(rows, targets), rows.gather(1, targets[:, None])
-    mistakes = {
-        "each position is judged by the token that it has read: its target is the one after": windows[:, :-1],
-        "the targets are shifted the wrong way round: they wrap from the end to the start": windows.roll(1, 1)[:, 1:],
-    }
-    what = "my_next_token_loss of random logits [3, 6, 7] and windows [3, 7]"
-    before = logits.clone(), windows.clone()
+    what, handed = "my_next_token_loss of random logits [3, 6, 7] and windows [3, 7]", (logits.clone(), windows.clone())
     with given(what):
-        found = yours(logits, windows)
-    require(isinstance(found, Tensor), f"{what} should be a tensor, but is {describe(found)}")
-    if found.ndim == 0:
-        value = found.item()
-        for why, wrong in mistakes.items():
-            off = abs(value - F.cross_entropy(rows, wrong.flatten()).item())
-            require(off > 1e-4, f"{what} should be {right.item():.4f}, but is {value:.4f}: {why}")
-        for why, wrong in {
-            "this is the sum over the positions: divide by their number": right * targets.numel(),
-            "the sign is wrong: a probability below 1 has a negative logarithm": -right,
-            "this is the mean of the right tokens' scores: softmax comes first": -scores.mean(),
-            "this is in bits: use the natural logarithm": right / math.log(2),
-        }.items():
-            require(abs(value - wrong.item()) > 1e-4, f"{what} should be {right.item():.4f}, but is {value:.4f}: {why}")
-    require_equal(found, right, what, 1e-4)
-    require(torch.equal(logits, before[0]) and torch.equal(windows, before[1]), f"{what} changes what it was given")
-    what = "my_next_token_loss of logits 1000 and 0, with the likelier token in the text,"
+        found = yours(*handed)
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    for wrong, why in (
+        (windows[:, :-1], "each position is judged by the token that it has read: its target is the one after it"),
+        (windows[:, :-1].roll(1, 1), "the targets are shifted the wrong way round: they should lie ahead"),
+    ):
+        off = abs(found.item() - F.cross_entropy(logits.flatten(0, 1), wrong.flatten()).item())
+        require(off > 1e-4, f"{what} should be {expected.item():.4f}, but is {found.item():.4f}: {why}")
+    require_equal(found, expected, what, 1e-4)
+    unchanged = torch.equal(logits, handed[0]) and torch.equal(windows, handed[1])
+    require(unchanged, f"{what} changes what it was given: work on a copy")
+    what = "my_next_token_loss of the scores 1000 and 0, where the token with 0 came,"
     with given(what):
-        found = yours(torch.tensor([[[1000.0, 0.0]]]), torch.tensor([[1, 0]]))
-    advice = "e to the power of 1000 is infinite; log_softmax and cross_entropy take care of that"
-    require(bool(torch.isfinite(found).all()), f"{what} should be 0, but is {found.item()}: {advice}")
+        found = yours(torch.tensor([[[1000.0, 0.0]]]), torch.tensor([[0, 1]]))
+    advice = "a probability of 0 has no logarithm; log_softmax and cross_entropy take care of that"
+    require(bool(torch.isfinite(found).all()), f"{what} should be 1000, but is {found.item()}: {advice}")
     what = "my_next_token_loss of random logits, backward"
     logits.requires_grad_()
     with given(what):
         found = yours(logits, windows)
-        require(found.requires_grad, f"{what}: the loss has no gradient; compute it with torch, without .item()")
+        require(found.requires_grad, f"{what}: the loss has no gradient; compute it with torch, without detach")
         found.backward()
     return "Even with scores of 1000 it stays a number, and a gradient comes back to every score."
 
@@ -245,10 +238,8 @@ def trained_with(step_of: Step) -> str:
         with given("40 steps of training with my_adamw_step"):
             losses[name] = [loss for _, loss in training_steps(model, optimizer, PLAN, stream, stream[:0])]  # type: ignore[arg-type]
     off = max(abs(a - b) for a, b in zip(losses["yours"], losses["PyTorch's"], strict=True))
-    told = (
-        "40 steps of training with my_adamw_step should lose what they lose with PyTorch's AdamW, but differ by up to"
-    )
-    require(off < 0.02, f"{told} {off:.2g} nats per token")
+    told = "40 steps of training with my_adamw_step should have the losses of PyTorch's AdamW"
+    require(off < 0.02, f"{told}, but they differ by up to {off:.2g} nats per token")
     fell = f"the loss fell from {losses['yours'][0]:.2f} to {losses['yours'][-1]:.2f} in 40 steps"
     return f"With your AdamW {fell}, as with PyTorch's. The model that it trained writes:\n{sample_of(model)}"
 

@@ -66,7 +66,7 @@ def windows_of(length: int, starts: Sequence[int], tokens: int) -> Picture:
     axes = figure.add_subplot()
     axes.barh(0, tokens, left=0, height=0.6, color="#d9d9d9", edgecolor="black")
     for row, start in enumerate(starts, 1):
-        axes.barh(row, length, left=start, height=0.6, color=BLUE, edgecolor="black")
+        axes.barh(row, length, left=start, height=0.7, color=BLUE, edgecolor=BLUE, linewidth=4)
         axes.plot([start, start], [0.3, row - 0.3], ":", color="#555555", linewidth=1)
     axes.set_ylim(len(starts) + 0.6, -0.6)
     axes.set_yticks([0, *range(1, len(starts) + 1)], ["stream", *(f"row {row}" for row in range(len(starts)))])
@@ -142,15 +142,15 @@ def loss_falls(losses: Sequence[float], start: float, title: str, held_out: floa
     if held_out is not None:
         label = f"held-out text at the end: {held_out:.2f}"
         axes.plot([len(losses)], [held_out], "D", color=VERMILION, markersize=10, label=label)
-    axes.set_ylim(0, start * 1.12)
+    axes.set_ylim(0, 1.12 * max(start, held_out or 0.0))
     axes.legend(fontsize=FONT_SIZE, frameon=False)
     finish_axes(axes, title, "step", "loss, nats per token")
-    told = "" if held_out is None else f" On held-out text it is {held_out:.1f} at the end."
+    told = "" if held_out is None else f" On held-out text it ends {'above' if held_out > start else 'below'} ln V."
     ends = f"The loss falls from {losses[0]:.1f}, near ln V = {start:.2f}, to {losses[-1]:.1f}"
     return Picture(figure, f"{ends} in {len(losses)} steps.{told}")
 
 
-def samples_over_time(history: Sequence[dict], prompt: str, width: int = 78, lines: int = 2) -> Picture:
+def samples_over_time(history: Sequence[dict], prompt: str, width: int = 84, lines: int = 2) -> Picture:
     """What a model wrote after `prompt` at the start and after every hundred steps, beside its validation loss."""
     figure = new_figure(13, 0.55 + 0.78 * len(history))
     axes = figure.add_subplot()
@@ -168,7 +168,7 @@ def samples_over_time(history: Sequence[dict], prompt: str, width: int = 78, lin
         texts.append(" ".join(shown))
         axes.text(0.1, -row - 0.5, str(each["step"]), va="center", fontsize=FONT_SIZE)
         axes.text(1.2, -row - 0.5, f"{each['validation_loss']:.2f}", va="center", fontsize=FONT_SIZE)
-        axes.text(2.2, -row - 0.5, "\n".join(shown), va="center", fontsize=FONT_SIZE, family="monospace")
+        axes.text(2.2, -row - 0.5, "\n".join(shown), va="center", fontsize=FONT_SIZE + 1, family="monospace")
     told = " ".join(
         f"Step {each['step']}, loss {each['validation_loss']:.2f}: {text}"
         for each, text in zip(history, texts, strict=True)
