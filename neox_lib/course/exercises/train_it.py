@@ -1,5 +1,6 @@
 """The exercises of notebook 10: the loss, the learning rate, AdamW, and how long a training takes."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -226,21 +227,28 @@ def adamw_step(yours: Step) -> str:
     return trained_with(yours)
 
 
+def losses_with(optimizer_of: Callable[[NeoXModel], object]) -> tuple[NeoXModel, list[float]]:
+    """The small model after 40 steps with an optimizer, and the losses on the way."""
+    model, stream = NeoXModel(SMALL), stream_of_stories()
+    initialize(model, PLAN.seed)
+    optimizer = optimizer_of(model)
+    return model, [loss for _, loss in training_steps(model, optimizer, PLAN, stream, stream[:0])]  # type: ignore[arg-type]
+
+
+@functools.cache
+def losses_with_pytorch() -> list[float]:
+    return losses_with(lambda model: make_optimizer(model, PLAN))[1]
+
+
 def trained_with(step_of: Step) -> str:
-    """Train the small model for 40 steps with a learner's step, beside one with PyTorch's; what the first writes."""
-    stream, losses, model = stream_of_stories(), {}, NeoXModel(SMALL)
-    for name in ("PyTorch's", "yours"):
-        model = NeoXModel(SMALL)
-        initialize(model, PLAN.seed)
-        theirs = make_optimizer(model, PLAN)
-        mine = StepByStep(model.parameters(), step_of, PLAN.weight_decay)
-        optimizer = theirs if name == "PyTorch's" else mine
-        with given("40 steps of training with my_adamw_step"):
-            losses[name] = [loss for _, loss in training_steps(model, optimizer, PLAN, stream, stream[:0])]  # type: ignore[arg-type]
-    off = max(abs(a - b) for a, b in zip(losses["yours"], losses["PyTorch's"], strict=True))
+    """Train the small model with a learner's step, compare with PyTorch's, and let the model write."""
+    expected = losses_with_pytorch()
+    with given("40 steps of training with my_adamw_step"):
+        model, losses = losses_with(lambda model: StepByStep(model.parameters(), step_of, PLAN.weight_decay))
+    off = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     told = "40 steps of training with my_adamw_step should have the losses of PyTorch's AdamW"
     require(off < 0.02, f"{told}, but they differ by up to {off:.2g} nats per token")
-    fell = f"the loss fell from {losses['yours'][0]:.2f} to {losses['yours'][-1]:.2f} in 40 steps"
+    fell = f"the loss fell from {losses[0]:.2f} to {losses[-1]:.2f} in 40 steps"
     return f"With your AdamW {fell}, as with PyTorch's. The model that it trained writes:\n{sample_of(model)}"
 
 
