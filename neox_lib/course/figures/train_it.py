@@ -93,13 +93,13 @@ def slope_at(weights: Sequence[float], losses: Sequence[float], at: int, gradien
     )
     axes.plot([here], [loss], "o", color=VERMILION, markersize=10)
     step = -reach if gradient > 0 else reach
+    low, span = min(losses), max(losses) - min(losses)
     style = {"arrowstyle": "-|>", "color": VERMILION, "linewidth": 3, "mutation_scale": 20}
-    low, high = min(losses), max(losses)
-    axes.annotate(
-        "", xy=(here + step, low - 0.06 * (high - low)), xytext=(here, low - 0.06 * (high - low)), arrowprops=style
-    )
-    axes.annotate("step", (here + step / 2, low - 0.02 * (high - low)), fontsize=FONT_SIZE, ha="center", color="black")
-    axes.set_ylim(low - 0.14 * (high - low), high + 0.2 * (high - low))
+    below = low - 0.13 * span
+    axes.annotate("", xy=(here + step, below), xytext=(here, below), arrowprops=style)
+    side = "left" if step > 0 else "right"
+    axes.annotate("  step  ", (here + step, below), fontsize=FONT_SIZE, ha=side, va="center")
+    axes.set_ylim(low - 0.22 * span, low + 1.25 * span)
     axes.legend(fontsize=FONT_SIZE, frameon=False, loc="upper center")
     finish_axes(axes, "Downhill, against the slope", "one weight", "loss, nats per token")
     where = "left" if gradient > 0 else "right"
