@@ -312,6 +312,19 @@ def test_a_run_keeps_a_sample_of_the_start_and_of_every_hundred_steps(tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), silent.parameters(), strict=True))
 
 
+def test_a_model_is_judged_in_windows_that_it_was_trained_on(tmp_path, monkeypatch):
+    """Past them it has learned nothing: the validation loss of a good run of short windows rose to the end."""
+    lengths = []
+
+    def judged(model, stream, length) -> torch.Tensor:
+        lengths.append(length)
+        return torch.ones(1)
+
+    monkeypatch.setattr(training, "negative_log_likelihood", judged)
+    run(tmp_path)
+    assert lengths == [16, 16], "at the start and at the end"
+
+
 def test_the_live_curve_is_as_wide_as_a_line_allows():
     assert curve([2.0]) == "▁" and curve([3.0, 1.0]) == "█▁"
     assert curve([8.0 - step / 100 for step in range(800)]) == "██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▃▂▂▂▁▁"
