@@ -18,6 +18,7 @@ PROMOTED = [
     "checkpoints.build",
     "cache",
     "generation",
+    "training.loop",
     "inspection.attention",
     "playground.streaming",
     "quantization.int8",

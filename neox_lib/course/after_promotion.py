@@ -24,6 +24,8 @@ CHECKS = {
     "block.Block": "parallel_residual.parallel_block",
     "checkpoints.slim.partition.merge_shards": "checkpoint_loading.merge_shards",
     "cache.KVCache": "cached_generation.cache",
+    "training.loop.next_token_loss": "train_it.next_token_loss",
+    "training.loop.learning_rate_at": "train_it.learning_rate",
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
     "quantization.int4.dequantize_groups": "small_machine.dequantize_groups",
