@@ -26,6 +26,10 @@ CHECKS = {
     "cache.KVCache": "cached_generation.cache",
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
+    "inspection.lens.logit_lens": "look_inside.logit_lens",
+    "inspection.lens.attribute": "look_inside.attribute",
+    "inspection.lens.split_dense": "look_inside.split_dense",
+    "inspection.patching.patch": "look_inside.patch",
 }
 
 

@@ -1,0 +1,78 @@
+"""What the model would say after each layer, and which part of it gave a logit its value.
+
+Built in notebook 11.
+"""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from neox_lib.inspection.hooks import require_hooks
+from neox_lib.model import NeoXModel
+
+
+@torch.inference_mode()
+def residual_streams(model: NeoXModel, input_ids: Tensor) -> Tensor:
+    """The residual stream after 0, 1, ... L layers: ids `[B, T]` -> `[L + 1, B, T, C]`."""
+    streams: list[Tensor] = []
+    model(input_ids, last_only=True, on_layer=lambda depth, hidden: streams.append(hidden))
+    return torch.stack(streams)
+
+
+@torch.inference_mode()
+def logit_lens(model: NeoXModel, input_ids: Tensor) -> Tensor:
+    """The logits that the last norm and the output matrix make of the stream after each layer: ids `[B, T]` ->
+    `[L + 1, B, T, V]`; the last row is the model's own logits.
+
+    Each layer's stream is normalized by its own mean and variance. (nostalgebraist 2020, "interpreting GPT: the logit
+    lens".) The memory grows with L and V: for a long text, give the lens the streams of a few positions.
+    """
+    return model.final_linear(model.norm(residual_streams(model, input_ids)))
+
+
+@torch.inference_mode()
+def residual_parts(model: NeoXModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """What the residual stream is the sum of, in the order in which it is added: ids `[B, T]` -> name -> `[B, T, C]`.
+
+    The names are "embedding", "attention 0", "mlp 0", "attention 1", and so on. The last norm reads their sum. Raises
+    ValueError for a model whose passes call no hooks.
+    """
+    require_hooks(model)
+    modules: dict[str, nn.Module] = {"embedding": model.word_embeddings}
+    for depth, layer in enumerate(model.layers):
+        modules |= {f"attention {depth}": layer.attention, f"mlp {depth}": layer.mlp}  # type: ignore[dict-item]
+    parts: dict[str, Tensor] = {}
+    with ExitStack() as hooks:  # on leaving, each hook is removed, also after an error
+        for name, module in modules.items():
+            keep = lambda _module, _inputs, output, name=name: parts.update({name: output})  # noqa: E731
+            hooks.enter_context(module.register_forward_hook(keep))
+        model(input_ids, last_only=True)
+    return {name: part.to(model.norm.weight.dtype) for name, part in parts.items()}
+
+
+def attribute(parts: Tensor, norm: nn.LayerNorm, row: Tensor) -> Tensor:
+    """What each part of a stream adds to a logit: parts `[N, C]`, whose sum the norm reads, and a row `[C]` of the
+    output matrix -> `[N + 1]`. The last number is what the norm's bias adds; all together are the logit.
+
+    The norm divides by the deviation of the sum, which all parts made together: it is frozen there, and all else in the
+    norm is linear. For a difference of two logits give the difference of their rows. (Elhage et al. 2021, "A
+    Mathematical Framework for Transformer Circuits".)
+    """
+    deviation = (parts.sum(dim=0).var(unbiased=False) + norm.eps).sqrt()
+    centred = parts - parts.mean(dim=-1, keepdim=True)
+    added = (norm.weight * centred / deviation) @ row
+    return torch.cat([added, (norm.bias @ row)[None]])
+
+
+def split_dense(merged: Tensor, weight: Tensor, num_heads: int) -> Tensor:
+    """What each head adds through `dense`: the heads' outputs side by side `[..., C]` and the weight `[C, C]` ->
+    `[H, ..., C]`. Their sum and the bias are what attention adds to the stream.
+
+    Head h fills numbers h D to (h + 1) D - 1 of `merged`, which meet those columns of the weight. Raises ValueError for
+    a weight of whole numbers.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight of dense is {weight.dtype}, expected floating point: load with dtype='float32'")
+    slices, columns = merged.chunk(num_heads, dim=-1), weight.to(merged.dtype).chunk(num_heads, dim=1)
+    return torch.stack([each @ own.T for each, own in zip(slices, columns, strict=True)])
