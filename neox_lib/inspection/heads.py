@@ -6,7 +6,7 @@ Built in notebook 11.
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neox_lib.inspection.hooks import require_hooks
@@ -46,7 +46,7 @@ def head_outputs(model: NeoXModel, input_ids: Tensor) -> Tensor:
     merged: list[Tensor] = []
     with ExitStack() as hooks:
         for layer in model.layers:
-            dense = layer.attention.dense  # type: ignore[union-attr]
+            dense: nn.Linear = layer.attention.dense  # type: ignore[assignment, union-attr]
             hooks.enter_context(dense.register_forward_pre_hook(lambda _module, args: merged.append(args[0])))
         model(input_ids, last_only=True)
     return torch.stack(merged).unflatten(-1, (model.config.num_attention_heads, -1))

@@ -3,6 +3,7 @@
 Built in notebook 11.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -26,9 +27,27 @@ def logit_lens(model: NeoXModel, input_ids: Tensor) -> Tensor:
     `[L + 1, B, T, V]`; the last row is the model's own logits.
 
     Each layer's stream is normalized by its own mean and variance. (nostalgebraist 2020, "interpreting GPT: the logit
-    lens".) The memory grows with L and V: for a long text, give the lens the streams of a few positions.
+    lens".) The memory grows with L, T and V: for a long text take `lens_of_last`.
     """
     return model.final_linear(model.norm(residual_streams(model, input_ids)))
+
+
+@torch.inference_mode()
+def lens_of_last(
+    model: NeoXModel, ids: list[int], on_progress: Callable[[int, int], bool | None] | None = None
+) -> Tensor:
+    """The lens at the last position only: T ids -> `[L + 1, V]`, fp32, on the CPU.
+
+    `on_progress(done, total)` is called after each layer; when it returns False the pass ends with Stopped.
+    """
+    rows, layers = [], len(model.layers)
+
+    def look(depth: int, hidden: Tensor) -> bool | None:
+        rows.append(model.final_linear(model.norm(hidden[:, -1]))[0].float().cpu())
+        return on_progress(depth, layers) if on_progress is not None and depth > 0 else None
+
+    model(torch.tensor([ids], device=model.norm.weight.device), last_only=True, on_layer=look)
+    return torch.stack(rows)
 
 
 @torch.inference_mode()

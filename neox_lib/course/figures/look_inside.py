@@ -151,12 +151,12 @@ def head_maps(maps: Mapping[str, Tensor], unit: str, alt: str) -> Picture:
     figure = new_figure(6.2 * len(maps), 1.8 + 0.45 * rows)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (title, values) in zip(panels, maps.items(), strict=True):
-        image = draw_grid(axes, values, [[f"{each:.2f}" for each in row] for row in values.tolist()], lowest, highest)
+        draw_grid(axes, values, [[f"{each:.2f}" for each in row] for row in values.tolist()], lowest, highest)
         finish_axes(axes, title, "head", "layer")
         axes.grid(False)
         axes.set_xticks(range(values.shape[1]))
         axes.set_yticks(range(values.shape[0]))
-    scale = figure.colorbar(image, ax=list(panels), pad=0.02)
+    scale = figure.colorbar(panels[0].images[0], ax=list(panels), pad=0.02)
     scale.set_label(unit, fontsize=FONT_SIZE)
     scale.ax.tick_params(labelsize=FONT_SIZE - 1)
     return Picture(figure, alt)
