@@ -62,10 +62,13 @@ def residual_parts(model: NeoXModel, input_ids: Tensor) -> dict[str, Tensor]:
     for depth, layer in enumerate(model.layers):
         modules |= {f"attention {depth}": layer.attention, f"mlp {depth}": layer.mlp}  # type: ignore[dict-item]
     parts: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        return lambda _module, _inputs, output: parts.update({name: output})
+
     with ExitStack() as hooks:  # on leaving, each hook is removed, also after an error
         for name, module in modules.items():
-            keep = lambda _module, _inputs, output, name=name: parts.update({name: output})  # noqa: E731
-            hooks.enter_context(module.register_forward_hook(keep))
+            hooks.enter_context(module.register_forward_hook(keep(name)))
         model(input_ids, last_only=True)
     return {name: part.to(model.norm.weight.dtype) for name, part in parts.items()}
 

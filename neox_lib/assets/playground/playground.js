@@ -461,7 +461,7 @@ function lensPart(model) {
   const title = make("p", { class: "np-note" });
   const body = make("tbody", {});
   const column = make("th", { scope: "col" });
-  const head = make("tr", {}, make("th", { scope: "col" }, "after"), make("th", { scope: "col" }, "likeliest token"), make("th", { scope: "col" }), column);
+  const head = make("tr", {}, make("th", { scope: "col" }, "after"), make("th", { scope: "col", colspan: 2 }, "it would say"), column);
   const table = make("table", { class: "np-lens" }, make("thead", {}, head), body);
   const update = () => {
     const { position, last = "", rows = [] } = model.get("lens");
