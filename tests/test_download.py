@@ -21,17 +21,20 @@ from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
 from neox_lib.checkpoints import quantized_stream
 from neox_lib.checkpoints.cached import cached_folder, is_hub_name
+from neox_lib.checkpoints.convert import convert_to_quantized
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import INT8_FILE, write_quantized
+from neox_lib.checkpoints.quantized import file_in_folder, write_quantized
 from neox_lib.hub import DownloadError, download, download_quantized, download_to_folder
 from neox_lib.playground.widget import Playground
+from neox_lib.quantization import linear as quantization
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.hub_server import HubServer
 from tests.small_models import WITH_TOKENIZER
 
 NAME = "someone/small-model"
+INT8_FILE = file_in_folder(torch.int8)
 SMALL_FILES = {
     "tokenizer_config.json": b"{}",
     "generation_config.json": b"{ }",  # equal files would be fetched once
@@ -450,16 +453,18 @@ def shards_held(monkeypatch) -> list[int]:
     return held
 
 
-def test_the_int8_stream_gives_what_a_conversion_gives_and_holds_one_shard_at_a_time(
-    hub, real, real_int8, tmp_path, capsys, shards_held
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_stream_gives_what_a_conversion_gives_and_holds_one_shard_at_a_time(
+    hub, real, tmp_path, capsys, shards_held, kind
 ):
     """That is the whole point: 22 GB of disk instead of 62."""
     hub.add(NAME, real)
-    assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 0
+    assert main(["download", NAME, "--to", kind, str(tmp_path / "small")]) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path / "small") and "the int8 file takes" in err and "GB free" in err
-    assert (tmp_path / "small" / INT8_FILE).read_bytes() == real_int8
-    assert names(tmp_path / "small") == SMALL | {INT8_FILE} and not (tmp_path / "small.unfinished").exists()
+    assert out.strip() == str(tmp_path / "small") and f"the {kind} file takes" in err and "GB free" in err
+    expected = convert_to_quantized(real, tmp_path / "whole", quantization.QUANTIZED[kind])
+    assert (tmp_path / "small" / expected.name).read_bytes() == expected.read_bytes()
+    assert names(tmp_path / "small") == SMALL | {expected.name} and not (tmp_path / "small.unfinished").exists()
     assert shards_held == [1, 1, 1, 1]
 
 

@@ -166,9 +166,9 @@ def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monk
         check_memory(neox_20b(), fp32, CPU)
     check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
     monkeypatch.setattr(precision, "available_memory", lambda: 24 * 2**30)
-    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
+    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) or int4 \(11\.3 GiB\) fits"):
         check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
-    monkeypatch.setattr(precision, "available_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(precision, "available_memory", lambda: 11 * 2**30)
     with pytest.raises(CheckpointError, match="no dtype fits"):
         check_memory(neox_20b(), fp32, CPU)
 

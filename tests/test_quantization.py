@@ -13,7 +13,8 @@ from torch import nn
 from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.checkpoints.quantized import is_quantized, quantized_bytes
 from neox_lib.config import neox_20b, tiny
-from neox_lib.evaluation.likelihood import perplexity, stories_of, story_stream
+from neox_lib.evaluation.corpus import stories_of, story_stream
+from neox_lib.evaluation.likelihood import perplexity
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import format_card, needs
