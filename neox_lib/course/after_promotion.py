@@ -33,6 +33,10 @@ CHECKS = {
     "evaluation.likelihood.pair_ids": "how_good_is_it.pair_ids",
     "evaluation.likelihood.windows": "how_good_is_it.windows",
     "evaluation.likelihood.standard_error": "how_good_is_it.standard_error",
+    "inspection.lens.logit_lens": "look_inside.logit_lens",
+    "inspection.lens.attribute": "look_inside.attribute",
+    "inspection.lens.split_dense": "look_inside.split_dense",
+    "inspection.patching.patch": "look_inside.patch",
 }
 
 

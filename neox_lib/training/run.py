@@ -85,9 +85,8 @@ def train(
     history, first, seconds = restore(folder / "state.pt", identity, parts)
 
     def report(step: int, losses: Sequence[float]) -> None:
-        row = {"step": step, "tokens": step * plan.batch_tokens} | judge(
-            model, validation, plan.longest_window, losses, write
-        )
+        row = {"step": step, "tokens": step * plan.batch_tokens}
+        row |= judge(model, validation, plan.longest_window, losses, write)
         history.append(row | {"seconds": round(seconds)})
         write_text_atomically(folder / "history.json", json.dumps(history, indent=1))
         if write:
