@@ -38,6 +38,7 @@ class Row:
     ours: list[Timing]
     theirs: list[Timing]
     bytes_per_token: float  # bytes that one of our decode steps reads: weights, keys and values
+    busy: float = 0.0  # the largest share of the machine's time that others took in a round
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def describe_machine(bandwidth: float) -> str:
 COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
 HEADER = (
     f"{'':>38} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
-    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share  busy"
 )
 
 
@@ -100,7 +101,8 @@ def format_row(row: Row, bandwidth: float) -> str:
         comparable = row.theirs and all(value is not None and value > 0 for value in seconds)
         cells.append(f"{ratio(row.theirs, row.ours, of):>5.2f}x" if comparable else f"{'-':>6}")
     step = median(row.ours, "per_token")
-    return " ".join(cells) + (f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}")
+    share = f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}"
+    return " ".join(cells) + share + f" {row.busy:>5.0%}"
 
 
 def format_best(rows: list[Row]) -> str:
