@@ -41,7 +41,7 @@ def small_shapes(monkeypatch):
 
 
 def without_baselines(monkeypatch):
-    for library in ("transformers", "ctranslate2", "xllamacpp"):
+    for library in ("transformers", "ctranslate2", "xllamacpp", "ik_llama_cpp"):
         monkeypatch.setitem(sys.modules, library, None)
 
 
@@ -241,7 +241,9 @@ def test_wrong_settings_are_refused():
         next(run_bench(["161m"], ["float32"], [4]))
     with pytest.raises(ValueError, match="knows the dtypes"):
         next(run_bench(["tiny"], ["float8"], [4]))
-    with pytest.raises(ValueError, match="measures against transformers, ctranslate2, xllamacpp, not vllm"):
+    with pytest.raises(
+        ValueError, match="measures against transformers, ctranslate2, xllamacpp, ik_llama_cpp, not vllm"
+    ):
         next(run_bench(["tiny"], ["float32"], [4], against=["vllm"]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from neox_lib.bench.baselines import BASELINES, is_installed
+from neox_lib.bench.baselines import BASELINES, PACKAGES, is_installed
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def describe_machine(bandwidth: float) -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = f"torch {torch.__version__}"
-    versions += "".join(f", {library} {version(library)}" for library in BASELINES if is_installed(library))
+    versions += "".join(
+        f", {library} {version(PACKAGES.get(library, library))}" for library in BASELINES if is_installed(library)
+    )
     return (
         f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s, load "
         f"{psutil.getloadavg()[0]:.1f}; "
