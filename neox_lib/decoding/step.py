@@ -28,8 +28,8 @@ from neox_lib.rotary import RotaryTable
 
 logger = logging.getLogger(__name__)
 
-# Rows go through the loops however many they are: for 64 and more of them, torch's fp32 product is as fast as that of
-# the loops in fp32 and fp16 (some 45 billion products a second per thread of an AMD EPYC), half as fast as in int8.
+# Rows go through the loops however many they are. For 64 and more, torch's fp32 product is as fast as that of the loops
+# in fp32 and fp16 (some 45 billion products a second per thread of an AMD EPYC), and half as fast as theirs in int8.
 ROWS_AT_ONCE = 256  # the rest waits: what lies between two steps stays in a processor's cache, and memory is bounded
 CHUNK_BYTES = 2**16  # of weights, in a thread's hands at a time: some microseconds, far more than it costs to take them
 # A weight's dtype as the loops see it: on a CPU Numba has no 16-bit floating point, only its bits.
