@@ -22,7 +22,7 @@ from neox_lib.checkpoints.convert import convert_to_gguf
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig, format_bytes
-from neox_lib.evaluation.likelihood import stories_of
+from neox_lib.evaluation.corpus import stories_of
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer

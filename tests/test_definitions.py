@@ -20,9 +20,14 @@ PROMOTED = [
     "generation",
     "training.loop",
     "inspection.attention",
+    "inspection.lens",
+    "inspection.heads",
+    "inspection.patching",
     "playground.streaming",
     "quantization.int8",
+    "quantization.int4",
     "distributed.tensor_parallel",
+    "evaluation.likelihood",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

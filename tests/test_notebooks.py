@@ -127,7 +127,7 @@ def test_predictions_come_before_and_are_about_this_notebook(path):
 def test_exercises_have_a_check_hints_and_a_folded_solution(path):
     cells = read(path).cells
     stubs = [index for index, cell in enumerate(cells) if "exercise" in cell.metadata.get("tags", [])]
-    assert 2 <= len(stubs) <= 5
+    assert 2 <= len(stubs) <= 4
     for index in stubs:
         assert "NotImplementedError" in cells[index].source
         assert "Not written yet" in str(cells[index + 1].outputs), "the check follows and is kind to a stub"

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.checkpoints.slim.writer import check_ranks, write_slim
     from neox_lib.config import tiny
     from neox_lib.course.figures import plots
-    from neox_lib.evaluation.likelihood import bits_per_byte, story_stream
+    from neox_lib.evaluation.corpus import story_stream
+    from neox_lib.evaluation.likelihood import bits_per_byte
     from neox_lib.generation import prompt_ids, stream_generate
     from neox_lib.loading import create_model, create_tokenizer
     from neox_lib.sampling import Sampling

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from neox_lib.block import Block
 from neox_lib.checkpoints.atomic import write_atomically, write_text_atomically
 from neox_lib.config import NeoXConfig
-from neox_lib.evaluation.likelihood import negative_log_likelihood, stories_of
+from neox_lib.evaluation.corpus import stories_of
+from neox_lib.evaluation.likelihood import negative_log_likelihood
 from neox_lib.model import NeoXModel
 from neox_lib.training.loop import initialize, make_optimizer, training_steps
 from neox_lib.training.plan import TrainingPlan

@@ -12,7 +12,7 @@ from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.config import NeoXConfig, neox_20b
 from neox_lib.course.checks import describe, exercise, given, numbers, require, require_equal
 from neox_lib.course.figures.plots import seeded
-from neox_lib.evaluation.likelihood import stories_of, story_stream
+from neox_lib.evaluation.corpus import stories_of, story_stream
 from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.loading import create_tokenizer
 from neox_lib.model import NeoXModel
