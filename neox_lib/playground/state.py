@@ -18,7 +18,7 @@ class State:
     """A model, a prompt, what has been written, and what is inspected.
 
     `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
-    the current branch; a value equal to its length means the token still to come. `candidates` are the likeliest tokens
+    the current branch; a value equal to its length means the next token. `candidates` are the likeliest tokens
     at position `scored`, which need not be the chosen one yet, and `taken` is the token there. `attention` holds the
     weights of the chosen token, `[L, H, T]`, and `lens` what each layer would say at the chosen position,
     log-probabilities `[L + 1, V]`: the one that `watching` names.
