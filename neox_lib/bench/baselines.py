@@ -25,7 +25,7 @@ from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"},
     "ctranslate2": {"float32": "float32", "float16": "float32", "int8": "int8"},
-    "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0"},
+    "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"},
 }
 
 

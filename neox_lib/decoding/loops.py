@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, models, overload, register_model
 
 # An activation beside int8 weights is rounded to so many steps, and so many products fit into 32 bits: 127 x 16383 x
 # 1024 < 2^31. The rounding is 2^-15 of a row's largest activation, 1/256 of what rounding the weights to int8 cost.
@@ -120,7 +120,9 @@ def rows_of_a_chunk(rows, row_bytes, chunk_bytes):
 
 
 class Matrix(NamedTuple):
-    """Weights `[out, in]`, the scale of each output, 1 where there is none, and its bias, 0 where there is none."""
+    """Weights `[out, in]`, of int4 as nibbles `[out, in / 2]`; the scales of each output `[out, 1]`, 1 where there is
+    none, of int4 bfloat16's bits `[out, in / 32]`; and its bias, 0 where there is none.
+    """
 
     weight: np.ndarray
     scale: np.ndarray
@@ -160,11 +162,22 @@ def vector(address, size):
     return carray(pointer(address, np.empty(0, np.float32)), (size,))
 
 
-@compiled
 def matrix(places, outputs, inputs, like):
     """The matrix at three addresses, its weights in the dtype of `like`."""
-    weight = carray(pointer(places[0], like), (outputs, inputs))
-    return Matrix(weight, vector(places[1], outputs), vector(places[2], outputs))
+
+
+@overload(matrix)
+def choose_matrix(places, outputs, inputs, like):
+    def whole(places, outputs, inputs, like):
+        weight, scale = pointer(places[0], like), pointer(places[1], np.empty(0, np.float32))
+        return Matrix(carray(weight, (outputs, inputs)), carray(scale, (outputs, 1)), vector(places[2], outputs))
+
+    def in_groups(places, outputs, inputs, like):
+        weight, scale = pointer(places[0], like), pointer(places[1], np.empty(0, np.int16))
+        groups = carray(scale, (outputs, inputs // 32))
+        return Matrix(carray(weight, (outputs, inputs // 2)), groups, vector(places[2], outputs))
+
+    return in_groups if like.dtype == types.uint8 else whole
 
 
 @compiled
@@ -189,6 +202,89 @@ def dot_int8(weights, numbers):
     for start in range(0, numbers.size, BLOCK):
         total += np.float32(dot_block(weights[start : start + BLOCK], numbers[start : start + BLOCK]))
     return total
+
+
+class Lanes(types.Type):
+    """Eight fp32 sums side by side."""
+
+
+FLOATS, lanes = ir.VectorType(ir.FloatType(), 8), Lanes("lanes")
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, FLOATS)
+
+
+@intrinsic
+def no_sums(typingctx):
+    return lanes(), lambda context, builder, signature, arguments: ir.Constant(FLOATS, [0.0] * 8)
+
+
+@intrinsic
+def add_group(typingctx, sums, nibbles, scales, numbers, group):
+    """sums + the scale of a group x the products of its 32 weights and activations, four products in each lane.
+
+    Written in vectors, which compilers do not make of a loop as short as this one. A pair of products and their sum are
+    one instruction as long as no other sum is mixed into theirs: the fence keeps it out.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def whole(bits, size, numbers=None):
+            kind = ir.VectorType(ir.IntType(bits), size)
+            return kind if numbers is None else ir.Constant(kind, list(numbers))
+
+        def load(which, kind, part=0, parts=1):
+            array = context.make_array(signature.args[which])(context, builder, arguments[which])
+            place = builder.mul(arguments[4], ir.Constant(ir.IntType(64), parts))
+            place = builder.add(place, ir.Constant(ir.IntType(64), part))
+            loaded = builder.load(builder.gep(builder.bitcast(array.data, kind.as_pointer()), [place]))
+            loaded.align = 1
+            return loaded
+
+        def pairs(half, part):
+            factors = builder.sub(half, whole(16, 16, [8] * 16)), load(3, whole(16, 16), part, 2)
+            products = builder.mul(*(builder.sext(each, whole(32, 16)) for each in factors))
+            even, odd = (builder.shuffle_vector(products, products, whole(32, 8, range(at, 16, 2))) for at in (0, 1))
+            return builder.add(even, odd)
+
+        both = builder.zext(load(1, whole(8, 16)), whole(16, 16))
+        low = pairs(builder.and_(both, whole(16, 16, [15] * 16)), 0)
+        high = pairs(builder.lshr(both, whole(16, 16, [4] * 16)), 1)
+        kind = ir.FunctionType(FLOATS, [FLOATS])
+        fence = cgutils.get_or_insert_function(builder.module, kind, "llvm.arithmetic.fence.v8f32")
+        low = builder.bitcast(builder.call(fence, [builder.bitcast(low, FLOATS)]), whole(32, 8))
+        bits = load(2, whole(16, 1))  # bfloat16 is the upper half of fp32
+        bits = builder.bitcast(builder.shuffle_vector(bits, bits, whole(32, 16, [0] * 16)), whole(32, 8))
+        scale = builder.bitcast(builder.and_(bits, whole(32, 8, [0xFFFF0000] * 8)), FLOATS)
+        scaled = builder.fmul(builder.sitofp(builder.add(low, high), FLOATS), scale, flags=("contract",))
+        return builder.fadd(arguments[0], scaled, flags=("contract",))
+
+    return lanes(sums, nibbles, scales, numbers, types.int64), generate
+
+
+@intrinsic
+def total(typingctx, sums):
+    """The sum of all lanes."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
+        add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v8f32")
+        return builder.call(add_up, [ir.Constant(ir.FloatType(), 0.0), *arguments], fastmath=("reassoc",))
+
+    return types.float32(sums), generate
+
+
+@compiled
+def dot_int4(nibbles, scales, numbers):
+    one, other, groups = no_sums(), no_sums(), len(scales)
+    for g in range(0, groups - 1, 2):  # in two sums, since an addition has to wait for the one before it
+        one = add_group(one, nibbles, scales, numbers, g)
+        other = add_group(other, nibbles, scales, numbers, g + 1)
+    if groups % 2:
+        one = add_group(one, nibbles, scales, numbers, groups - 1)
+    return total(one) + total(other)
 
 
 @compiled
@@ -216,28 +312,30 @@ def factors(rows, like):
     """Activations `[R, in]` as the product with weights like these takes them, and the step of each row."""
 
 
-def dot(weights, numbers):
-    """The sum of products of a row of weights and a row of `factors`."""
+def dot(weights, scales, numbers):
+    """The sum of products of a row of weights, with their scales, and a row of `factors`."""
 
 
 @overload(factors)
 def choose_factors(rows, like):
-    if like.dtype == types.int8:
+    if like.dtype in (types.int8, types.uint8):
         return lambda rows, like: round_rows(rows)
     return lambda rows, like: keep_rows(rows)
 
 
 @overload(dot)
-def choose_dot(weights, numbers):
+def choose_dot(weights, scales, numbers):
+    if weights.dtype == types.uint8:
+        return lambda weights, scales, numbers: dot_int4(weights, scales, numbers)
     if weights.dtype == types.int8:
-        return lambda weights, numbers: dot_int8(weights, numbers)
-    return lambda weights, numbers: dot_float(weights, numbers)
+        return lambda weights, scales, numbers: scales[0] * dot_int8(weights, numbers)
+    return lambda weights, scales, numbers: scales[0] * dot_float(weights, numbers)
 
 
 @compiled
 def output(matrix, row, numbers, step):
     """One output number: a row of the matrix times a row of `factors`."""
-    return matrix.scale[row] * step * dot(matrix.weight[row], numbers) + matrix.bias[row]
+    return step * dot(matrix.weight[row], matrix.scale[row], numbers) + matrix.bias[row]
 
 
 @compiled
