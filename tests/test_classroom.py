@@ -104,6 +104,12 @@ class InOwnWords(ast.NodeTransformer):
         own = ast.Name("own", ast.Store())
         return [ast.Assign([own], node.value), ast.Return(own)] if node.value else node
 
+    def visit_Expr(self, node):
+        if not isinstance(node.value, ast.Yield):
+            return node
+        own = ast.Name("own", ast.Store())
+        return [ast.Assign([own], node.value.value), ast.Expr(ast.Yield(own))]
+
 
 def in_own_words(text: str) -> str:
     return ast.unparse(ast.fix_missing_locations(InOwnWords().visit(ast.parse(text))))
