@@ -1,6 +1,6 @@
-"""The machines that the series and the playground assume when they estimate a time, in round numbers.
+"""The machines and links that the series and the playground assume when they estimate a time, in round numbers.
 
-`python -m neox_lib info` measures the memory of yours.
+`python -m neox_lib info` measures the memory of yours; notebook 09 measures a link.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,24 @@ class Machine:
         return f"{self.memory / 1e9:.0f} GB/s, {self.operations / 1e12:.3g} trillion operations per second"
 
 
+@dataclass(frozen=True)
+class Link:
+    """`wait`: seconds of an all-reduce that carries next to nothing; `speed`: bytes per second, in each direction."""
+
+    wait: float
+    speed: float
+
+
 MACHINES = {
     "laptop": Machine(25e9, 0.4e12),  # two channels of DDR4 in practice; a handful of CPU cores in fp32
     "graphics card": Machine(900e9, 100e12),  # a large one for consumers, in fp16
+    "A100": Machine(1555e9, 312e12),  # NVIDIA's data sheet, 40 GB, in fp16: 20B was trained on 96 of them
+}
+
+LINKS = {
+    "NVLink": Link(10e-6, 200e9),  # between the GPUs of one machine, directly
+    "PCIe 4.0": Link(40e-6, 20e9),  # over the machine's own bus
+    "10 Gbit/s Ethernet": Link(500e-6, 1.2e9),  # between machines
 }
 
 

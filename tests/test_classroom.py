@@ -70,8 +70,8 @@ HOSTILE = {  # what is handed in, by the name that is asked for; the report's st
     "my_gelu": ("def my_gelu(x):\n    return x *", "error", "SyntaxError"),
     "my_layer_norm": ("", "missing", "my_layer_norm"),
     "MyBlock": (None, "not written", ""),
-    "my_parameter_count": (
-        "import sys\ndef my_parameter_count(config):\n    return 1 / 0\nsys.exit()",
+    "my_forward": (
+        "import sys\ndef my_forward(*anything):\n    return 1 / 0\nsys.exit()",
         "not yet",
         "ZeroDivisionError",
     ),

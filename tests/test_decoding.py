@@ -25,8 +25,9 @@ from neox_lib.generation import stream_generate
 from neox_lib.loading import create_model
 from neox_lib.model import NeoXModel
 from neox_lib.padding import pad_left
+from neox_lib.quantization.int4 import dequantize_groups, quantize_groups
 from neox_lib.quantization.int8 import dequantize_rows, quantize_rows
-from neox_lib.quantization.linear import use_cast_linear, use_int8_linear
+from neox_lib.quantization.linear import QUANTIZED, use_cast_linear, use_quantized_linear
 from tests.small_models import BASE, family, randomize
 
 pytest.importorskip("numba")
@@ -41,8 +42,8 @@ def model_of(config: NeoXConfig, dtype: str = "float32", seed: int = 0) -> NeoXM
     """Random weights as `create_model` holds them on a CPU, with the loops plugged in."""
     model = NeoXModel(config).requires_grad_(False).eval()
     randomize(model, seed, gain=1.0)
-    if dtype == "int8":
-        use_int8_linear(model)
+    if dtype in QUANTIZED:
+        use_quantized_linear(model, QUANTIZED[dtype])
     elif dtype != "float32":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype)) if parameter.dim() == 2 else parameter.data
@@ -113,23 +114,28 @@ def test_any_model_in_any_pieces_says_what_its_modules_say(config, sizes, seed):
     check(both(model_of(config, seed=seed), list(ids.split(sizes, dim=1))))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", *QUANTIZED])
 @pytest.mark.parametrize("member", ["20b rules", "sequential residual", "yarn"])
 def test_weights_in_fewer_bits_say_what_their_modules_say(dtype, member):
     config = family(BASE)[member]
     ids = torch.randint(BASE.vocab_size, (1, 9), generator=torch.Generator().manual_seed(3))
-    check(both(model_of(config, dtype), list(ids.split([1, 1, 3, 1, 3], dim=1))), ROUNDED if dtype == "int8" else EXACT)
+    found = both(model_of(config, dtype), list(ids.split([1, 1, 3, 1, 3], dim=1)))
+    check(found, ROUNDED if dtype in QUANTIZED else EXACT)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", *QUANTIZED])
 def test_a_product_is_that_of_the_numbers_as_stored(dtype, rows):
-    """Rows longer than a block, and a length, rows and outputs that no vector divides."""
-    x, weight = torch.randn(rows, 8227), torch.randn(7, 8227)
-    stored = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype),)
-    exact = dequantize_rows(*stored) if dtype == torch.int8 else stored[0]
+    """Rows longer than a block, a length, rows and outputs that no vector divides, an odd number of int4's groups."""
+    columns = 67 * 32 if dtype == "int4" else 8227
+    x, weight = torch.randn(rows, columns), torch.randn(7, columns)
+    if dtype in QUANTIZED:
+        stored = (quantize_rows if dtype == "int8" else quantize_groups)(weight)
+        exact = (dequantize_rows if dtype == "int8" else dequantize_groups)(*stored)
+    else:
+        stored = (exact := weight.to(getattr(torch, dtype)),)
     expected, size = x.double() @ exact.double().T, float(x.abs().max() * exact.norm(dim=1).max())
-    tolerance = 2**-13 if dtype == torch.int8 else 1e-6  # six standard deviations of the rounding of activations
+    tolerance = 2**-13 if dtype in QUANTIZED else 1e-6  # six standard deviations of the rounding of activations
     assert float((multiply_few(x, *stored) - expected).abs().max()) <= tolerance * size
 
 
@@ -316,7 +322,7 @@ def test_new_weights_are_noticed():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", *QUANTIZED])
 def test_damaged_weights_show_in_the_scores(dtype, value):
     """A number that is none must not be rounded into one: generation refuses such scores."""
     model = model_of(BASE, dtype)

@@ -6,12 +6,17 @@ import torch.nn.functional as F
 
 from neox_lib.course import two_devices
 from neox_lib.course.exercises import two_devices as exercises
-from neox_lib.course.figures.two_devices import all_reduces
+from neox_lib.course.figures.two_devices import all_reduces, column_then_row, who_keeps_what
 from neox_lib.distributed.ranks import RankFailed, on_ranks
 from tests.lessons import Lesson
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-CHECKS = {"my_block": exercises.block, "my_embed": exercises.embed, "my_bytes_sent": exercises.bytes_sent}
+CHECKS = {
+    "my_split_mlp": exercises.split_mlp,
+    "my_block": exercises.block,
+    "my_embed": exercises.embed,
+    "my_bytes_sent": exercises.bytes_sent,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,47 @@ def test_a_stub_is_told_that_it_is_one(lesson, name):
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_folded_solution_passes(lesson, name):
     lesson.solution_passes(CHECKS[name], name, story=name == "my_block")
+
+
+def own_rows(widen, devices):
+    size = len(widen) // devices
+    return [slice(start, start + size) for start in range(0, len(widen), size)]
+
+
+def forgets_relu(x, widen, narrow, devices):
+    return [narrow[:, own] @ (widen[own] @ x) for own in own_rows(widen, devices)]
+
+
+def relu_at_the_end(x, widen, narrow, devices):
+    return [(narrow[:, own] @ (widen[own] @ x)).relu() for own in own_rows(widen, devices)]
+
+
+def whole_mlp_everywhere(x, widen, narrow, devices):
+    return [narrow @ (widen @ x).relu()] * devices
+
+
+def inputs_first(x, widen, narrow, devices):
+    return [narrow @ (widen[:, device] * x[device]).relu() for device in range(devices)]
+
+
+def always_two(x, widen, narrow, devices):
+    return [narrow[:, own] @ (widen[own] @ x).relu() for own in own_rows(widen, 2)]
+
+
+def one_row_each(x, widen, narrow, devices):
+    return [narrow[:, device] * (widen[device] @ x).relu() for device in range(devices)]
+
+
+def adds_the_parts(x, widen, narrow, devices):
+    return narrow @ (widen @ x).relu()
+
+
+def takes_turns(x, widen, narrow, devices):
+    return [narrow[:, start::devices] @ (widen[start::devices] @ x).relu() for start in range(devices)]
+
+
+def cuts_the_columns_of_both(x, widen, narrow, devices):
+    return [narrow[:, own] @ (widen[:, own] @ x).relu() for own in own_rows(widen, devices)]
 
 
 def partial_sums(hidden, blocks, cos, sin, caches):
@@ -97,6 +143,19 @@ def changes_the_ids(input_ids, rows, first):
     return F.embedding(input_ids.masked_fill(elsewhere, 0), rows).masked_fill(elsewhere[..., None], 0)
 
 
+def looks_only_above(input_ids, rows, first):
+    row = input_ids - first
+    above = row >= len(rows)
+    return F.embedding(row.masked_fill(above, 0), rows).masked_fill(above[..., None], 0)
+
+
+def one_row_off(input_ids, rows, first):
+    row = input_ids - first
+    elsewhere = (row < 0) | (row > len(rows))
+    vectors = F.embedding(row.masked_fill(elsewhere, 0).clamp(max=len(rows) - 1), rows)
+    return vectors.masked_fill(elsewhere[..., None], 0)
+
+
 def forgets_the_embedding(config, tokens, ranks, dtype):
     per_reduce = 2 * (ranks - 1) * tokens * config.hidden_size // ranks
     return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) - per_reduce * dtype.itemsize
@@ -113,7 +172,33 @@ def scores_every_token(config, tokens, ranks, dtype):
     return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) + more * dtype.itemsize
 
 
+def forgets_the_scores(config, tokens, ranks, dtype):
+    scores = (ranks - 1) * config.vocab_size // ranks
+    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) - scores * dtype.itemsize
+
+
+def counts_numbers(config, tokens, ranks, dtype):
+    return exercises.bytes_on_the_wire(config, tokens, ranks, dtype) // dtype.itemsize
+
+
+def sends_the_whole_tensor(config, tokens, ranks, dtype):
+    all_reduces = 1 + config.num_hidden_layers * (1 if config.use_parallel_residual else 2)
+    numbers = all_reduces * (ranks - 1) * tokens * config.hidden_size + (ranks - 1) * config.vocab_size // ranks
+    return numbers * dtype.itemsize
+
+
 WRONG = {
+    "my_split_mlp": {
+        forgets_relu: "ReLU is missing",
+        relu_at_the_end: "ReLU comes after the second matrix",
+        whole_mlp_everywhere: "each device computes the whole MLP",
+        inputs_first: "cut by its inputs",
+        always_two: "but returned 2 parts",
+        one_row_each: "device 0's part in my_split_mlp on random matrices",
+        adds_the_parts: "but returned a Tensor",
+        takes_turns: "device 0 should have the first rows",
+        cuts_the_columns_of_both: "on the two matrices above, devices=2: your code raised RuntimeError",
+    },
     "my_block": {
         adds_x_everywhere: "x is added on each device, 2 times in all",
         forgets_x: "x itself is missing",
@@ -127,14 +212,19 @@ WRONG = {
     },
     "my_embed": {
         counts_from_the_end: "counted from the end",
-        looks_up_all: "must not be looked up here",
+        looks_up_all: "first=0) raised IndexError",
         zeros_nowhere: "should be",
         changes_the_ids: "changes the ids",
+        looks_only_above: "first=2) raised IndexError",
+        one_row_off: "should be",
     },
     "my_bytes_sent": {
         forgets_the_embedding: "the all-reduce of the embeddings left out",
         always_once: "a sequential block needs two all-reduces",
         scores_every_token: "only the last is scored",
+        forgets_the_scores: "the scores left out",
+        counts_numbers: "too few",
+        sends_the_whole_tensor: "1 token, 4 ranks",
     },
 }
 TRIES = [(name, wrong, says) for name, tries in WRONG.items() for wrong, says in tries.items()]
@@ -145,7 +235,7 @@ def test_a_wrong_try_hears_which_property_failed(name, wrong, says):
     """And no wrong block tells a story."""
     result = CHECKS[name](wrong)
     assert not result.passed and says in result.message, result.message
-    assert "raised" not in result.message.replace("raised IndexError", "") and "Once upon" not in result.message
+    assert ("raised" in says) >= ("raised RuntimeError" in result.message) and "Once upon" not in result.message
 
 
 def test_wrong_tries_are_told_apart():
@@ -181,6 +271,24 @@ def test_the_real_ranks_told_what_the_prose_says(lesson):
 def test_a_lost_rank_raises_so_that_the_cell_shows_something():
     with pytest.raises(RankFailed, match="lost"):
         on_ranks(2, two_devices.leave_early)
+
+
+def test_both_sizes_of_an_all_reduce_were_timed(lesson):
+    token, prompt = lesson.names["measured"]
+    assert 0 < token < prompt
+
+
+def test_the_figure_of_the_two_matrices_ends_with_their_sum(lesson):
+    names = lesson.names
+    pictures = list(column_then_row(names["x"], names["widen"], names["narrow"]).pictures.values())
+    shown = [[text.get_text() for text in each.figure.axes[0].texts] for each in pictures]
+    assert shown[-1].count("14, 17") == 2 and "14, 17" not in shown[-2], "both devices get the sum, and not before"
+    assert "= 4, 12" in shown[3] and "= 10, 5" in shown[3]
+
+
+def test_the_figure_of_the_parts_follows_the_rules_of_merging():
+    patches = [patch.get_height() for patch in who_keeps_what().figure.axes[0].patches]
+    assert patches.count(1) == 8 and patches.count(2) == 4, "four tensors cut by rows, two by columns"
 
 
 def test_the_figure_has_one_all_reduce_above_and_two_below():

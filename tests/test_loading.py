@@ -18,7 +18,7 @@ from neox_lib import loading, memory, precision
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError, open_tensors
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import open_safetensors
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
@@ -68,7 +68,7 @@ def test_each_file_is_opened_once_and_one_model_is_built(kind, tmp_path, monkeyp
     """A path leads to a model in a straight line; what is done twice is slow at 20B and hard to follow at any size."""
     path = tmp_path / "model"
     if kind == "an int8 file":
-        write_int8(open_checkpoint(SHIPPED_MODEL), path)
+        write_quantized(open_checkpoint(SHIPPED_MODEL), path)
     elif kind == "tied":
         write_slim(random_model(replace(CONFIG, tie_word_embeddings=True)), path, ranks=2)
     else:
@@ -166,9 +166,9 @@ def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monk
         check_memory(neox_20b(), fp32, CPU)
     check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
     monkeypatch.setattr(precision, "available_memory", lambda: 24 * 2**30)
-    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
+    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) or int4 \(11\.3 GiB\) fits"):
         check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
-    monkeypatch.setattr(precision, "available_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(precision, "available_memory", lambda: 11 * 2**30)
     with pytest.raises(CheckpointError, match="no dtype fits"):
         check_memory(neox_20b(), fp32, CPU)
 

@@ -27,8 +27,8 @@ from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"},
     "ctranslate2": {"float32": "float32", "float16": "float32", "int8": "int8"},
-    "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0"},
-    "ik_llama_cpp": {"float16": "float16", "int8": "q8_0"},
+    "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"},
+    "ik_llama_cpp": {"float16": "float16", "int8": "q8_0", "int4": "q4_0"},
 }
 PACKAGES = {"ik_llama_cpp": "ik-llama-cpp-python"}  # where a package's name is another than its module's
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from neox_lib.bench.baselines import BASELINES, PACKAGES, is_installed
+from neox_lib.quantization.linear import QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ def format_row(row: Row, bandwidth: float) -> str:
 
 
 def format_best(rows: list[Row]) -> str:
-    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 apart."""
+    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 and int4 apart."""
     lines = []
     for shape, prompt, baseline in dict.fromkeys((row.shape, row.prompt, row.baseline) for row in rows if row.theirs):
         group = [row for row in rows if (row.shape, row.prompt, row.baseline) == (shape, prompt, baseline)]
-        for kind in ("float", "int8"):
-            found = [row for row in group if row.dtype.endswith("int8") == (kind == "int8")]
+        for kind in ("float", *QUANTIZED):
+            found = [row for row in group if (row.dtype if row.dtype in QUANTIZED else "float") == kind]
             if found:
                 best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
                 lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {baseline}: {', '.join(best)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -163,6 +164,23 @@ def differ_a_little(prompt: str, new_tokens: int) -> dict:
     streams: list[Tensor] = []
     scores = model(ids, on_layer=lambda depth, hidden: streams.append(hidden))
     return {"hidden": model.norm(streams[-1]), "scores": scores, "story": write(model, prompt, new_tokens)}
+
+
+def time_all_reduces(sizes: Sequence[int], times: int = 9) -> list[float]:
+    """The work of one rank: the seconds of an all-reduce of each size in bytes, the quickest of `times`.
+
+    The quickest, since other programs can only make one slower.
+    """
+    quickest = []
+    for size in sizes:
+        numbers, seconds = torch.ones(size // torch.float32.itemsize), []
+        for _ in range(times):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_reduce(numbers)
+            seconds.append(time.perf_counter() - started)
+        quickest.append(min(seconds))
+    return quickest
 
 
 def leave_early() -> None:

@@ -10,7 +10,8 @@ a thread that another program holds up finds its work done by the others.
 
 Letters: R rows, the B x T new tokens; C hidden, I inner, H heads, D head size, S cached + new, V vocabulary. Weights
 are `[out, in]`; their `address` stands in for a model's tensors, of which Numba knows nothing. *Factors* are
-activations as a product takes them: fp32, or, beside int8 weights, whole numbers, each row with a step of its own.
+activations as a product takes them: fp32, or, beside int8 and int4 weights, whole numbers, each row with a step of its
+own.
 """
 
 import math
@@ -22,7 +23,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from neox_lib.decoding.products import LANES, add_products
+from neox_lib.decoding.products import LANES, add_group, add_products, no_sums, total
 
 # An activation beside int8 weights is rounded to so many steps: 2^-15 of a row's largest activation, 1/256 of what
 # rounding the weights to int8 cost. Of a block's products, a lane adds up one in LANES: 127 x 16383 x 8192 / 8 < 2^31.
@@ -96,7 +97,9 @@ def rows_of_a_chunk(rows, row_bytes, chunk_bytes):
 
 
 class Matrix(NamedTuple):
-    """Weights `[out, in]`, the scale of each output, 1 where there is none, and its bias, 0 where there is none."""
+    """Weights `[out, in]`, of int4 as nibbles `[out, in / 2]`; the scales of each output `[out, 1]`, 1 where there is
+    none, of int4 bfloat16's bits `[out, in / 32]`; and its bias, 0 where there is none.
+    """
 
     weight: np.ndarray
     scale: np.ndarray
@@ -143,11 +146,22 @@ def vector(address, size):
     return carray(pointer(address, np.empty(0, np.float32)), (size,))
 
 
-@compiled
 def matrix(places, outputs, inputs, like):
     """The matrix at three addresses, its weights in the dtype of `like`."""
-    weight = carray(pointer(places[0], like), (outputs, inputs))
-    return Matrix(weight, vector(places[1], outputs), vector(places[2], outputs))
+
+
+@overload(matrix)
+def choose_matrix(places, outputs, inputs, like):
+    def whole(places, outputs, inputs, like):
+        weight, scale = pointer(places[0], like), pointer(places[1], np.empty(0, np.float32))
+        return Matrix(carray(weight, (outputs, inputs)), carray(scale, (outputs, 1)), vector(places[2], outputs))
+
+    def in_groups(places, outputs, inputs, like):
+        weight, scale = pointer(places[0], like), pointer(places[1], np.empty(0, np.int16))
+        groups = carray(scale, (outputs, inputs // 32))
+        return Matrix(carray(weight, (outputs, inputs // 2)), groups, vector(places[2], outputs))
+
+    return in_groups if like.dtype == types.uint8 else whole
 
 
 def to_factors(row, out):
@@ -191,20 +205,47 @@ def sum_products(weight, first, last, numbers, r, sums):
 
 
 @compiled
+def dot_int4(nibbles, scales, numbers):
+    one, other, groups = no_sums(), no_sums(), len(scales)
+    for g in range(0, groups - 1, 2):  # in two sums, since an addition has to wait for the one before it
+        one = add_group(one, nibbles, scales, numbers, g)
+        other = add_group(other, nibbles, scales, numbers, g + 1)
+    if groups % 2:
+        one = add_group(one, nibbles, scales, numbers, groups - 1)
+    return total(one) + total(other)
+
+
+def scaled_products(matrix, first, last, numbers, r, sums):
+    """`sum_products` with the weights' scales; int4 weights meet one row at a time."""
+
+
+@overload(scaled_products)
+def choose_products(matrix, first, last, numbers, r, sums):
+    def of_rows(matrix, first, last, numbers, r, sums):
+        sum_products(matrix.weight, first, last, numbers, r, sums)
+        for n in range(min(ROWS, len(numbers) - r)):
+            for i in range(last - first):
+                sums[n, i] *= matrix.scale[first + i, 0]
+
+    def of_groups(matrix, first, last, numbers, r, sums):
+        for n in range(min(ROWS, len(numbers) - r)):
+            for i in range(last - first):
+                sums[n, i] = dot_int4(matrix.weight[first + i], matrix.scale[first + i], numbers[r + n])
+
+    return of_groups if matrix[0].dtype == types.uint8 else of_rows
+
+
+@compiled
 def multiply(matrix, first, last, numbers, steps, out, add):
     """Outputs first .. last - 1 of rows of factors `[R, in]`, to out `[R, out]`; or added to what is there."""
     sums = np.empty((ROWS, max(0, last - first) + OUTPUTS), np.float32)
     for block in range(0, len(numbers), ROWS):
-        sum_products(matrix.weight, first, last, numbers, block, sums)
+        scaled_products(matrix, first, last, numbers, block, sums)
         for r in range(block, min(len(numbers), block + ROWS)):
-            (
-                found,
-                row,
-                step,
-            ) = sums[r - block], out[r], steps[r]
+            found, row, step = sums[r - block], out[r], steps[r]
             for i in range(last - first):
-                total = matrix.scale[first + i] * step * found[i] + matrix.bias[first + i]
-                row[first + i] = row[first + i] + total if add else total
+                output = step * found[i] + matrix.bias[first + i]
+                row[first + i] = row[first + i] + output if add else output
 
 
 @compiled

@@ -10,7 +10,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 # Sums of 32 bits in a vector, and as many vectors of sums: what 16 registers of AVX, or 32 of AVX-512, hold.
 LANES = 16 if get_host_cpu_features().get("avx512bw") else 8
@@ -131,3 +131,75 @@ def add_products(typingctx, sums, column, weights, row, numbers, r, start, stop,
         return context.get_dummy_value()
 
     return types.void(sums, column, weights, row, numbers, r, start, stop, outputs, rows), generate
+
+
+class Sums(types.Type):
+    """Eight fp32 sums side by side."""
+
+
+FLOATS, eight = ir.VectorType(ir.FloatType(), 8), Sums("sums")
+
+
+@register_model(Sums)
+class SumsModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, FLOATS)
+
+
+@intrinsic
+def no_sums(typingctx):
+    return eight(), lambda context, builder, signature, arguments: ir.Constant(FLOATS, [0.0] * 8)
+
+
+@intrinsic
+def add_group(typingctx, sums, nibbles, scales, numbers, group):
+    """sums + the scale of a group x the products of its 32 weights and activations, four products in each lane.
+
+    Written in vectors, which compilers do not make of a loop as short as this one. A pair of products and their sum are
+    one instruction as long as no other sum is mixed into theirs: the fence keeps it out.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def whole(bits, size, numbers=None):
+            kind = ir.VectorType(ir.IntType(bits), size)
+            return kind if numbers is None else ir.Constant(kind, list(numbers))
+
+        def load(which, kind, part=0, parts=1):
+            array = context.make_array(signature.args[which])(context, builder, arguments[which])
+            place = builder.mul(arguments[4], ir.Constant(ir.IntType(64), parts))
+            place = builder.add(place, ir.Constant(ir.IntType(64), part))
+            loaded = builder.load(builder.gep(builder.bitcast(array.data, kind.as_pointer()), [place]))
+            loaded.align = 1
+            return loaded
+
+        def pairs(half, part):
+            factors = builder.sub(half, whole(16, 16, [8] * 16)), load(3, whole(16, 16), part, 2)
+            products = builder.mul(*(builder.sext(each, whole(32, 16)) for each in factors))
+            even, odd = (builder.shuffle_vector(products, products, whole(32, 8, range(at, 16, 2))) for at in (0, 1))
+            return builder.add(even, odd)
+
+        both = builder.zext(load(1, whole(8, 16)), whole(16, 16))
+        low = pairs(builder.and_(both, whole(16, 16, [15] * 16)), 0)
+        high = pairs(builder.lshr(both, whole(16, 16, [4] * 16)), 1)
+        kind = ir.FunctionType(FLOATS, [FLOATS])
+        fence = cgutils.get_or_insert_function(builder.module, kind, "llvm.arithmetic.fence.v8f32")
+        low = builder.bitcast(builder.call(fence, [builder.bitcast(low, FLOATS)]), whole(32, 8))
+        bits = load(2, whole(16, 1))  # bfloat16 is the upper half of fp32
+        bits = builder.bitcast(builder.shuffle_vector(bits, bits, whole(32, 16, [0] * 16)), whole(32, 8))
+        scale = builder.bitcast(builder.and_(bits, whole(32, 8, [0xFFFF0000] * 8)), FLOATS)
+        scaled = builder.fmul(builder.sitofp(builder.add(low, high), FLOATS), scale, flags=("contract",))
+        return builder.fadd(arguments[0], scaled, flags=("contract",))
+
+    return eight(sums, nibbles, scales, numbers, types.int64), generate
+
+
+@intrinsic
+def total(typingctx, sums):
+    """The sum of all lanes."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
+        add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v8f32")
+        return builder.call(add_up, [ir.Constant(ir.FloatType(), 0.0), *arguments], fastmath=("reassoc",))
+
+    return types.float32(sums), generate

@@ -23,7 +23,7 @@ from neox_lib.block import MLP, Block
 from neox_lib.cache import KVCache
 from neox_lib.config import SMALL_MODEL_PARAMETERS, NeoXConfig
 from neox_lib.model import NeoXModel, OnLayer
-from neox_lib.quantization.linear import CastLinear, Int8Linear, multiply_blocks
+from neox_lib.quantization.linear import QUANTIZED, CastLinear, QuantizedLinear, multiply_blocks
 from neox_lib.rotary import RotaryTable
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 256  # the rest waits: what lies between two steps stays in a pro
 CHUNK_BYTES = 2**16  # of weights, in a thread's hands at a time: some microseconds, far more than it costs to take them
 # A weight's dtype as the loops see it: on a CPU Numba has no 16-bit floating point, only its bits.
 SEEN_AS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
-LINEAR = (nn.Linear, CastLinear, Int8Linear)
+LINEAR = (nn.Linear, CastLinear, QuantizedLinear)
 PIECES = (NeoXModel, RotaryTable, Block, Attention, MLP, nn.ModuleList, nn.Embedding, nn.LayerNorm, *LINEAR)
 
 
@@ -84,6 +84,7 @@ def find_addresses(model: NeoXModel) -> Addresses | None:
     ]
     dtypes = {linear.weight.dtype for four in linears for linear in four}
     matrices = {id(linear.weight) for four in linears for linear in four}
+    matrices |= {id(linear.scale) for four in linears for linear in four if isinstance(linear, QuantizedLinear)}
     matrices |= {id(model.final_linear.weight), id(model.word_embeddings.weight)}
     tensors = list(model.parameters())
     exact = all(tensor.dtype == torch.float32 for tensor in tensors if id(tensor) not in matrices)
@@ -244,8 +245,8 @@ def multiply_few(input: Tensor, weight: Tensor, scale: Tensor | None = None) -> 
         return multiply_blocks(input, weight, scale)
     outputs = len(weight)
     out, scale = torch.empty(len(input), outputs), torch.ones(outputs) if scale is None else scale
-    numbers = torch.empty(input.shape, dtype=torch.int16 if weight.dtype == torch.int8 else torch.float32)
-    matrix = Matrix(as_array(weight), scale.numpy(), np.zeros(outputs, np.float32))
+    numbers = torch.empty(input.shape, dtype=torch.int16 if weight.dtype in QUANTIZED.values() else torch.float32)
+    matrix = Matrix(as_array(weight.flatten(1)), as_array(scale.view(outputs, -1)), np.zeros(outputs, np.float32))
     multiply_alone(matrix, input.numpy(), numbers.numpy(), out.numpy())
     return out
 

@@ -1,23 +1,20 @@
 """The exercises of notebook 04: GELU, the norm, the parallel block, the forward pass, and a count of parameters."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_lib.block import Block
-from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
+from neox_lib.config import NeoXConfig
 from neox_lib.course.checks import (
     PropertyFailed,
     describe,
     exercise,
     given,
-    left_out_or_twice,
     numbers,
     require,
-    require_count,
     require_equal,
     require_same_story,
     story_with,
@@ -247,41 +244,3 @@ def forward_pass(yours: Callable[[nn.Module, Tensor], Tensor]) -> str:
     untrained = greedy_story(NeoXModel(shipped.config).eval(), yours)
     told = f"By your forward pass, an untrained model of this shape writes:\n{untrained}"
     return f"{told}\n\nand the trained one:\n{written}"
-
-
-def parts_of(config: NeoXConfig) -> dict[str, int]:
-    """The parts of a model that a count of its parameters may leave out, or count twice: name -> parameters."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    return {
-        "the embedding or the output matrix": config.vocab_size * hidden,
-        "the biases of the four matrices in each block": layers * (5 * hidden + inner),
-        "the biases of attention in each block": layers * 4 * hidden,
-        "the biases of the MLP in each block": layers * (hidden + inner),
-        "one norm in each block": layers * 2 * hidden,
-        "both norms in each block": layers * 4 * hidden,
-        "the last norm": 2 * hidden,
-        "all norms": (4 * layers + 2) * hidden,
-        "the biases of all norms": (2 * layers + 1) * hidden,
-        "attention's dense matrix in each block": layers * hidden * hidden,
-        "the padded rows of the vocabulary in one matrix": (config.vocab_size - config.tokenizer_vocab_size) * hidden,
-    }
-
-
-@exercise("parallel_residual.parameter_count")
-def parameter_count(yours: Callable[[NeoXConfig], int]) -> str:
-    """`yours(config)` is the number of parameters of the whole model."""
-    cases = {
-        "tiny()": tiny(),
-        "neox_20b()": neox_20b(),
-        'pythia("1b")': pythia("1b"),
-        "tiny() with intermediate_size=500": replace(tiny(), intermediate_size=500),
-        "tiny() with tie_word_embeddings=True (one matrix in two places counts once)": replace(
-            tiny(), tie_word_embeddings=True
-        ),
-    }
-    for name, config in cases.items():
-        reasons = left_out_or_twice(parts_of(config))
-        with given(f"my_parameter_count({name})"):
-            found = yours(config)
-        require_count(found, config.parameter_count(), f"my_parameter_count({name})", reasons)
-    return f"20B has {neox_20b().parameter_count():,} parameters, counted from its config alone."

@@ -1,10 +1,10 @@
-"""The exercises of notebook 07: following a stream, and showing whole characters."""
+"""The exercises of notebook 07: drawing a stream, following one, and showing whole characters."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from neox_lib.course.checks import exercise, require, require_equal, require_same_story, story
+from neox_lib.course.checks import exercise, given, require, require_equal, require_same_story, story
 from neox_lib.generation import Step, prompt_ids, stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 
@@ -19,6 +19,30 @@ def counting_steps(count: int, seconds: float = 0.0, read: list[int] | None = No
         if read is not None:
             read.append(number)
         yield Step([number], [f" {number}"], [-1.0], seconds)
+
+
+@exercise("prompt_playground.stream")
+def stream(yours: Callable[[Iterator[Step], Callable[[str], None]], str]) -> str:
+    """`yours(steps, draw)` draws all text so far after each step, before it asks for the next, and returns the text."""
+    what, words = "my_stream on steps ' 0', ' 1', ' 2'", [" 0", " 0 1", " 0 1 2"]
+    drawn, read = [], []
+
+    def draw(text: str) -> None:
+        drawn.append((text, len(read)))
+
+    with given(what):
+        found = yours(counting_steps(3, read=read), draw)
+    texts = [text for text, _ in drawn]
+    require(texts != [" 0", " 1", " 2"], f"{what} draws each piece alone: draw all the text so far")
+    require(texts != ["", " 0", " 0 1"], f"{what} draws before it adds the new piece: add first, then draw")
+    require(texts == words, f"{what} should draw {words}, one after the other, but draws {texts}")
+    early = [count for _, count in drawn]
+    told = f"{what} should draw after each step, but asks for {early[0]} steps before it draws the first"
+    require(early == [1, 2, 3], f"{told}: a reader waits for them all")
+    require_equal(found, words[-1], f"what {what} returns")
+    with given("my_stream on no steps at all"):
+        require_equal(yours(iter([]), draw), "", "what my_stream returns for no steps at all")
+    return "Each token is drawn before the next one is made. Run the cell below, and press Generate."
 
 
 def every_step_is_taken(follow: Callable) -> None:
@@ -88,8 +112,9 @@ FOLLOW_CHECKS = {
 @exercise("prompt_playground.follow")
 def follow(yours: Callable) -> str:
     """The four properties, then a story of the shipped model that streams through the learner's version."""
-    for check in FOLLOW_CHECKS.values():
-        check(yours)
+    for name, check in FOLLOW_CHECKS.items():
+        with given(f"On the steps of the check {name!r}"):
+            check(yours)
     model, tokenizer = create_model(device="cpu", dtype="float32"), create_tokenizer()
     texts: list[str] = [PROMPT]
     steps = stream_generate(model, prompt_ids(tokenizer, PROMPT), 40, tokenizer=tokenizer)
@@ -107,7 +132,9 @@ def whole_characters(yours: Callable[[bytes], tuple[str, bytes]]) -> None:
         for cut in range(len(raw) + 1):
             expected = raw[:cut].decode("utf-8", "ignore")
             rest = raw[len(expected.encode("utf-8")) : cut]
-            found, what = yours(raw[:cut]), f"my_whole_characters({raw[:cut]!r})"
+            what = f"my_whole_characters({raw[:cut]!r})"
+            with given(what):
+                found = yours(raw[:cut])
             require(
                 type(found) is tuple and len(found) == 2, f"{what} should be a pair, text and bytes, but is {found!r}"
             )

@@ -1,4 +1,4 @@
-"""The exercises of notebook 09: a block on several devices, an embedding cut by rows, and the bytes sent."""
+"""The exercises of notebook 09: a pair of matrices and a block on several devices, an embedding, and the bytes sent."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,7 @@ from neox_lib.course.checks import (
     PropertyFailed,
     describe,
     exercise,
+    given,
     require,
     require_count,
     require_equal,
@@ -103,6 +104,50 @@ def possible_sums(blocks: list[nn.Module], x: Tensor, table: tuple[Tensor, Tenso
     }
 
 
+def wrong_parts(x: Tensor, widen: Tensor, narrow: Tensor) -> dict[str, list[Tensor]]:
+    """An MLP cut for `len(x)` devices in the usual wrong ways: what is wrong -> each device's part."""
+    inner, devices = widen @ x, len(x)
+    cuts = [slice(start, start + len(inner) // devices) for start in range(0, len(inner), len(inner) // devices)]
+    strides = [slice(device, None, devices) for device in range(devices)]
+    return {
+        "ReLU is missing: it belongs between the two matrices": [narrow[:, cut] @ inner[cut] for cut in cuts],
+        "ReLU comes after the second matrix, but belongs between the two": [
+            (narrow[:, cut] @ inner[cut]).relu() for cut in cuts
+        ],
+        "each device computes the whole MLP, so the sum counts it once for each": [narrow @ inner.relu()] * devices,
+        "the first matrix is cut by its inputs: give each device some of widen's rows, and all of x": [
+            narrow @ (widen[:, device] * x[device]).relu() for device in range(devices)
+        ],
+        "device 0 should have the first rows, device 1 the next ones, and so on": [
+            narrow[:, cut] @ inner[cut].relu() for cut in strides
+        ],
+    }
+
+
+@exercise("two_devices.split_mlp")
+def split_mlp(yours: Callable[[Tensor, Tensor, Tensor, int], Sequence[Tensor]]) -> str:
+    """`yours(x, widen, narrow, devices)` gives each device's part of `narrow @ (widen @ x).relu()`."""
+    by_hand = torch.tensor([3.0, 1.0]), torch.tensor([[1.0, 1.0], [2.0, -1.0]]), torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    random = seeded(3, seed=1), seeded(12, 3, seed=2), seeded(3, 12, seed=3)
+    for name, case in {"the two matrices above": by_hand, "random matrices [12, 3] and [3, 12]": random}.items():
+        x, widen, narrow = case
+        devices, size = len(x), len(widen) // len(x)
+        what = f"my_split_mlp on {name}, devices={devices}"
+        with given(what):
+            found = yours(x, widen, narrow, devices)
+        a_list = isinstance(found, list | tuple)
+        told = f"{what} should return a list with one part for each of {devices} devices, but returned"
+        require(a_list and len(found) == devices, f"{told} {f'{len(found)} parts' if a_list else describe(found)}")
+        for device, part in enumerate(found):
+            own = slice(device * size, (device + 1) * size)
+            expected, why = narrow[:, own] @ (widen[own] @ x).relu(), ""
+            if isinstance(part, Tensor) and part.shape == expected.shape and not torch.allclose(part, expected):
+                parts = wrong_parts(x, widen, narrow)
+                why = next((why for why, wrong in parts.items() if torch.allclose(part, wrong[device])), "")
+            require_equal(part, expected, f"device {device}'s part in {what}", tolerance=1e-5, why=why)
+    return "Whatever the number of devices, the parts add up to the whole MLP, with one sum at the end."
+
+
 @exercise("two_devices.block")
 @torch.no_grad()
 def block(yours: BlockOnDevices) -> str:
@@ -112,7 +157,9 @@ def block(yours: BlockOnDevices) -> str:
         x, wire, caches = seeded(2, 5, SMALL.hidden_size), StrictWire(ranks), [RecordingCache() for _ in range(ranks)]
         table = rotary_table(5, SMALL.rotary_ndims, SMALL.rotary_emb_base, CPU, torch.float32)
         before, what = x.clone(), f"my_block on {ranks} devices and a [2, 5, 32] input"
-        found, expected = yours(x, blocks, *table, caches, wire.all_reduce), whole(x, *table)
+        with given(what):
+            found = yours(x, blocks, *table, caches, wire.all_reduce)
+        expected = whole(x, *table)
         require(torch.equal(x, before), f"{what} changes its input: write hidden + ..., not hidden += ...")
         if isinstance(found, Tensor) and found.shape == expected.shape:
             for mistake, output in possible_sums(blocks, x, table).items():
@@ -143,10 +190,11 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
         (0, torch.tensor([[[0.0, 0.0], [1.0, 1.5], [0.0, 0.0]]])),
         (2, torch.tensor([[[3.0, 3.5], [0.0, 0.0], [4.0, 4.5]]])),
     ):
-        rows, given = table[first : first + 2].clone(), ids.clone()
+        rows, mine = table[first : first + 2].clone(), ids.clone()
         what = f"my_embed([[2, 0, 3]], rows {first} and {first + 1} of four, first={first})"
         try:
-            found = yours(given, rows, first)
+            with given(what):
+                found = yours(mine, rows, first)
         except IndexError as error:
             message = "a token whose row is elsewhere must not be looked up here: look up any row, then set it to zeros"
             raise PropertyFailed(f"{what} raised IndexError ({error}): {message}") from None
@@ -155,15 +203,15 @@ def embed(yours: Callable[[Tensor, Tensor, int], Tensor]) -> str:
             told = f"{what} should give token 0 zeros, but gives it row -2, counted from the end"
             require(not wrapped, f"{told}: test for ids below `first` too")
         require_equal(found, expected, what)
-        require(torch.equal(given, ids), f"{what} changes the ids that it was given: work on a copy")
+        require(torch.equal(mine, ids), f"{what} changes the ids that it was given: work on a copy")
         require(
             torch.equal(rows, table[first : first + 2]), f"{what} changes the rows that it was given: work on a copy"
         )
     large, many = seeded(12, 4), torch.randint(12, (2, 7), generator=torch.Generator().manual_seed(0))
-    total = sum(yours(many, large[first : first + 4], first) for first in (0, 4, 8))
-    require_equal(
-        total, F.embedding(many, large), "my_embed, summed over three devices of four rows each,", tolerance=1e-6
-    )
+    what = "my_embed, summed over three devices of four rows each,"
+    with given(what):
+        total = sum(yours(many, large[first : first + 4], first) for first in (0, 4, 8))
+    require_equal(total, F.embedding(many, large), what, tolerance=1e-6)
     return "Each token's vector comes from one device, and the sum is the embedding."
 
 
@@ -194,11 +242,14 @@ def bytes_sent(yours: Callable[[NeoXConfig, int, int, torch.dtype], int]) -> str
             -per_reduce: "the all-reduce of the embeddings left out",
             per_reduce: "one all-reduce more than there are",
             -(ranks - 1) * scores: "the scores left out",
+            (ranks - 1) * scores: "the scores sent both ways, but each rank sends only its own",
             (tokens - 1) * (ranks - 1) * scores: "scores counted for every token, but only the last is scored",
         }
         if not config.use_parallel_residual:
             reasons[-config.num_hidden_layers * per_reduce] = "a sequential block needs two all-reduces"
         expected = bytes_on_the_wire(config, tokens, ranks, dtype)
-        require_count(yours(config, tokens, ranks, dtype), expected, f"my_bytes_sent({arguments})", reasons)
+        with given(f"my_bytes_sent({arguments})"):
+            found = yours(config, tokens, ranks, dtype)
+        require_count(found, expected, f"my_bytes_sent({arguments})", reasons)
     sent = bytes_on_the_wire(neox_20b(), 1, 2, torch.float16)
     return f"With 20B on two devices, each sends {sent:,} bytes per new token."

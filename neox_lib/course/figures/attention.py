@@ -75,10 +75,7 @@ def two_heads() -> Picture:
         for half in range(2):
             shade = axes.barh(y, 1, left=3.8 + half, height=0.62, color=colour, hatch=hatch, edgecolor="black")
             shade[0].set_zorder(3)
-            words = {"facecolor": colour, "edgecolor": "none", "pad": 2}
-            name = f"{role[0]}_{half}"
-            spot = (4.3 + half, y)
-            axes.text(*spot, name, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=words, zorder=4)
+            draw_word(axes, f"{role[0]}_{half}", 4.3 + half, y, ink, "white" if hatch else colour)
         arrow(axes, (5.85, y), (6.2, y), (6.2, 2.0 + 0.16 * (y - 2)), (6.6, 2.0 + 0.16 * (y - 2)))
     for y, head in ((2.75, 0), (1.25, 1)):
         box(axes, 7.6, y, 1.7, f"head {head}\none_head", height=1.0)
@@ -106,12 +103,12 @@ def qkv_rows(num_heads: int, head_dim: int) -> Picture:
         colour, hatch, ink = ROLES[role]
         axes.barh(1, head_dim, left=block * head_dim, height=0.8, color=colour, hatch=hatch, edgecolor="black")
         name = f"{role[0]}_{block // 3}"
-        draw_word(axes, name, (block + 0.5) * head_dim, 1, ink, colour)
+        draw_word(axes, name, (block + 0.5) * head_dim, 1, ink, "white" if hatch else colour)
     for third, role in enumerate(ROLES):
         colour, hatch, ink = ROLES[role]
         left, width = third * rows / 3, rows / 3
         axes.barh(0, width, left=left, height=0.6, color=colour, hatch=hatch, edgecolor="black")
-        draw_word(axes, f"taken for {role}", left + width / 2, 0, ink, colour)
+        draw_word(axes, f"taken for {role}", left + width / 2, 0, ink, "white" if hatch else colour)
     for head in range(num_heads + 1):  # where one head ends and the next begins
         axes.plot([3 * head * head_dim] * 2, [0.5, 1.5], color="black", linewidth=4, solid_capstyle="butt")
     axes.set_title(f"{num_heads} heads of size {head_dim}, a bold line after each head", fontsize=FONT_SIZE + 1)
@@ -132,7 +129,7 @@ def qkv_rows(num_heads: int, head_dim: int) -> Picture:
 def draw_word(axes, word: str, x: float, y: float, ink: str, colour: str) -> None:
     """A word in the middle of a block, on a plain patch so that hatching does not run through it."""
     box = {"facecolor": colour, "edgecolor": "none", "pad": 2}
-    axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box)
+    axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=FONT_SIZE, bbox=box, zorder=4)
 
 
 def over_head_size(curves: Mapping[str, Sequence[float]], sizes: Sequence[int], alt: str) -> Picture:
