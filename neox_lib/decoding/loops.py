@@ -197,8 +197,8 @@ def sum_products(weight, first, last, numbers, r, sums):
     for start in range(0, numbers.shape[1], BLOCK):
         stop = min(numbers.shape[1], start + BLOCK)
         if len(numbers) == 1:
-            for row in range(first, last, OUTPUTS):
-                add_products(sums, row - first, weight, row, numbers, 0, start, stop, OUTPUTS, 1)
+            for row in range(first, last):  # one after the other, as they lie: the processor reads ahead
+                add_products(sums, row - first, weight, row, numbers, 0, start, stop, 1, 1)
         else:
             for row in range(first, last, OUTPUTS):
                 add_products(sums, row - first, weight, row, numbers, r, start, stop, OUTPUTS, ROWS)

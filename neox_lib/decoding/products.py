@@ -84,30 +84,40 @@ def add_products(typingctx, sums, column, weights, row, numbers, r, start, stop,
     """
     wide, high = outputs.literal_value, rows.literal_value
     whole = weights.dtype == types.int8
+    parts = 4 if wide * high == 1 else 1  # of a single sum, since an addition waits for the one before it
 
     def generate(context, builder, signature, arguments):
         builder.function.attributes.add("noinline")  # or it would be compiled again in each function that multiplies
-        sums_array, column, weights_array, row, numbers_array, r, start, stop = arguments[:8]
+        sums_array, column, weights_array, row, numbers_array, r, place, stop = arguments[:8]
         count = 2 * LANES if whole else LANES
         zero = ir.VectorType(WORD if whole else FLOAT, LANES)(None)
-        totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(wide)] for _ in range(high)]
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(high * wide * parts)]
         weight_lines = lines(context, builder, weights, weights_array, row, wide)
         number_lines = lines(context, builder, numbers, numbers_array, r, high)
 
-        def add(load, *place):
-            factors = [load(builder, line, *place) for line in number_lines]
+        def add(load, place, *left, part=0):
+            factors = [load(builder, line, place, count, *left) for line in number_lines]
             for j, line in enumerate(weight_lines):
-                weight = widen(builder, weights.dtype, load(builder, line, *place))
-                for factor, total in zip(factors, totals, strict=True):
-                    builder.store(multiply_add(builder, builder.load(total[j]), weight, factor), total[j])
+                weight = widen(builder, weights.dtype, load(builder, line, place, count, *left))
+                for i, factor in enumerate(factors):
+                    total = totals[(i * wide + j) * parts + part]
+                    builder.store(multiply_add(builder, builder.load(total), weight, factor), total)
 
-        left = builder.srem(builder.sub(stop, start), stop.type(count))
-        end = builder.sub(stop, left)
-        with cgutils.for_range_slice(builder, start, end, stop.type(count), stop.type) as (place, _):
-            add(load, place, count)
+        for together in dict.fromkeys((parts, 1)):
+            step = stop.type(together * count)
+            end = builder.sub(stop, builder.srem(builder.sub(stop, place), step))
+            with cgutils.for_range_slice(builder, place, end, step, stop.type) as (at, _):
+                for part in range(together):
+                    add(load, builder.add(at, at.type(part * count)), part=part)
+            place = end
+        left = builder.sub(stop, place)
         with builder.if_then(builder.icmp_signed(">", left, left.type(0)), likely=False):
-            add(load_rest, end, count, left)
-        found = [builder.load(each) for total in totals for each in total]
+            add(load_rest, place, left)
+        found = [builder.load(total) for total in totals]
+        while len(found) > high * wide:
+            found = [
+                (builder.add if whole else builder.fadd)(*pair) for pair in zip(found[::2], found[1::2], strict=True)
+            ]
         if whole:
             found = [builder.sitofp(each, ir.VectorType(FLOAT, LANES)) for each in found]
         for _ in range(LANES.bit_length() - 1):  # until each lane is a whole sum
