@@ -11,6 +11,7 @@ from neox_lib.cli import (
     convert,
     doctor,
     download,
+    evaluate,
     full_size,
     generate,
     info,
@@ -27,7 +28,7 @@ from neox_lib.cli.messages import show_messages
 
 COMMANDS = {
     "to learn": (generate, playground, learner_copy, promote),
-    "models and weights": (info, download, convert, train, write_stories, bench, full_size),
+    "models and weights": (info, download, convert, train, write_stories, evaluate, bench, full_size),
     "to teach": (doctor, slides, student, class_report),
     "for authors": (store_outputs,),
 }

@@ -25,12 +25,13 @@ from neox_lib.checkpoints.checkpoint import Checkpoint, LayerFile
 from neox_lib.checkpoints.files import CheckpointError, check_free_disk, free_bytes, read_object
 from neox_lib.checkpoints.huggingface.config import read_huggingface_config, stored_dtype
 from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, read_index
-from neox_lib.checkpoints.int8_stream import Int8Stream
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import INT8_FILE
+from neox_lib.checkpoints.quantized import file_in_folder
 from neox_lib.checkpoints.quantized_by_others import check_own_config, check_size
+from neox_lib.checkpoints.quantized_stream import QuantizedStream
 from neox_lib.checkpoints.tokenizer_files import GENERATION, OLDER_FILES, TOKENIZER_FILES, TOKENIZERS
 from neox_lib.config import NeoXConfig
+from neox_lib.quantization.linear import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -264,23 +265,26 @@ def download_to_folder(model: str, folder: str | Path, revision: str = "main") -
     return Path(folder)
 
 
-def download_int8(model: str, folder: str | Path | None = None, revision: str = "main") -> Path:
+def download_quantized(
+    model: str, folder: str | Path | None = None, revision: str = "main", dtype: torch.dtype = torch.int8
+) -> Path:
     """Fetch a model into a new folder shard by shard, quantizing and deleting each before fetching the next.
 
-    The folder, by default the model's name and -int8, gets `model.int8.safetensors`, the config and the tokenizer.
+    The folder, by default the model's name and -int8 (or -int4), gets the quantized file, the config and the tokenizer.
     Called again after an interruption, it continues after the last finished shard. Raises DownloadError; and
     CheckpointError when the disk has no room, when the folder exists, and for weights that don't match the config.
     """
-    folder = Path(folder or f"{model.rpartition('/')[2]}-int8")
+    kind = dtype_name(dtype)
+    folder = Path(folder or f"{model.rpartition('/')[2]}-{kind}")
     listing = list_files(model, revision)
     with new_folder(folder, listing.commit) as place:
         parts = place / "parts"  # the unfinished file, and the current shard
         parts.mkdir(exist_ok=True)
         config = fetch_small(listing, place)
         if config.name == ADAPTER_CONFIG:
-            raise DownloadError(f"{model}: an adapter; download it without --to, then convert it to int8")
+            raise DownloadError(f"{model}: an adapter; download it without --to, then convert it to {kind}")
         first, *shards = weight_files(listing, config, parts)
-        stream = Int8Stream(parts, read_huggingface_config(place), stored_dtype(place))
+        stream = QuantizedStream(parts, read_huggingface_config(place), stored_dtype(place), dtype)
         if first.endswith(".json"):
             stream.check_complete(first, read_index(parts / first))
         shards = shards or [first]
@@ -289,7 +293,7 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
         held = sum(path.stat().st_size for path in parts.iterdir() if path.name in shards)
         logger.info(
             f"{model} ({listing.commit[:8]}): {sum(sizes) / 1e9:,.2f} GB in {len(sizes)} of {len(shards)} shard(s) to "
-            f"fetch; the int8 file takes {stream.nbytes / 1e9:,.2f} GB and the largest shard {largest / 1e9:,.2f} GB; "
+            f"fetch; the {kind} file takes {stream.nbytes / 1e9:,.2f} GB, the largest shard {largest / 1e9:,.2f} GB; "
             f"the disk has {free_bytes(place) / 1e9:,.1f} GB free"
         )
         check_free_disk(place, stream.missing_bytes() + largest - held)
@@ -297,7 +301,7 @@ def download_int8(model: str, folder: str | Path | None = None, revision: str = 
             if name not in stream.done:
                 stream.add(fetch(listing, name, parts))
             (parts / name).unlink(missing_ok=True)
-        stream.finish(place / INT8_FILE)
+        stream.finish(place / file_in_folder(dtype))
         shutil.rmtree(parts)
     return folder
 

@@ -1,6 +1,7 @@
 """From any checkpoint to a model that is ready to run, its tokenizer, and its own way of writing."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from neox_lib.checkpoints.cached import find_base
 from neox_lib.checkpoints.files import SHIPPED_MODEL
 from neox_lib.checkpoints.generation_settings import read_sampling
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import build_int8_model
+from neox_lib.checkpoints.quantized import build_quantized_model
 from neox_lib.checkpoints.tokenizer_files import GENERATION, find_tokenizer, open_tokenizer
+from neox_lib.config import NeoXConfig
 from neox_lib.decoding.step import use_compiled_step
 from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision, shrink_to_fit
-from neox_lib.quantization.linear import use_cast_linear
+from neox_lib.quantization.linear import QUANTIZED, use_cast_linear
 from neox_lib.sampling import Sampling
 from neox_lib.spelling import count_ids
 
 logger = logging.getLogger(__name__)
+
+PARAMETERS_PER_THREAD = 10_000_000  # with fewer, a layer takes less time than it takes to wake a thread and wait for it
+torchs_threads = chosen_threads = torch.get_num_threads()
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -47,6 +52,26 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def threads_for(config: NeoXConfig) -> int:
+    """Threads with which torch computes a model of this size on a CPU: a small one has one, which waits for no other.
+
+    What a user has set, by OMP_NUM_THREADS or `torch.set_num_threads`, stays.
+    """
+    set_by_user = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != chosen_threads
+    if set_by_user:
+        return torch.get_num_threads()
+    return max(1, min(torchs_threads, config.parameter_count() // PARAMETERS_PER_THREAD))
+
+
+def use_threads(config: NeoXConfig) -> None:
+    """Compute with `threads_for` this model, the one loaded last."""
+    global chosen_threads
+    threads = threads_for(config)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        chosen_threads = threads
+
+
 def create_model(
     path: str | Path | None = None,
     use_cache: bool = True,
@@ -54,13 +79,13 @@ def create_model(
     dtype: str | torch.dtype = "auto",
     revision: str = "main",
 ) -> NeoXModel:
-    """Load a model for inference: from a slim, Hugging Face, LoRA or int8 folder, from an int8 file, or by its name on
-    the Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
+    """Load a model for inference: from a slim, Hugging Face, LoRA, int8 or int4 folder, from such a file, or by its
+    name on the Hugging Face Hub, such as "EleutherAI/pythia-70m" (see `local_path`); without a path, the shipped model.
     `revision` is a branch, tag or commit on the Hub, such as "step1000", one of Pythia's training steps.
 
     `use_cache` is the default for generation with this model. `device` "auto" is CUDA, else the CPU. For `dtype` "auto"
-    see `choose_precision` and `shrink_to_fit`; when large matrices stay in half precision or int8 on a CPU, a message
-    says so. "int8" quantizes while it loads, unless the weights are in int8 already.
+    see `choose_precision` and `shrink_to_fit`; when large matrices stay in half precision or are quantized to fit, a
+    message says so. "int8" and "int4" quantize while loading, unless the weights are so already.
     Raises CheckpointError for an incomplete checkpoint and for a model that doesn't fit into memory, ValueError for a
     device or dtype that is not available, DownloadError for a model on the Hub that can't be fetched.
     """
@@ -72,13 +97,14 @@ def create_model(
     check_memory(checkpoint.config, precision, chosen_device)
     if precision.notice:
         logger.info(precision.notice)
-    if precision.matrices == torch.int8:
-        model = build_int8_model(checkpoint, chosen_device, precision.others)
+    if precision.matrices in QUANTIZED.values():
+        model = build_quantized_model(checkpoint, precision.matrices, chosen_device, precision.others)
     else:
         model = build_model(checkpoint, chosen_device, precision.dtype_of)
     model.use_cache = use_cache
     if chosen_device.type == "cpu":
         use_compiled_step(use_cast_linear(model))
+        use_threads(model.config)
     return model
 
 

@@ -28,6 +28,7 @@ class Link:
 MACHINES = {
     "laptop": Machine(25e9, 0.4e12),  # two channels of DDR4 in practice; a handful of CPU cores in fp32
     "graphics card": Machine(900e9, 100e12),  # a large one for consumers, in fp16
+    "A100": Machine(1555e9, 312e12),  # NVIDIA's data sheet, 40 GB, in fp16: 20B was trained on 96 of them
 }
 
 LINKS = {

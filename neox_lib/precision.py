@@ -10,12 +10,14 @@ import torch
 
 from neox_lib.checkpoints.checkpoint import Checkpoint
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
-from neox_lib.checkpoints.quantized import int8_bytes
+from neox_lib.checkpoints.quantized import quantized_bytes
 from neox_lib.config import SMALL_MODEL_PARAMETERS, NeoXConfig, format_bytes
 from neox_lib.memory import available_memory
+from neox_lib.quantization.int4 import GROUP
+from neox_lib.quantization.linear import QUANTIZED, dtype_name
 
 SPARE = 500_000_000  # bytes left for activations, Python and torch
-DTYPES = WEIGHT_DTYPES | {"int8": torch.int8}  # dtypes for a model, by the name a user types
+DTYPES = WEIGHT_DTYPES | QUANTIZED  # dtypes for a model, by the name a user types
 
 
 @dataclass(frozen=True)
@@ -36,30 +38,38 @@ class Precision:
 
 
 def weight_bytes(config: NeoXConfig, dtype: torch.dtype, embedding: torch.dtype = torch.float16) -> int:
-    """Bytes of a model with matrices in `dtype`; with int8, the word embeddings are in `embedding`. Biases and norms
-    count as if they were in the matrices' dtype, except with int8.
+    """Bytes of a model with matrices in `dtype`; the word embeddings beside quantized ones are in `embedding`. Biases
+    and norms count as if they were in the matrices' dtype, unless that is a quantized one.
     """
-    return int8_bytes(config, embedding) if dtype == torch.int8 else config.weight_bytes(dtype)
+    return quantized_bytes(config, dtype, embedding) if dtype in QUANTIZED.values() else config.weight_bytes(dtype)
+
+
+def quantized_dtypes(config: NeoXConfig) -> list[torch.dtype]:
+    """What a model of this shape can be quantized to, from more bytes to fewer: int4 needs rows of whole groups."""
+    in_groups = config.hidden_size % GROUP == 0 == config.intermediate_size % GROUP
+    return [dtype for dtype in QUANTIZED.values() if dtype == torch.int8 or in_groups]
 
 
 def choose_precision(checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype) -> Precision:
     """The rule for dtype="auto", in one place: the file's own on a GPU; on a CPU fp32 for small models, else as stored.
 
     A CPU spends a decode step on reading weights, so half the bytes make up to twice the speed; below 100 million
-    parameters that matters less than fp32's exactness. Raises ValueError for an unknown dtype, and for any other than
-    int8 if the weights are stored in int8.
+    parameters that matters less than fp32's exactness. Raises ValueError for an unknown dtype, and for another than
+    that of quantized weights.
     """
     matrices = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype != "auto" and matrices not in DTYPES.values():
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or one of these torch dtypes, got {dtype!r}")
     stored, on_cpu = checkpoint.dtype, device.type == "cpu"
-    if stored == torch.int8 or matrices == torch.int8:
-        if matrices not in (None, torch.int8):
-            raise ValueError(
-                f"{checkpoint} holds int8 weights; dtype must be auto or int8, got {dtype!r}; "
-                "for another dtype, load the model they were made from"
-            )
-        return Precision(torch.int8, torch.float32 if on_cpu else checkpoint.float_dtype)
+    if stored in QUANTIZED.values() and matrices not in (None, stored):
+        name = dtype_name(stored)
+        raise ValueError(
+            f"{checkpoint} holds {name} weights; dtype must be auto or {name}, got {dtype!r}; "
+            "for another dtype, load the model they were made from"
+        )
+    chosen = stored if matrices is None else matrices
+    if chosen in QUANTIZED.values():
+        return Precision(chosen, torch.float32 if on_cpu else checkpoint.float_dtype)
     if matrices is not None:
         return Precision(matrices, torch.float32 if on_cpu else matrices)
     if not on_cpu:
@@ -75,15 +85,17 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrink_to_fit(config: NeoXConfig, precision: Precision, device: torch.device) -> Precision:
-    """The given precision if the weights fit into a CPU's free memory, or if even int8 does not; else int8."""
-    free, needed, small = free_memory(device), weight_bytes(config, precision.matrices), int8_bytes(config)
-    if device.type != "cpu" or needed <= free or small > free:
+    """The given precision if the weights fit into a CPU's free memory, else int8, else int4; the given one if none
+    fits.
+    """
+    free, needed = free_memory(device), weight_bytes(config, precision.matrices)
+    if device.type != "cpu" or needed <= free or precision.matrices in QUANTIZED.values():
         return precision
-    notice = (
-        f"{format_bytes(needed)} in {precision.matrices} do not fit into {format_bytes(free)}: int8, "
-        f"{format_bytes(small)}"
-    )
-    return Precision(torch.int8, precision.others, notice)
+    for dtype in quantized_dtypes(config):
+        if (small := quantized_bytes(config, dtype)) <= free:
+            notice = f"{format_bytes(needed)} in {precision.matrices} do not fit into {format_bytes(free)}: "
+            return Precision(dtype, precision.others, f"{notice}{dtype_name(dtype)}, {format_bytes(small)}")
+    return precision
 
 
 def check_memory(config: NeoXConfig, precision: Precision, device: torch.device) -> None:
@@ -93,12 +105,13 @@ def check_memory(config: NeoXConfig, precision: Precision, device: torch.device)
     needed, free = weight_bytes(config, precision.matrices), free_memory(device)
     if needed <= free:
         return
-    sizes = {name: weight_bytes(config, dtype) for name, dtype in DTYPES.items()}
+    dtypes = [*WEIGHT_DTYPES.values(), *quantized_dtypes(config)]
+    sizes = {dtype_name(dtype): weight_bytes(config, dtype) for dtype in dtypes}
     smaller = [f"{name} ({format_bytes(size)})" for name, size in sizes.items() if size < min(needed, free)]
     advice = f"dtype {' or '.join(smaller)} fits" if smaller else "no dtype fits; use a smaller model"
     raise CheckpointError(
-        f"the weights need {format_bytes(needed)} in {precision.matrices} and {device} has {format_bytes(free)} free: "
-        f"{advice}"
+        f"the weights need {format_bytes(needed)} in {dtype_name(precision.matrices)} and {device} has "
+        f"{format_bytes(free)} free: {advice}"
     )
 
 
@@ -126,15 +139,14 @@ class Need:
 def needs(config: NeoXConfig, tokens: int, half: torch.dtype = torch.float16) -> list[Need]:
     """A row for each precision: bytes with a text of `tokens`, as this library holds it on a CPU, cache in fp32.
 
-    `half` is the 16-bit dtype, also for the embedding of int8. A token reads one row of the input embedding, unless it
-    is tied to the output matrix: then all of it is read.
+    `half` is the 16-bit dtype, also for the embedding beside quantized matrices. A token reads one row of the input
+    embedding, unless it is tied to the output matrix: then all of it is read.
     """
     cache, rows = config.kv_cache_bytes(tokens, torch.float32), []
-    for dtype in (torch.float32, half, torch.int8):
-        name = next(name for name, known in DTYPES.items() if known == dtype)
-        weights, looked_up = weight_bytes(config, dtype, half), half if dtype == torch.int8 else dtype
+    for dtype in (torch.float32, half, *quantized_dtypes(config)):
+        weights, looked_up = weight_bytes(config, dtype, half), half if dtype in QUANTIZED.values() else dtype
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * looked_up.itemsize
-        rows.append(Need(name, weights, cache, weights - embedding))
+        rows.append(Need(dtype_name(dtype), weights, cache, weights - embedding))
     return rows
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
 from neox_lib.checkpoints.adapters.layout import ADAPTER_CONFIG, ADAPTER_FILES
-from neox_lib.checkpoints.convert import convert_to_int8, convert_to_slim
+from neox_lib.checkpoints.convert import convert_to_quantized, convert_to_slim
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.layout import their_name
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.config import parameter_shapes
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.small_models import BASE, WITH_TOKENIZER
@@ -153,7 +153,7 @@ def test_an_adapter_is_read_like_any_other_checkpoint(base, tmp_path):
     (adapter / ADAPTER_FILES[0]).unlink()
     for path in (adapter, tmp_path / "merged", tmp_path / "slim"):
         assert torch.equal(create_model(path, device="cpu", dtype="float32")(IDS), expected), path
-    quantized = convert_to_int8(adapter, tmp_path / "int8")
+    quantized = convert_to_quantized(adapter, tmp_path / "int8")
     assert torch.equal(create_model(adapter, dtype="int8")(IDS), create_model(quantized)(IDS))
 
 
@@ -225,7 +225,7 @@ def base_of_its_own(folder: Path) -> None:
 
 
 def int8_base(folder: Path) -> None:
-    write_int8(open_checkpoint(folder.with_name("base")), folder.with_name("int8"))
+    write_quantized(open_checkpoint(folder.with_name("base")), folder.with_name("int8"))
     says(base_model_name_or_path=str(folder.with_name("int8")))(folder)
 
 

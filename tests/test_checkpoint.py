@@ -23,7 +23,7 @@ from neox_lib.checkpoints.build import build_model
 from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
 from neox_lib.checkpoints.files import CheckpointError, open_tensors
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import int8_tensors
+from neox_lib.checkpoints.quantized import quantized_tensors
 from neox_lib.checkpoints.slim import layout, reader
 from neox_lib.checkpoints.slim import partition as sharding
 from neox_lib.checkpoints.slim import writer as slim_writer
@@ -378,7 +378,7 @@ def test_nothing_is_rounded_between_the_ranks_and_fp32(tmp_path_factory, ranks, 
         logits = load(folder / step, dtype=torch.float32)(ids)[0].double()
         assert (logits - expected).abs().max() < 2e-5, step
     exact = dict(load(folder / "0", dtype=torch.float32).named_parameters())
-    int8 = {name: tensor for name, tensor in int8_tensors(open_checkpoint(folder / "0")) if tensor.dim() == 1}
+    int8 = {name: tensor for name, tensor in quantized_tensors(open_checkpoint(folder / "0")) if tensor.dim() == 1}
     stored = open_checkpoint(folder / "0").parts()
     rank = build_rank(model.config, stored, 0, 2, torch.device("cpu"), lambda name: torch.float32)
     for name, parameter in rank.named_parameters():

@@ -22,7 +22,7 @@ from neox_lib.checkpoints.convert import convert_to_gguf
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.cli.train import give_tokenizer
 from neox_lib.config import NeoXConfig, format_bytes
-from neox_lib.evaluation.likelihood import stories_of
+from neox_lib.evaluation.corpus import stories_of
 from neox_lib.model import NeoXModel
 from neox_lib.sampling import Sampling
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
@@ -161,7 +161,7 @@ def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, m
     assert main(["info", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")
-    assert f"{config.parameter_count():,}" in out
+    assert f"{config.parameter_count():,}" in out and "threads on a CPU" in out
     assert format_bytes(config.weight_bytes(torch.float16)) in out and "int8" in out
     assert "layer_00-model_01-model_states.pt" in out and "block 1" in out
 
@@ -186,10 +186,14 @@ def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch, capsys
 def test_train_makes_a_model_that_generate_loads(tmp_path, capsys, monkeypatch):
     """A reader can train a model of their own with one command, and going on after the end changes nothing."""
     stories = tmp_path / "stories.txt"
-    stories.write_text((Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")[:8_000])
-    argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--validation", str(stories)]
+    tales = (Path(neox_lib.__file__).parent / "assets" / "wilde_tales.txt").read_text("utf-8")
+    stories.write_text(f"{tales[:8_000]}\n<|endoftext|>\n{tales[8_000:9_000]}")
+    argv = ["train", str(tmp_path / "run"), "--stories", str(stories), "--prompt", "The Prince"]
     argv += ["--tokens", "8192", "--windows", "0:128,256"]
     assert main(argv) == 0
+    said = capsys.readouterr()
+    assert "step 0: The Prince" in said.out and "step 1: The Prince" in said.out, "a sample before and after"
+    assert "bits per byte on the held-out stories" in said.out and "loss ▁" in said.err
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     first = load(tmp_path / "run" / "model").state_dict()
     assert main(argv) == 0

@@ -17,7 +17,7 @@ from neox_lib.checkpoints.convert import convert_to_huggingface, convert_to_slim
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
@@ -140,7 +140,7 @@ def test_info_tells_what_is_in_hugging_face_files(tmp_path, capsys):
 )
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
-    write_int8(open_checkpoint(sources["slim"]), "rounded")
+    write_quantized(open_checkpoint(sources["slim"]), "rounded")
     before = {layout: content(folder) for layout, folder in sources.items()}
     assert main(["convert", *(argument.format(**sources) for argument in argv)]) == 2
     err = capsys.readouterr().err

@@ -18,10 +18,16 @@ PROMOTED = [
     "checkpoints.build",
     "cache",
     "generation",
+    "training.loop",
     "inspection.attention",
+    "inspection.lens",
+    "inspection.heads",
+    "inspection.patching",
     "playground.streaming",
     "quantization.int8",
+    "quantization.int4",
     "distributed.tensor_parallel",
+    "evaluation.likelihood",
 ]
 LONGEST = 50  # lines, docstring and decorators included
 

@@ -19,19 +19,22 @@ from tokenizers import Tokenizer, models
 import neox_lib
 from neox_lib import create_model, create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.checkpoints import int8_stream
+from neox_lib.checkpoints import quantized_stream
 from neox_lib.checkpoints.cached import cached_folder, is_hub_name
+from neox_lib.checkpoints.convert import convert_to_quantized
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import INT8_FILE, write_int8
-from neox_lib.hub import DownloadError, download, download_int8, download_to_folder
+from neox_lib.checkpoints.quantized import file_in_folder, write_quantized
+from neox_lib.hub import DownloadError, download, download_quantized, download_to_folder
 from neox_lib.playground.widget import Playground
+from neox_lib.quantization import linear as quantization
 from neox_lib.tokenizer import save_tokenizer, train_tokenizer
 from tests.hub_server import HubServer
 from tests.small_models import WITH_TOKENIZER
 
 NAME = "someone/small-model"
+INT8_FILE = file_in_folder(torch.int8)
 SMALL_FILES = {
     "tokenizer_config.json": b"{}",
     "generation_config.json": b"{ }",  # equal files would be fetched once
@@ -81,7 +84,7 @@ def real(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_int8(real, tmp_path_factory) -> bytes:
     """What a conversion of `real` to int8 gives."""
-    return write_int8(open_checkpoint(real), tmp_path_factory.mktemp("int8")).read_bytes()
+    return write_quantized(open_checkpoint(real), tmp_path_factory.mktemp("int8")).read_bytes()
 
 
 def flipped(content: bytes) -> bytes:
@@ -440,26 +443,28 @@ def test_what_is_clearly_a_path_is_never_looked_up(path):
 @pytest.fixture
 def shards_held(monkeypatch) -> list[int]:
     """How many shards lie on the disk, whole or in part, each time that one is quantized."""
-    held, add = [], int8_stream.Int8Stream.add
+    held, add = [], quantized_stream.QuantizedStream.add
 
     def counted(self, shard):
         held.append(sum(name in SHARDS or name.endswith(".incomplete") for name in names(shard.parent)))
         add(self, shard)
 
-    monkeypatch.setattr(int8_stream.Int8Stream, "add", counted)
+    monkeypatch.setattr(quantized_stream.QuantizedStream, "add", counted)
     return held
 
 
-def test_the_int8_stream_gives_what_a_conversion_gives_and_holds_one_shard_at_a_time(
-    hub, real, real_int8, tmp_path, capsys, shards_held
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_stream_gives_what_a_conversion_gives_and_holds_one_shard_at_a_time(
+    hub, real, tmp_path, capsys, shards_held, kind
 ):
     """That is the whole point: 22 GB of disk instead of 62."""
     hub.add(NAME, real)
-    assert main(["download", NAME, "--to", "int8", str(tmp_path / "small")]) == 0
+    assert main(["download", NAME, "--to", kind, str(tmp_path / "small")]) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path / "small") and "the int8 file takes" in err and "GB free" in err
-    assert (tmp_path / "small" / INT8_FILE).read_bytes() == real_int8
-    assert names(tmp_path / "small") == SMALL | {INT8_FILE} and not (tmp_path / "small.unfinished").exists()
+    assert out.strip() == str(tmp_path / "small") and f"the {kind} file takes" in err and "GB free" in err
+    expected = convert_to_quantized(real, tmp_path / "whole", quantization.QUANTIZED[kind])
+    assert (tmp_path / "small" / expected.name).read_bytes() == expected.read_bytes()
+    assert names(tmp_path / "small") == SMALL | {expected.name} and not (tmp_path / "small.unfinished").exists()
     assert shards_held == [1, 1, 1, 1]
 
 
@@ -480,7 +485,7 @@ def test_a_model_in_one_file_streams_too(hub, real, real_int8, tmp_path, single)
         torch.save(load_file(tmp_path / "one" / "model.safetensors"), tmp_path / "one" / single)
         (tmp_path / "one" / "model.safetensors").unlink()
     hub.add(NAME, tmp_path / "one")
-    assert (download_int8(NAME, tmp_path / "small") / INT8_FILE).read_bytes() == real_int8
+    assert (download_quantized(NAME, tmp_path / "small") / INT8_FILE).read_bytes() == real_int8
 
 
 def stop(*_):
@@ -493,7 +498,7 @@ def test_an_int8_stream_goes_on_behind_the_shards_that_are_done(
 ):
     """A day of download is not lost with the power, and a shard that had arrived is not fetched again."""
     hub.add(NAME, real)
-    calls, function = [], getattr(int8_stream, where, None)
+    calls, function = [], getattr(quantized_stream, where, None)
 
     def stop_at_the_third(*given):
         calls.append(function(*given))
@@ -504,11 +509,11 @@ def test_an_int8_stream_goes_on_behind_the_shards_that_are_done(
         if where == "fetch":
             patch.setitem(hub.on_the_way, SHARDS[2], interrupted)
         else:
-            patch.setattr(int8_stream, where, stop_at_the_third)
-        download_int8(NAME, tmp_path / "small")
+            patch.setattr(quantized_stream, where, stop_at_the_third)
+        download_quantized(NAME, tmp_path / "small")
     assert not (tmp_path / "small").exists()
     next(tmp_path.rglob("parts")).joinpath("of_a_killed_process.incomplete").touch()
-    assert (download_int8(NAME, tmp_path / "small") / INT8_FILE).read_bytes() == real_int8
+    assert (download_quantized(NAME, tmp_path / "small") / INT8_FILE).read_bytes() == real_int8
     assert [hub.fetched.count(name) for name in SHARDS] == [1, 1, 2 if where == "fetch" else 1, 1]
     assert set(shards_held) == {1}
 
@@ -521,10 +526,12 @@ def test_a_shard_counts_as_done_only_once_it_is_on_the_disk(hub, real, tmp_path,
     def logged(event, function):
         return lambda *given: (function(*given), events.append(event))
 
-    monkeypatch.setattr(int8_stream, "write_each", logged("written", int8_stream.write_each))
-    monkeypatch.setattr(int8_stream.os, "fsync", logged("flushed", os.fsync))
-    monkeypatch.setattr(int8_stream, "write_text_atomically", logged("noted", lambda path, text: path.write_text(text)))
-    download_int8(NAME, tmp_path / "small")
+    monkeypatch.setattr(quantized_stream, "write_each", logged("written", quantized_stream.write_each))
+    monkeypatch.setattr(quantized_stream.os, "fsync", logged("flushed", os.fsync))
+    monkeypatch.setattr(
+        quantized_stream, "write_text_atomically", logged("noted", lambda path, text: path.write_text(text))
+    )
+    download_quantized(NAME, tmp_path / "small")
     assert events == ["written", "flushed", "noted"] * len(SHARDS)
 
 
@@ -535,10 +542,10 @@ def test_what_another_revision_left_is_not_quantized_for_this_one(hub, real, ran
     hub.add(NAME, tmp_path / "later", "later")
     hub.on_the_way[SHARDS[2]] = broken
     with pytest.raises(DownloadError):
-        download_int8(NAME, tmp_path / "small")
+        download_quantized(NAME, tmp_path / "small")
     hub.on_the_way.clear()
-    expected = write_int8(open_checkpoint(tmp_path / "later"), tmp_path / "converted").read_bytes()
-    assert (download_int8(NAME, tmp_path / "small", "later") / INT8_FILE).read_bytes() == expected
+    expected = write_quantized(open_checkpoint(tmp_path / "later"), tmp_path / "converted").read_bytes()
+    assert (download_quantized(NAME, tmp_path / "small", "later") / INT8_FILE).read_bytes() == expected
 
 
 def test_without_room_for_the_int8_file_no_shard_is_fetched(hub, real, tmp_path, monkeypatch, capsys):
@@ -561,7 +568,7 @@ def test_a_model_that_lacks_a_tensor_is_found_out(hub, real, tmp_path, indexed):
         del hub.models[NAME]["main"]["model.safetensors.index.json"]
         hub.models[NAME]["main"]["model.safetensors"] = (real / SHARDS[0]).read_bytes()
     with pytest.raises(CheckpointError, match=r"lacks gpt_neox\..*, which config.json asks for"):
-        download_int8(NAME, tmp_path / "small")
+        download_quantized(NAME, tmp_path / "small")
     assert not set(SHARDS) & set(hub.fetched)
 
 
@@ -576,10 +583,10 @@ def test_a_shard_that_is_not_the_configs_is_named(hub, real, tmp_path, change, s
     files = hub.add(NAME, real)
     files["config.json"] = json.dumps(json.loads(files["config.json"]) | change).encode()
     with pytest.raises(CheckpointError, match=said):
-        download_int8(NAME, tmp_path / "small")
+        download_quantized(NAME, tmp_path / "small")
 
 
 def test_a_folder_that_is_there_is_not_written_into(hub, real, tmp_path):
     hub.add(NAME, real)
     with pytest.raises(CheckpointError, match="already exists"):
-        download_int8(NAME, tmp_path)
+        download_quantized(NAME, tmp_path)

@@ -13,10 +13,11 @@ from neox_lib.bench.full_size import PHASES, drop_from_page_cache, in_page_cache
 from neox_lib.bench.random_checkpoint import SMALL, ConsumedCheckpoint, random_tensors, shape_named, write_random
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.slim.layout import is_slim
 from neox_lib.config import neox_20b
 from neox_lib.loading import create_model
+from neox_lib.quantization.linear import QUANTIZED
 from tests.small_models import load
 
 
@@ -76,8 +77,8 @@ def test_shards_are_removed_as_they_are_converted(tmp_path):
     assert counts[0] == 6 and counts == sorted(counts, reverse=True) and counts[-1] == 1
     assert not list((tmp_path / "slim").iterdir()) and not is_slim(tmp_path / "slim")
     write_random(tmp_path / "again", SMALL)
-    removed = write_int8(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
-    kept = write_int8(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
+    removed = write_quantized(ConsumedCheckpoint(tmp_path / "again"), tmp_path / "a", freed_meanwhile=1_000_000)
+    kept = write_quantized(open_checkpoint(tmp_path / "kept"), tmp_path / "b")
     assert removed.read_bytes() == kept.read_bytes()
 
 
@@ -85,33 +86,35 @@ def test_room_that_comes_back_meanwhile_counts(slim, tmp_path, monkeypatch):
     needed = open_checkpoint(slim).nbytes // 2
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: needed // 2)
     with pytest.raises(CheckpointError, match="the disk has"):
-        write_int8(open_checkpoint(slim), tmp_path / "out")
-    write_int8(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
+        write_quantized(open_checkpoint(slim), tmp_path / "out")
+    write_quantized(open_checkpoint(slim), tmp_path / "out", freed_meanwhile=needed)
     assert create_model(tmp_path / "out", device="cpu")(torch.arange(9)[None]).isfinite().all()
 
 
-def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_all_phases_run_one_after_another(tmp_path, monkeypatch, capsys, kind):
     """Written, converted, loaded cold and warm, 32 tokens written: each measured, and kept in one file.
 
     In one process here; `all` starts one for each.
     """
     monkeypatch.setitem(PHASES, "machine", lambda _: {"bandwidth": 1e10, "flops": {"8": 1e9, "40": 1e9}})
-    more = ["--shape", "small", "--long-prompt", "40", "--delete-shards"]
+    more = ["--shape", "small", "--long-prompt", "40", "--delete-shards", "--dtype", kind]
     for phase in PHASES:
         assert main(["full-size", phase, str(tmp_path), *more]) == 0
         assert capsys.readouterr().err.count("\n") >= 1, "a phase at full size takes minutes and must say so"
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert list(results) == list(PHASES)
+    assert list(results) == [*PHASES][:2] + [phase if kind == "int8" else f"{phase} {kind}" for phase in [*PHASES][2:]]
+    text = "\n".join(report(results))
+    results = {key.split()[0]: found for key, found in results.items()}
     assert all(results[phase]["peak"] > 50e6 and results[phase]["seconds_in_all"] >= 0 for phase in PHASES)
     assert len(results["warm"]["seconds"]) == 32 and results["warm"]["finite"]
     assert results["long"]["prompt"] == 40 and results["cold"]["prompt"] == 8
     layers = 3 * (4 * 128 * 128 + 2 * 128 * 512)
     assert results["warm"]["flops"] == 2 * (8 * layers + 512 * 128)
-    file = tmp_path / "int8" / "model.int8.safetensors"
+    file = tmp_path / kind / f"model.{kind}.safetensors"
     assert results["convert"]["bytes"] == file.stat().st_size
     assert file.stat().st_size - 512 * 128 * 2 - 10_000 < results["warm"]["read_per_token"] < file.stat().st_size
-    text = "\n".join(report(results))
-    for said in ("convert: 0.00 GB", "cold: ", "x its arithmetic", "s per token", "at 10.0 GB/s", "peak memory"):
+    for said in ("convert", "cold", ": 0.00 GB", "x its arithmetic", "s per token", "at 10.0 GB/s", "peak memory"):
         assert said in text, said
 
 

@@ -62,7 +62,11 @@ def test_the_playground_writes_what_the_library_writes_on_a_cpu(gpu):
     """Its worker is another thread, and its looks read scores and attention back from the device."""
     prompt, tokenizer = "Once upon a time, a fox", create_tokenizer()
     play = Playground(create_model(device=gpu, dtype="float32"), tokenizer, tokens=12)
-    for message in ({"do": "watch", "on": True}, {"do": "generate", "prompt": prompt}, {"do": "look", "position": 3}):
+    for message in (
+        {"do": "watch", "view": "attention"},
+        {"do": "generate", "prompt": prompt},
+        {"do": "look", "position": 3},
+    ):
         play.act(message)
         assert play.session.worker.join(60)
     on_cpu = create_model(device="cpu", dtype="float32")

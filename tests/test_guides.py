@@ -67,6 +67,8 @@ NOT_RUN = {
     "python -m neox_lib doctor": "judges the machine; test_doctor.py runs it",
     "python -m neox_lib full-size all FOLDER": "writes 62 GB; test_full_size.py takes a small shape",
     "pip install gguf": NETWORK,
+    "python -m neox_lib evaluate --model EleutherAI/gpt-neox-20b --tasks lambada_openai hellaswag piqa winogrande "
+    "anli_r1 anli_r2 anli_r3": "fetches 20B and takes hours; test_evaluate.py asks small models",
     **dict.fromkeys(
         [
             'llama-completion --model MODEL.gguf --prompt "Once upon a time" --temp 0 -no-cnv',

@@ -21,7 +21,7 @@ from neox_lib.config import ACTIVATIONS, NeoXConfig
 from neox_lib.generation import greedy_generate
 from neox_lib.loading import create_model, create_tokenizer
 from neox_lib.model import NeoXModel
-from neox_lib.quantization.linear import use_int8_linear
+from neox_lib.quantization.linear import use_quantized_linear
 from neox_lib.rope_scaling import RopeScaling
 from tests import small_models
 from tests.small_models import family
@@ -216,7 +216,7 @@ def test_ctranslate2_converts_an_export_and_writes_the_same_tokens(random_model,
 def test_an_int8_model_is_not_exported(random_model, tmp_path):
     """Rounded weights under the name of a whole model would pass for it ever after."""
     ours = random_model(BASE)
-    use_int8_linear(ours)
+    use_quantized_linear(ours)
     with pytest.raises(CheckpointError, match="the model in memory: int8 weights, which can be run but not converted"):
         write_huggingface(ours, tmp_path / "m")
     assert not (tmp_path / "m").exists()

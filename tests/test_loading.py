@@ -18,7 +18,7 @@ from neox_lib import loading, memory, precision
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError, open_tensors
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import open_safetensors
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
@@ -68,7 +68,7 @@ def test_each_file_is_opened_once_and_one_model_is_built(kind, tmp_path, monkeyp
     """A path leads to a model in a straight line; what is done twice is slow at 20B and hard to follow at any size."""
     path = tmp_path / "model"
     if kind == "an int8 file":
-        write_int8(open_checkpoint(SHIPPED_MODEL), path)
+        write_quantized(open_checkpoint(SHIPPED_MODEL), path)
     elif kind == "tied":
         write_slim(random_model(replace(CONFIG, tie_word_embeddings=True)), path, ranks=2)
     else:
@@ -166,9 +166,9 @@ def test_a_model_too_large_for_memory_is_refused_with_numbers_and_what_fits(monk
         check_memory(neox_20b(), fp32, CPU)
     check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
     monkeypatch.setattr(precision, "available_memory", lambda: 24 * 2**30)
-    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) fits"):
+    with pytest.raises(CheckpointError, match=r"dtype int8 \(19\.5 GiB\) or int4 \(11\.3 GiB\) fits"):
         check_memory(neox_20b(), Precision(torch.float16, torch.float32), CPU)
-    monkeypatch.setattr(precision, "available_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(precision, "available_memory", lambda: 11 * 2**30)
     with pytest.raises(CheckpointError, match="no dtype fits"):
         check_memory(neox_20b(), fp32, CPU)
 
@@ -264,6 +264,28 @@ def test_use_cache_is_what_generation_does(folder, monkeypatch):
     assert not made
     assert greedy_generate(create_model(folder, device="cpu"), ids, 12) == uncached
     assert made
+
+
+def test_threads_follow_the_size_of_the_model_until_a_user_says_otherwise(monkeypatch):
+    """On a laptop in use, two threads of a small model wait for each other: it wrote at a tenth of its speed."""
+    threads = {"now": 4}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads["now"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.update(now=number))
+    monkeypatch.setattr(loading, "torchs_threads", 4)
+    monkeypatch.setattr(loading, "chosen_threads", 4)
+    create_model(device="cpu")
+    assert threads["now"] == 1
+    for config, expected in ((pythia("31m"), 3), (neox_20b(), 4), (tiny(), 1)):
+        loading.use_threads(config)
+        assert threads["now"] == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    loading.use_threads(neox_20b())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads["now"] == 1
+    torch.set_num_threads(2)
+    loading.use_threads(tiny())
+    assert threads["now"] == 2
 
 
 @pytest.mark.parametrize(

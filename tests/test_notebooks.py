@@ -151,7 +151,7 @@ def test_code_fits_on_a_screen(path):
 
 def test_the_notebooks_compute_times_for_the_same_machines():
     """25, 100 and 900 GB per second for what a reader takes to be one machine: none of the times would compare."""
-    for path in (path for path in PATHS if path.name[:2] in ("07", "08", "09")):
+    for path in (path for path in PATHS if path.name[:2] in ("07", "08", "09", "10")):
         code = "\n".join(cell.source for cell in code_cells(path))
         assert "MACHINES[" in code or "needs_of_20b(" in code, path.stem
         assert not re.search(r"= [\d.]+e(9|1[0-5])\b", code), f"{path.stem} has a speed of its own"

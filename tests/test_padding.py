@@ -13,7 +13,7 @@ from neox_lib.cache import KVCache
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.padding import pad_left, padding_mask
-from neox_lib.quantization.linear import use_cast_linear, use_int8_linear
+from neox_lib.quantization.linear import use_cast_linear, use_quantized_linear
 from neox_lib.sampling import GREEDY, Sampling
 from tests.small_models import BASE, family
 
@@ -244,7 +244,7 @@ def mixed(model: NeoXModel) -> NeoXModel:
     return use_cast_linear(model)
 
 
-@pytest.mark.parametrize("form", [halves, mixed, use_int8_linear])
+@pytest.mark.parametrize("form", [halves, mixed, use_quantized_linear])
 @torch.inference_mode()
 def test_half_and_int8_models_read_padding_too(random_model, form):
     model = form(random_model(replace(BASE, hidden_size=64, intermediate_size=128), gain=1.0).requires_grad_(False))

@@ -16,6 +16,7 @@ from neox_lib import Chat, create_chat_template, create_model, create_tokenizer,
 from neox_lib.config import NeoXConfig
 from neox_lib.generation import prompt_ids, stream_generate
 from neox_lib.inspection.attention import attention_of_last, model_attention_weights
+from neox_lib.inspection.lens import logit_lens
 from neox_lib.model import NeoXModel
 from neox_lib.playground import Playground, jobs, saved
 from neox_lib.playground.branches import Branch, Branches
@@ -258,7 +259,7 @@ def test_scores_that_are_no_numbers_are_said_on_the_page(shipped):
     model = copy.deepcopy(shipped[0])
     play = Playground(model, shipped[1], tokens=3)
     done(play, do="generate", prompt=PROMPT)
-    done(play, do="watch", on=True)
+    done(play, do="watch", view="attention")
     model.word_embeddings.weight[play.state.branches.branch.ids[6]] = float("nan")
     for of, message in {"layer": {"do": "look", "position": 6}, "row": {"do": "look", "position": 7}}.items():
         play.state.recall.forget()
@@ -433,7 +434,7 @@ def test_a_branch_that_is_there_is_not_laid_twice(play):
 
 def test_the_attention_shown_is_the_models(play, shipped):
     done(play, do="generate", prompt=PROMPT)
-    done(play, do="watch", on=True)
+    done(play, do="watch", view="attention")
     done(play, do="look", position=6)
     done(play, do="head", layer=3, head=2)
     with torch.inference_mode():
@@ -441,6 +442,22 @@ def test_the_attention_shown_is_the_models(play, shipped):
     assert play.page.attention["weights"] == pytest.approx(whole[3, 0, 2, 6].tolist(), abs=1e-3)
     rows = attention_of_last(shipped[0], play.state.branches.branch.ids[:7])
     assert torch.allclose(rows, whole[:, 0, :, 6], atol=1e-5)
+
+
+def test_the_lens_shown_ends_with_the_bars(play, shipped):
+    """Its last row is the model: it says what the bars say, and every row is what that layer would say."""
+    done(play, do="generate", prompt=PROMPT)
+    done(play, do="watch", view="lens")
+    done(play, do="look", position=6)
+    shown, bars = play.page.lens, play.page.bars["rows"]
+    lens = logit_lens(shipped[0], torch.tensor([play.state.branches.branch.ids[:6]]))[:, 0, -1].log_softmax(dim=-1)
+    assert shown["position"] == 6 and shown["last"] == shown["rows"][-1][0] == bars[0][1]
+    assert [row[1] for row in shown["rows"]] == pytest.approx(lens.max(dim=-1).values.tolist(), abs=1e-3)
+    assert [row[2] for row in shown["rows"]] == pytest.approx(lens[:, bars[0][0]].tolist(), abs=1e-3)
+    done(play, do="look", position=0)
+    assert play.page.lens["rows"] == [], "nothing stands before the first token"
+    done(play, do="watch", view="everything")
+    assert "view should be attention, lens or empty" in play.state.error
 
 
 def test_recall_reads_only_what_it_does_not_know(shipped):

@@ -299,6 +299,18 @@ def test_attention_by_keyboard_alone(visit):
     visit.page.get_by_role("tab", name="Next token").first.click()
 
 
+def test_the_lens_has_a_row_for_each_layer(visit):
+    visit.generate()
+    visit.page.get_by_role("tab", name="Lens").first.click()
+    visit.page.locator(".np-text .np-token").nth(5).click()
+    visit.wait("document.querySelectorAll('.np-panel:not([hidden]) p')[0].textContent.startsWith('Position 5,')")
+    first, *_, last = visit.page.locator(".np-lens tbody tr").all_inner_texts()
+    assert first.startswith("embedding") and last.startswith("layer 5")
+    shares = last.split("\t")
+    assert shares[2].strip() == shares[3].strip(), "the last layer's likeliest token is the one that the bars follow"
+    visit.page.get_by_role("tab", name="Next token").first.click()
+
+
 def test_hard_text_is_shown_as_text(visit):
     visit.set_tokens(6)
     visit.generate(HARD_PROMPT)

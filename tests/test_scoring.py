@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_lib.config import NeoXConfig
+from neox_lib.evaluation.corpus import stories_of, story_stream
 from neox_lib.evaluation.likelihood import (
     bits_per_byte,
     negative_log_likelihood,
+    pair_ids,
     perplexity,
-    stories_of,
-    story_stream,
+    score_batch,
+    standard_error,
     token_log_probabilities,
     windows,
 )
+from neox_lib.loading import create_tokenizer
 
 SMALL = NeoXConfig(
     vocab_size=64,
@@ -107,24 +110,77 @@ def test_scores_are_fp32_whatever_the_model(random_model, token_ids):
 
 
 @settings(max_examples=200, deadline=None)
-@given(tokens=st.integers(0, 60), length=st.integers(1, 20))
-def test_windows_predict_every_token_once(tokens, length):
-    """All but the first: twice would count a hard word double, never would hide it."""
-    stream = torch.arange(tokens)
-    cut = list(windows(stream, length))
-    assert all(window.shape[0] == 1 and 2 <= window.shape[1] <= length + 1 for window in cut)
-    assert [token for window in cut for token in window[0, 1:].tolist()] == list(range(1, tokens))
-    assert all(window[0, 0] + 1 == window[0, 1] for window in cut)
+@given(tokens=st.integers(0, 60), length=st.integers(1, 20), data=st.data())
+def test_windows_predict_every_token_once(tokens, length, data):
+    """All but the first: twice would count a hard word double, never would hide it. And each as far back as it can."""
+    stride, stream = data.draw(st.integers(1, length)), list(range(tokens))
+    cut = list(windows(stream, length, stride))
+    assert [token for _, continuation in cut for token in continuation] == stream[1:]
+    for context, continuation in cut:
+        assert context + continuation == stream[context[0] : continuation[-1] + 1] and context
+        assert len(context) + len(continuation) == min(length, continuation[-1]) + 1
+    assert all(len(continuation) <= stride for _, continuation in cut[1:])
+
+
+def test_a_window_does_not_jump_over_tokens():
+    with pytest.raises(ValueError, match="a window of 4 tokens can't move by 5"):
+        list(windows([1, 2, 3], 4, 5))
 
 
 @torch.inference_mode()
 def test_negative_log_likelihood_reads_window_by_window(random_model, token_ids):
-    """Each window starts without memory, so the length is part of any figure that we publish."""
+    """A window starts without memory, so the length is part of any figure that we publish; the last has a full one."""
     model, stream = random_model(SMALL), token_ids(SMALL, 1, 25)[0]
     found = negative_log_likelihood(model, stream, 10)
-    expected = [-token_log_probabilities(model, stream[None, a:b])[0] for a, b in ((0, 11), (10, 21), (20, 25))]
-    torch.testing.assert_close(found, torch.cat(expected))
+    parts = [-token_log_probabilities(model, stream[None, a:b])[0] for a, b in ((0, 11), (10, 21), (14, 25))]
+    torch.testing.assert_close(found, torch.cat([*parts[:2], parts[2][-4:]]))
     assert found.shape == (24,)
+    by_one = [token_log_probabilities(model, stream[None, max(0, n - 10) : n + 1])[0, -1] for n in range(1, 25)]
+    torch.testing.assert_close(negative_log_likelihood(model, stream, 10, 1), -torch.stack(by_one))
+
+
+@torch.inference_mode()
+def test_a_batch_of_unequal_pairs_scores_each_as_alone(random_model, token_ids):
+    """Padding is read by nobody, and a row longer than the context loses its first tokens, not its last."""
+    model, ids = random_model(SMALL), token_ids(SMALL, 4, 140).tolist()
+    pairs = [(ids[0][:1], ids[0][1:9]), (ids[1][:30], ids[1][30:31]), (ids[2], ids[2][:5]), (ids[3][:2], ids[3][:128])]
+    for (found, greedy), (context, continuation) in zip(score_batch(model, pairs), pairs, strict=True):
+        row = torch.tensor([[*context, *continuation][-129:]])
+        torch.testing.assert_close(found, token_log_probabilities(model, row)[0, -len(continuation) :])
+        assert not greedy
+        best = model(row[:, : -len(continuation)])[0, -1].argmax().item() if len(row[0]) > len(continuation) else 0
+        assert score_batch(model, [(context, [best])])[0][1] or len(row[0]) == 129
+
+
+@pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * 129)])
+def test_a_pair_without_a_score_is_refused(random_model, context, continuation):
+    with pytest.raises(ValueError, match="a pair needs a context of 1 or more tokens and a continuation of 1 to 128"):
+        score_batch(random_model(SMALL), [(context, continuation)])
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [
+        ("Once upon", " a time", ("Once upon", " a time")),
+        ("Once upon ", "a time", ("Once upon", " a time")),
+        ("", "Once", ("<|endoftext|>", "Once")),
+        (" ", "Once", ("<|endoftext|>", " Once")),
+        ("", "<|endoftext|>Once", ("<|endoftext|>", "Once")),
+    ],
+)
+def test_a_pair_is_encoded_as_one_text(context, continuation, expected):
+    """Encoded apart, " " and "a" would be two tokens that the model never saw side by side."""
+    tokenizer = create_tokenizer()
+    before, after = pair_ids(tokenizer, context, continuation, 0)
+    assert tuple(tokenizer.decode(ids, skip_special_tokens=False) for ids in (before, after)) == expected
+
+
+def test_a_standard_error_by_hand():
+    """Of right and wrong answers it is the binomial one, with n - 1."""
+    scores = [1.0] * 30 + [0.0] * 70
+    assert standard_error(scores) == pytest.approx(math.sqrt(0.3 * 0.7 / 99))
+    with pytest.raises(ValueError, match="two scores or more, got 1"):
+        standard_error([1.0])
 
 
 def test_a_stream_has_an_end_of_text_on_both_sides_of_a_story():

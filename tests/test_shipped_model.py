@@ -9,7 +9,8 @@ import neox_lib
 from neox_lib.checkpoints.files import SHIPPED_MODEL, open_tensors
 from neox_lib.checkpoints.slim.layout import find_shards
 from neox_lib.config import NeoXConfig, tiny
-from neox_lib.evaluation.likelihood import bits_per_byte, stories_of, story_stream, token_log_probabilities
+from neox_lib.evaluation.corpus import stories_of, story_stream
+from neox_lib.evaluation.likelihood import bits_per_byte, token_log_probabilities
 from neox_lib.generation import greedy_generate_text, prompt_ids, stream_generate
 from neox_lib.loading import create_model, create_tokenizer
 

@@ -13,16 +13,11 @@ import torch
 
 from neox_lib.config import NeoXConfig
 from neox_lib.model import NeoXModel
-from neox_lib.training import loop as training
-from neox_lib.training.loop import (
-    TrainingPlan,
-    initialize,
-    make_optimizer,
-    sample_batch,
-    spread_sample,
-    train,
-    training_step,
-)
+from neox_lib.training import loop
+from neox_lib.training import run as training
+from neox_lib.training.loop import initialize, learning_rate_at, make_optimizer, sample_batch, training_step
+from neox_lib.training.plan import TrainingPlan
+from neox_lib.training.run import curve, hold_out, spread_sample, train
 
 CONFIG = NeoXConfig(
     vocab_size=32,
@@ -73,7 +68,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, stop_at
             calls.append(1)
             return training_step(*arguments)
 
-        context.setattr(training, "training_step", step_until)
+        context.setattr(loop, "training_step", step_until)
         with pytest.raises(Interrupted):
             run(tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == stop_at
@@ -97,7 +92,7 @@ def test_dropout_is_on_while_training_off_while_judging_and_the_same_after_a_sto
     assert not torch.equal(whole.final_linear.weight, run(tmp_path / "without")[0].final_linear.weight)
     a_save_after_every_step(monkeypatch)
     with monkeypatch.context() as patch:
-        real = training.training_step
+        real = loop.training_step
         calls: list[int] = []
 
         def stop_at_three(*arguments):
@@ -106,7 +101,7 @@ def test_dropout_is_on_while_training_off_while_judging_and_the_same_after_a_sto
                 raise Interrupted
             return real(*arguments)
 
-        patch.setattr(training, "training_step", stop_at_three)
+        patch.setattr(loop, "training_step", stop_at_three)
         with pytest.raises(Interrupted):
             run(tmp_path / "parts", plan)
     resumed, _ = run(tmp_path / "parts", plan)
@@ -185,7 +180,7 @@ import os, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_training as t
-from neox_lib.training import loop as training
+from neox_lib.training import run as training
 
 whole_save = torch.save
 saves = []
@@ -221,14 +216,18 @@ def test_a_kill_while_saving_leaves_the_last_state_whole(tmp_path):
 def test_learning_rate_starts_small_peaks_after_the_warm_up_and_ends_at_nearly_nothing():
     """A full first step wrecks a fresh model; a last one with weight leaves it rough."""
     plan = TrainingPlan(total_tokens=1000 * 8192, warmup_steps=200, learning_rate=3e-3)
-    rates = [plan.learning_rate_at(step) for step in range(plan.steps)]
+
+    def rate_at(step: int) -> float:
+        return learning_rate_at(step, plan.steps, plan.warmup_steps, plan.learning_rate)
+
+    rates = [rate_at(step) for step in range(plan.steps)]
     assert plan.steps == 1000
     assert rates[0] == pytest.approx(3e-3 / 200)
     assert rates[199] == rates[200] == pytest.approx(3e-3)
     assert max(rates) == pytest.approx(3e-3)
     assert rates[600] == pytest.approx(1.5e-3), "half the cosine is half the rate"
     assert 0 < rates[-1] < 1e-7
-    assert plan.learning_rate_at(plan.steps) == pytest.approx(0, abs=1e-12)
+    assert rate_at(plan.steps) == pytest.approx(0, abs=1e-12)
     assert rates[:200] == sorted(rates[:200])
     assert rates[200:] == sorted(rates[200:], reverse=True)
 
@@ -295,6 +294,49 @@ def test_the_same_step_draws_the_same_batch_and_every_other_step_another():
 def test_without_a_mix_all_windows_are_stories():
     """The mix is optional."""
     assert (sample_batch(STORIES, STORIES[:0], PLAN, 0) < 20).all()
+
+
+def test_a_run_keeps_a_sample_of_the_start_and_of_every_hundred_steps(tmp_path, monkeypatch, capsys):
+    """What the reader watches: the words get better. Writing them must not change what is learned."""
+    monkeypatch.setattr(training, "REPORT_EVERY", 3)
+    said = iter("abcd")
+    model, history = train(CONFIG, PLAN, STORIES, MIX, VALIDATION, tmp_path / "a", write=lambda _: next(said))
+    assert [(row["step"], row["sample"], "loss" in row) for row in history] == [
+        (0, "a", False),
+        (3, "b", True),
+        (6, "c", True),
+        (8, "d", True),
+    ]
+    assert capsys.readouterr().out.split("\n\n")[:2] == ["step 0: a", "step 3: b"]
+    silent, _ = run(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), silent.parameters(), strict=True))
+
+
+def test_a_model_is_judged_in_windows_that_it_was_trained_on(tmp_path, monkeypatch):
+    """Past them it has learned nothing: the validation loss of a good run of short windows rose to the end."""
+    lengths = []
+
+    def judged(model, stream, length) -> torch.Tensor:
+        lengths.append(length)
+        return torch.ones(1)
+
+    monkeypatch.setattr(training, "negative_log_likelihood", judged)
+    run(tmp_path)
+    assert lengths == [16, 16], "at the start and at the end"
+
+
+def test_the_live_curve_is_as_wide_as_a_line_allows():
+    assert curve([2.0]) == "▁" and curve([3.0, 1.0]) == "█▁"
+    assert curve([8.0 - step / 100 for step in range(800)]) == "██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▃▂▂▂▁▁"
+
+
+def test_the_last_stories_are_held_out():
+    """A story that is trained on says nothing about others."""
+    stories = [str(number) for number in range(41)]
+    assert hold_out(stories) == (stories[:39], stories[39:])
+    assert hold_out(["a", "b"]) == (["a"], ["b"])
+    with pytest.raises(ValueError, match="only one story, so none can be held out; add more, or give --validation"):
+        hold_out(["a"])
 
 
 def test_every_window_of_the_stories_can_be_drawn():

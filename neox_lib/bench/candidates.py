@@ -13,9 +13,9 @@ from neox_lib.decoding.step import use_compiled_step
 from neox_lib.generation import stream_generate
 from neox_lib.model import NeoXModel
 from neox_lib.precision import Precision
-from neox_lib.quantization.linear import use_cast_linear, use_int8_linear
+from neox_lib.quantization.linear import QUANTIZED, use_cast_linear, use_quantized_linear
 
-OURS = (*WEIGHT_DTYPES, "int8")
+OURS = (*WEIGHT_DTYPES, *QUANTIZED)
 # generate(ids [1, T], new_tokens) -> token ids written
 Generate = Callable[[Tensor, int], list[int]]
 
@@ -32,11 +32,13 @@ def random_model(config: NeoXConfig, seed: int = 0) -> NeoXModel:
 
 def our_model(model: NeoXModel, dtype: str) -> NeoXModel:
     """The same weights as `create_model` holds them in one of OURS on a CPU, with its compiled loops."""
-    precision = Precision(torch.float16 if dtype == "int8" else WEIGHT_DTYPES[dtype], torch.float32)
+    precision = Precision(WEIGHT_DTYPES.get(dtype, torch.float16), torch.float32)
     stored = ModelCheckpoint(model).tensors()
     held = ((name, tensor.to(precision.dtype_of(name))) for name, tensor in stored)
     filled = fill_model(empty_model(model.config), held)
-    return use_compiled_step(use_int8_linear(filled) if dtype == "int8" else use_cast_linear(filled))
+    return use_compiled_step(
+        use_quantized_linear(filled, QUANTIZED[dtype]) if dtype in QUANTIZED else use_cast_linear(filled)
+    )
 
 
 def our_generate(model: NeoXModel) -> Generate:

@@ -27,12 +27,17 @@ STARTED = time.perf_counter()
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the phases share. `folder` holds slim/, int8/ and results.json; `long_prompt` is in tokens."""
+    """What the phases share. `folder` holds slim/, int8/ or int4/, and results.json; `long_prompt` is in tokens."""
 
     folder: Path
     shape: str = "neox_20b"
     long_prompt: int = 128
     delete_shards: bool = False
+    dtype: str = "int8"
+
+    def key(self, phase: str) -> str:
+        """The name of a phase's results: those of int4 stand beside int8's."""
+        return phase if self.dtype == "int8" or phase in ("machine", "write") else f"{phase} {self.dtype}"
 
 
 def say(text: str) -> None:
@@ -111,38 +116,47 @@ def write(rehearsal: Rehearsal) -> dict:
 
 def convert(rehearsal: Rehearsal) -> dict:
     from neox_lib.bench.random_checkpoint import ConsumedCheckpoint
-    from neox_lib.checkpoints.quantized import write_int8
+    from neox_lib.checkpoints.quantized import write_quantized
     from neox_lib.checkpoints.slim.reader import SlimCheckpoint
+    from neox_lib.quantization.linear import QUANTIZED
 
-    slim, target = rehearsal.folder / "slim", rehearsal.folder / "int8"
-    say("converting to int8" + (", removing each layer's files once read" if rehearsal.delete_shards else ""))
+    slim, target, dtype = rehearsal.folder / "slim", rehearsal.folder / rehearsal.dtype, QUANTIZED[rehearsal.dtype]
+    say(
+        f"converting to {rehearsal.dtype}"
+        + (", removing each layer's files once read" if rehearsal.delete_shards else "")
+    )
     if rehearsal.delete_shards:
         checkpoint = ConsumedCheckpoint(slim)
-        file = write_int8(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2)
+        file = write_quantized(checkpoint, target, freed_meanwhile=checkpoint.nbytes // 2, dtype=dtype)
     else:
-        file = write_int8(SlimCheckpoint(slim), target)
+        file = write_quantized(SlimCheckpoint(slim), target, dtype=dtype)
     return {"bytes": file.stat().st_size}
 
 
-def int8_of(folder: Path) -> Path:
-    """The int8 file of an earlier phase."""
-    from neox_lib.checkpoints.quantized import find_int8
+def file_of(rehearsal: Rehearsal) -> Path:
+    """The quantized file of an earlier phase."""
+    from neox_lib.checkpoints.quantized import find_quantized
 
-    file = find_int8(folder / "int8")
+    folder = rehearsal.folder / rehearsal.dtype
+    file = find_quantized(folder)
     if file is None:
-        raise ValueError(f"{folder / 'int8'}: no int8 model there; run the phases write and convert first")
+        raise ValueError(f"{folder}: no {rehearsal.dtype} model there; run the phases write and convert first")
     return file
 
 
 def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int) -> dict:
-    """Load the int8 file and write some tokens; returns the seconds of the load, the first token and each later one."""
+    """Load the quantized file and write some tokens; returns the seconds of the load, the first token and each later
+    one.
+    """
     from neox_lib.generation import stream_generate
     from neox_lib.loading import create_model
+    from neox_lib.quantization.linear import QuantizedLinear
 
-    file = int8_of(rehearsal.folder)
+    file = file_of(rehearsal)
     cached, started = in_page_cache(file), time.perf_counter()
     model = create_model(file, device="cpu")
-    matrices = sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
+    linears = [each for each in model.modules() if isinstance(each, QuantizedLinear)]
+    matrices = sum(each.in_features * each.out_features for each in linears)
     output = model.final_linear.weight.numel()  # only the last token needs the scores
     read = sum(p.nbytes for p in model.parameters()) - model.word_embeddings.weight.nbytes
     load = time.perf_counter() - started
@@ -167,7 +181,7 @@ def load_and_write(rehearsal: Rehearsal, prompt: int, new_tokens: int) -> dict:
 
 
 def run_cold(rehearsal: Rehearsal) -> dict:
-    file = int8_of(rehearsal.folder)
+    file = file_of(rehearsal)
     drop_from_page_cache(file)
     return load_and_write(rehearsal, PROMPT, 1)
 
@@ -193,16 +207,16 @@ PHASES = {
 def report(results: dict) -> list[str]:
     """The results, one per line; ratios compare with the machine's own speed, 1.0 being ideal."""
     lines = []
-    for phase in ("write", "convert"):
-        if found := results.get(phase):
+    for phase, found in results.items():
+        if phase.split()[0] in ("write", "convert"):
             speed = f"{found['bytes'] / 1e9:.2f} GB in {found['seconds_in_all']:.0f} s"
             lines.append(f"{phase}: {speed}, peak memory {found['peak'] / 2**30:.2f} GiB")
     machine = results.get("machine")
-    for phase in ("cold", "warm", "long"):
-        if found := results.get(phase):
+    for phase, found in results.items():
+        if phase.split()[0] in ("cold", "warm", "long"):
             line = f"{phase}: {found['cached']:.0%} of the file in memory, load {found['load']:.2f} s"
             line += f", first token of a {found['prompt']}-token prompt {found['prefill']:.2f} s"
-            if machine and phase != "cold":
+            if machine and not phase.startswith("cold"):
                 ideal = found["flops"] / machine["flops"][str(found["prompt"])]
                 line += f" ({found['prefill'] / ideal:.2f} x its arithmetic, {ideal:.2f} s)"
             lines.append(f"{line}, together {found['load_and_first_token']:.2f} s")
@@ -228,7 +242,7 @@ def add_result(folder: Path, phase: str, found: dict) -> dict:
 
 def run_all(rehearsal: Rehearsal) -> int:
     """Run every phase in its own process. Stops at the first that fails, and returns its exit code."""
-    more = [f"--shape={rehearsal.shape}", f"--long-prompt={rehearsal.long_prompt}"]
+    more = [f"--shape={rehearsal.shape}", f"--long-prompt={rehearsal.long_prompt}", f"--dtype={rehearsal.dtype}"]
     more += ["--delete-shards"] if rehearsal.delete_shards else []
     for phase in PHASES:
         command = [sys.executable, "-m", "neox_lib", "full-size", phase, str(rehearsal.folder), *more]
@@ -246,5 +260,5 @@ def run_phase(phase: str, rehearsal: Rehearsal) -> list[str]:
     found = PHASES[phase](rehearsal)
     found |= {"seconds_in_all": time.perf_counter() - started, "peak": peak_resident()}
     say(f"{phase} done, peak memory {found['peak'] / 2**30:.2f} GiB")
-    lines = report(add_result(rehearsal.folder, phase, found))
-    return [line for line in lines if line.startswith(f"{phase}:")]
+    lines = report(add_result(rehearsal.folder, rehearsal.key(phase), found))
+    return [line for line in lines if line.startswith(f"{rehearsal.key(phase)}:")]

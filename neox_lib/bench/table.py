@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from neox_lib.bench.baselines import BASELINES, is_installed
+from neox_lib.bench.baselines import BASELINES, PACKAGES, is_installed
+from neox_lib.quantization.linear import QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Row:
     ours: list[Timing]
     theirs: list[Timing]
     bytes_per_token: float  # bytes that one of our decode steps reads: weights, keys and values
+    busy: float = 0.0  # the largest share of the machine's time that others took in a round
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def describe_machine(bandwidth: float) -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = f"torch {torch.__version__}"
-    versions += "".join(f", {library} {version(library)}" for library in BASELINES if is_installed(library))
+    versions += "".join(
+        f", {library} {version(PACKAGES.get(library, library))}" for library in BASELINES if is_installed(library)
+    )
     return (
         f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s, load "
         f"{psutil.getloadavg()[0]:.1f}; "
@@ -76,7 +80,7 @@ def describe_machine(bandwidth: float) -> str:
 COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
 HEADER = (
     f"{'':>38} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
-    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share  busy"
 )
 
 
@@ -100,16 +104,17 @@ def format_row(row: Row, bandwidth: float) -> str:
         comparable = row.theirs and all(value is not None and value > 0 for value in seconds)
         cells.append(f"{ratio(row.theirs, row.ours, of):>5.2f}x" if comparable else f"{'-':>6}")
     step = median(row.ours, "per_token")
-    return " ".join(cells) + (f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}")
+    share = f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}"
+    return " ".join(cells) + share + f" {row.busy:>5.0%}"
 
 
 def format_best(rows: list[Row]) -> str:
-    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 apart."""
+    """A line per shape, prompt and baseline: each side in its fastest dtype, int8 and int4 apart."""
     lines = []
     for shape, prompt, baseline in dict.fromkeys((row.shape, row.prompt, row.baseline) for row in rows if row.theirs):
         group = [row for row in rows if (row.shape, row.prompt, row.baseline) == (shape, prompt, baseline)]
-        for kind in ("float", "int8"):
-            found = [row for row in group if row.dtype.endswith("int8") == (kind == "int8")]
+        for kind in ("float", *QUANTIZED):
+            found = [row for row in group if (row.dtype if row.dtype in QUANTIZED else "float") == kind]
             if found:
                 best = [f"{what} {best_ratio(found, of)}" for of, what in MEASURES.items()]
                 lines.append(f"{shape}, prompt {prompt}, {kind}, best dtypes, against {baseline}: {', '.join(best)}")

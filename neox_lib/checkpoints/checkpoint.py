@@ -12,6 +12,7 @@ from torch import Tensor
 from neox_lib.checkpoints.files import WEIGHT_DTYPES, CheckpointError
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
+from neox_lib.quantization.linear import QUANTIZED, dtype_name
 
 
 class LayerFile(NamedTuple):
@@ -36,12 +37,12 @@ class Checkpoint(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrices, as stored: torch.int8 where they are quantized."""
+        """Of the matrices, as stored: one of `quantization.linear.QUANTIZED` where they are quantized."""
         ...
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """`dtype`; for int8 weights, the dtype before quantizing."""
+        """`dtype`; for quantized weights, the dtype before."""
         ...
 
     @property
@@ -58,7 +59,7 @@ class Checkpoint(Protocol):
         CPU: one per tensor-parallel rank of a slim folder, elsewhere a single one. What an adapter changes comes in
         fp32, for the model to round.
 
-        A tied output matrix is left out; an int8 matrix comes with its scales. Where the format allows, a part is
+        A tied output matrix is left out; a quantized matrix comes with its scales. Where the format allows, a part is
         memory-mapped: don't write into it. Raises CheckpointError, naming the file, for weights that don't match the
         config.
         """
@@ -136,8 +137,9 @@ def cast(name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dty
 
 
 def check_convertible(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for int8 weights: what they were rounded from is lost."""
-    if checkpoint.dtype == torch.int8:
+    """Raise CheckpointError for quantized weights: what they were rounded from is lost."""
+    if checkpoint.dtype in QUANTIZED.values():
         raise CheckpointError(
-            f"{checkpoint}: int8 weights, which can be run but not converted; give the checkpoint that they came from"
+            f"{checkpoint}: {dtype_name(checkpoint.dtype)} weights, which can be run but not converted; give the "
+            "checkpoint that they came from"
         )

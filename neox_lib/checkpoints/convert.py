@@ -1,13 +1,15 @@
-"""Converts a model's files: slim to Hugging Face and back, to another number of ranks, to GGUF and int8."""
+"""Converts a model's files: slim to Hugging Face and back, to another number of ranks, to GGUF, int8 and int4."""
 
 from pathlib import Path
+
+import torch
 
 from neox_lib.checkpoints.checkpoint import Checkpoint, check_convertible
 from neox_lib.checkpoints.files import CheckpointError
 from neox_lib.checkpoints.gguf.writer import write_gguf
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
 from neox_lib.checkpoints.opening import open_checkpoint
-from neox_lib.checkpoints.quantized import write_int8
+from neox_lib.checkpoints.quantized import write_quantized
 from neox_lib.checkpoints.saving import whole_or_gone
 from neox_lib.checkpoints.slim.writer import check_ranks, write_tensors
 from neox_lib.checkpoints.tokenizer_files import tokenizer_beside, write_beside
@@ -15,7 +17,7 @@ from neox_lib.checkpoints.tokenizer_files import tokenizer_beside, write_beside
 
 def open_source(source: str | Path, target: str | Path) -> tuple[Checkpoint, Path | None]:
     """The checkpoint to read and its tokenizer's file, if it has one. Raises CheckpointError when both are the same
-    place, for int8 weights, and as `open_checkpoint` does.
+    place, for quantized weights, and as `open_checkpoint` does.
     """
     if Path(source).resolve() == Path(target).resolve():
         kind = "file" if Path(source).is_file() else "folder"
@@ -49,14 +51,15 @@ def convert_to_huggingface(source: str | Path, target: str | Path) -> None:
     write_huggingface(checkpoint, target, tokenizer)
 
 
-def convert_to_int8(source: str | Path, target: str | Path) -> Path:
-    """Quantize any checkpoint into `target`, a folder or a NAME.int8.safetensors, and return the file (`write_int8`).
+def convert_to_quantized(source: str | Path, target: str | Path, dtype: torch.dtype = torch.int8) -> Path:
+    """Quantize any checkpoint into `target`, a folder or a NAME.int8.safetensors, and return the file
+    (`write_quantized`).
 
     The tokenizer goes beside it, where the source has one. Holds one tensor at a time. Raises CheckpointError as that
     does.
     """
     checkpoint, tokenizer = open_source(source, target)
-    return write_int8(checkpoint, target, tokenizer)
+    return write_quantized(checkpoint, target, tokenizer, dtype=dtype)
 
 
 def convert_to_gguf(source: str | Path, target: str | Path, dtype: str | None = None) -> Path:

@@ -12,15 +12,15 @@ from neox_lib.checkpoints.gguf.file import find_gguf
 from neox_lib.checkpoints.gguf.reader import open_gguf_checkpoint
 from neox_lib.checkpoints.huggingface.layout import WEIGHT_FILES, is_huggingface
 from neox_lib.checkpoints.huggingface.reader import open_huggingface
-from neox_lib.checkpoints.quantized import INT8_ENDING, Int8Checkpoint, find_int8
+from neox_lib.checkpoints.quantized import ENDINGS, QuantizedCheckpoint, find_quantized
 from neox_lib.checkpoints.quantized_by_others import check_own_config
 from neox_lib.checkpoints.slim.layout import UNFINISHED, is_slim, is_whole
 from neox_lib.checkpoints.slim.reader import SlimCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a slim or Hugging Face folder, a LoRA adapter's, an int8 or GGUF file or a folder with one, told apart by
-    the names of files. An adapter's base model is opened with it, from this disk or the Hub's cache.
+    """Open a slim or Hugging Face folder, a LoRA adapter's, a quantized or GGUF file or a folder with one, told apart
+    by the names of files. An adapter's base model is opened with it, from this disk or the Hub's cache.
 
     Reads config and headers, no weights. Raises CheckpointError for a config that can't be used and, saying what is
     there, for a path without a checkpoint.
@@ -34,8 +34,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return SlimCheckpoint(path)
     if is_huggingface(path):
         return open_huggingface(path)
-    if (file := find_int8(path)) is not None:
-        return Int8Checkpoint(file)
+    if (file := find_quantized(path)) is not None:
+        return QuantizedCheckpoint(file)
     if is_whole(path):
         return SlimCheckpoint(path)
     if (file := find_gguf(path)) is not None:
@@ -47,12 +47,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def describe_what_is_there(path: Path) -> str:
     """One line for a path that holds no checkpoint: what was expected, and what is there instead."""
+    files = (*ENDINGS.values(), GGUF_ENDING)
     expected = (
         "expected a folder with layer_00-model_00-model_states.pt and so on, or with config.json and "
-        f"{' or '.join(WEIGHT_FILES[::2])}, a NAME{INT8_ENDING}, a NAME{GGUF_ENDING} or a LoRA adapter"
+        f"{' or '.join(WEIGHT_FILES[::2])}, "
+        f"{', '.join(f'a NAME{ending}' for ending in files)} or a LoRA adapter"
     )
     if not path.exists():
-        return f"{path}: no such {'file' if path.name.endswith((INT8_ENDING, GGUF_ENDING)) else 'folder'}; {expected}"
+        return f"{path}: no such {'file' if path.name.endswith(files) else 'folder'}; {expected}"
     if path.is_file():
         return f"{path}: a file; {expected}"
     if (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""An int8 model in one file: quantized and written tensor by tensor, loaded by mapping it into memory."""
+"""An int8 or int4 model in one file: quantized and written tensor by tensor, loaded by mapping it into memory."""
 
 import json
 import math
@@ -16,17 +16,25 @@ from neox_lib.checkpoints.tensor_files import open_safetensors, read_ahead
 from neox_lib.checkpoints.tokenizer_files import with_vocabulary, write_beside
 from neox_lib.config import NeoXConfig, parameter_shapes
 from neox_lib.model import NeoXModel
-from neox_lib.quantization.int8 import quantize_rows
-from neox_lib.quantization.linear import Int8Linear
+from neox_lib.quantization.int4 import GROUP
+from neox_lib.quantization.linear import QUANTIZED, QuantizedLinear, dtype_name, quantize, stored_in
 
-INT8_ENDING = ".int8.safetensors"
-INT8_FILE = f"model{INT8_ENDING}"  # its name in a folder
-FORMAT = "neox_lib int8"
+ENDINGS = {dtype: f".{name}.safetensors" for name, dtype in QUANTIZED.items()}
+FORMATS = {f"neox_lib {name}": dtype for name, dtype in QUANTIZED.items()}
 VERSION = "1"
 
 
+def file_in_folder(dtype: torch.dtype) -> str:
+    """The name of a folder's model in a dtype of QUANTIZED.
+
+    >>> file_in_folder(torch.int8)
+    'model.int8.safetensors'
+    """
+    return f"model{ENDINGS[dtype]}"
+
+
 def is_quantized(name: str, dimensions: int) -> bool:
-    """Whether a parameter becomes int8: every matrix that is multiplied. The embedding is looked up row by row."""
+    """Whether a parameter is quantized: every matrix that is multiplied. The embedding is looked up row by row."""
     return dimensions == 2 and name != "word_embeddings.weight"
 
 
@@ -39,41 +47,47 @@ def scale_name(name: str) -> str:
     return name.removesuffix("weight") + "scale"
 
 
-def int8_specs(config: NeoXConfig, embedding: torch.dtype = torch.float16) -> dict[str, Spec]:
-    """Every tensor of an int8 model with its dtype and shape: matrices in int8, their scales, biases and norms in fp32,
-    the embedding in the dtype that it had. A tied model has no output matrix of its own.
+def quantized_specs(config: NeoXConfig, dtype: torch.dtype, embedding: torch.dtype = torch.float16) -> dict[str, Spec]:
+    """Every tensor of a model quantized to `dtype`, with dtype and shape: the matrices' numbers as `quantize` returns
+    them, their scales, biases and norms in fp32, the embedding in the dtype that it had. A tied model has no output
+    matrix of its own.
     """
     specs: dict[str, Spec] = {}
     for name, shape in parameter_shapes(config).items():
-        if is_quantized(name, len(shape)):
+        if not is_quantized(name, len(shape)):
+            specs[name] = (embedding if len(shape) == 2 else torch.float32, shape)
+        elif stored_in(name, dtype) == torch.int8:
             specs |= {name: (torch.int8, shape), scale_name(name): (torch.float32, shape[:1])}
         else:
-            specs[name] = (embedding if len(shape) == 2 else torch.float32, shape)
+            groups = (shape[0], shape[1] // GROUP)
+            specs |= {name: (torch.uint8, (*groups, GROUP // 2)), scale_name(name): (torch.bfloat16, groups)}
     return specs
 
 
-def int8_bytes(config: NeoXConfig, embedding: torch.dtype = torch.float16) -> int:
-    """Bytes of a model in int8, the embedding in `embedding`."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in int8_specs(config, embedding).values())
+def quantized_bytes(config: NeoXConfig, dtype: torch.dtype = torch.int8, embedding: torch.dtype = torch.float16) -> int:
+    """Bytes of a model quantized to `dtype`, the embedding in `embedding`."""
+    specs = quantized_specs(config, dtype, embedding)
+    return sum(torch.Size(shape).numel() * stored.itemsize for stored, shape in specs.values())
 
 
-def int8_metadata(config: NeoXConfig, source: torch.dtype = torch.float16) -> dict[str, str]:
-    """What the file says about itself; `source` is the dtype that was quantized."""
-    dtype = str(source).removeprefix("torch.")
-    return {"format": FORMAT, "version": VERSION, "config": json.dumps(config.stored_fields()), "source_dtype": dtype}
+def quantized_metadata(config: NeoXConfig, dtype: torch.dtype, source: torch.dtype = torch.float16) -> dict[str, str]:
+    """What the file says about itself; `source` is the dtype that was quantized to `dtype`."""
+    known = {"format": f"neox_lib {dtype_name(dtype)}", "version": VERSION, "source_dtype": dtype_name(source)}
+    return known | {"config": json.dumps(config.stored_fields())}
 
 
 def quantized(
-    tensors: Iterable[tuple[str, Tensor]], embedding: torch.dtype | None = None
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, embedding: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turn named parameters, one at a time, into the tensors of `int8_specs`; `embedding` is its dtype, None keeps it.
+    """Turn named parameters, one at a time, into the tensors of `quantized_specs`; `embedding` is its dtype, None keeps
+    it.
 
     Raises CheckpointError, naming the tensor, for NaN or infinity.
     """
     for name, tensor in tensors:
         if is_quantized(name, tensor.dim()):
             try:
-                numbers, scales = quantize_rows(tensor)
+                numbers, scales = quantize(tensor, stored_in(name, dtype))
             except ValueError as error:
                 raise CheckpointError(f"{name}: {error}") from None
             yield name, numbers
@@ -85,54 +99,64 @@ def quantized(
         del tensor  # before reading the next one
 
 
-def write_int8(
-    checkpoint: Checkpoint, path: str | Path, tokenizer: str | Path | None = None, freed_meanwhile: int = 0
+def write_quantized(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    freed_meanwhile: int = 0,
+    dtype: torch.dtype = torch.int8,
 ) -> Path:
     """Quantize a checkpoint into one file, holding one tensor at a time, and return the file's path.
 
-    `path` is NAME.int8.safetensors, or a folder, which then holds model.int8.safetensors and a copy of the `tokenizer`
-    file with the small files beside it. An existing file of that name is replaced once the new one is complete; on
-    Windows not while a model has it mapped. `freed_meanwhile` as in `write_safetensors`. Raises CheckpointError when
-    the disk has no room and for weights that can't be used.
+    `path` is NAME.int8.safetensors, for int4 NAME.int4.safetensors, or a folder, which then holds the model under that
+    ending and a copy of the `tokenizer` file with the small files beside it. An existing file of that name is replaced
+    once the new one is complete; on Windows not while a model has it mapped. `freed_meanwhile` as in
+    `write_safetensors`. Raises CheckpointError when the disk has no room and for weights that can't be used.
     """
-    path = Path(path)
-    file = path if path.name.endswith(INT8_ENDING) else path / INT8_FILE
-    if path.is_file() and file != path:
-        raise CheckpointError(f"{path}: a file; give a folder or a name that ends in {INT8_ENDING}")
+    path, ending = Path(path), ENDINGS[dtype]
+    file = path if path.name.endswith(ending) else path / file_in_folder(dtype)
+    if file != path and (path.is_file() or path.suffix == ".safetensors"):
+        raise CheckpointError(f"{path}: give a folder or a name that ends in {ending}")
     check_convertible(checkpoint)
-    config, dtype = checkpoint.config, checkpoint.dtype
-    specs, tensors = int8_specs(config, dtype), quantized(checkpoint.tensors(), dtype)
-    write_safetensors(file, specs, tensors, int8_metadata(config, dtype), freed_meanwhile)
+    config, source = checkpoint.config, checkpoint.dtype
+    specs, tensors = quantized_specs(config, dtype, source), quantized(checkpoint.tensors(), dtype, source)
+    write_safetensors(file, specs, tensors, quantized_metadata(config, dtype, source), freed_meanwhile)
     write_beside(file.parent, config, None if tokenizer is None else Path(tokenizer), checkpoint.folder)
     return file
 
 
-def find_int8(path: str | Path) -> Path | None:
-    """The int8 file that a path means: itself, or the one in a folder; None where there is none.
+def find_quantized(path: str | Path) -> Path | None:
+    """The int8 or int4 file that a path means: itself, or the one in a folder; None where there is none.
 
     Raises CheckpointError for a folder with several.
     """
-    path = Path(path)
+    path, endings = Path(path), tuple(ENDINGS.values())
     if path.is_file():
-        return path if path.name.endswith(INT8_ENDING) else None
-    found = sorted(path.glob(f"*{INT8_ENDING}")) if path.is_dir() else []
+        return path if path.name.endswith(endings) else None
+    found = sorted(each for each in path.iterdir() if each.name.endswith(endings)) if path.is_dir() else []
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(each.name for each in found)}; give the path of one of them")
     return found[0] if found else None
 
 
-def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, torch.dtype]:
-    """The config and the source's dtype. Raises CheckpointError for another format or version."""
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: not an int8 file of this library; expected format {FORMAT!r} in its metadata")
+def read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[NeoXConfig, torch.dtype, torch.dtype]:
+    """The config, the dtype of the quantized weights and the source's. Raises CheckpointError for another format or
+    version.
+    """
+    dtype = FORMATS.get(metadata.get("format", ""))
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: not a quantized file of this library; expected format {' or '.join(FORMATS)} in its metadata"
+        )
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{file}: int8 file of version {metadata.get('version')}, expected {VERSION}; convert the checkpoint again"
+            f"{file}: {dtype_name(dtype)} file of version {metadata.get('version')}, expected {VERSION}; convert the "
+            "checkpoint again"
         )
     try:
         fields = json.loads(metadata["config"])
         config = with_vocabulary(NeoXConfig(**fields), file.parent, fields)
-        return config, WEIGHT_DTYPES[metadata["source_dtype"]]
+        return config, dtype, WEIGHT_DTYPES[metadata["source_dtype"]]
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -151,8 +175,8 @@ def check_specs(file: Path, found: Mapping[str, Spec], expected: Mapping[str, Sp
             )
 
 
-class Int8Checkpoint:
-    """An int8 file, opened: see `Checkpoint`. Its tensors are those of `int8_specs`.
+class QuantizedCheckpoint:
+    """An int8 or int4 file, opened: see `Checkpoint`. Its tensors are those of `quantized_specs`.
 
     The file is mapped into memory: pages are read when they are first used, and processes that open the same file share
     them. It stays mapped as long as any of the tensors lives; they don't see it replaced (which Windows refuses). What
@@ -160,16 +184,14 @@ class Int8Checkpoint:
     version, or doesn't match its config.
     """
 
-    dtype = torch.int8
-
     def __init__(self, file: Path):
         self.file = file
         with open_safetensors(file) as opened:
             metadata = opened.metadata() or {}
-            self.config, self.float_dtype = read_metadata(file, metadata)
+            self.config, self.dtype, self.float_dtype = read_metadata(file, metadata)
             self.mapped = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
         found: dict[str, Spec] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.mapped.items()}
-        check_specs(file, found, int8_specs(self.config, self.float_dtype))
+        check_specs(file, found, quantized_specs(self.config, self.dtype, self.float_dtype))
 
     def __str__(self) -> str:
         return str(self.file)
@@ -190,47 +212,56 @@ class Int8Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         read_ahead(self.file)
-        return ((name, self.mapped[name]) for name in int8_specs(self.config))
+        return ((name, self.mapped[name]) for name in quantized_specs(self.config, self.dtype))
 
     def files(self) -> list[LayerFile]:
         return [LayerFile(self.file.name, 0, "the whole model", self.file.stat().st_size)]
 
 
-def empty_int8_model(config: NeoXConfig) -> NeoXModel:
-    """An empty model with an Int8Linear in place of each layer that becomes int8."""
-    model = empty_model(config)
+def empty_quantized_model(config: NeoXConfig, dtype: torch.dtype) -> NeoXModel:
+    """An empty model with a QuantizedLinear in place of each layer that is quantized to `dtype`."""
+    model, specs = empty_model(config), quantized_specs(config, dtype)
     for name, shape in parameter_shapes(config).items():
         if is_quantized(name, len(shape)):
             path, _, _ = name.rpartition(".")
             parent, _, child = path.rpartition(".")
-            numbers = torch.empty(shape, dtype=torch.int8, device="meta")
-            bias = model.get_submodule(path).bias
-            layer = Int8Linear(numbers, torch.empty(shape[0], device="meta"), bias)  # type: ignore[arg-type]
+            numbers, scales = (
+                torch.empty(shape, dtype=stored, device="meta")
+                for stored, shape in (specs[name], specs[scale_name(name)])
+            )
+            layer = QuantizedLinear(numbers, scales, model.get_submodule(path).bias)  # type: ignore[arg-type]
             setattr(model.get_submodule(parent), child, layer)
     return model
 
 
-def int8_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `int8_specs` of any checkpoint, quantized one at a time as they are read unless they are int8
-    already, so that the process never holds much more than the int8 model. Raises CheckpointError for NaN or infinity.
+def quantized_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `quantized_specs` of any checkpoint, quantized one at a time as they are read unless they are so
+    already, so that the process never holds much more than the quantized model. Raises CheckpointError for NaN or
+    infinity.
     """
-    if checkpoint.dtype == torch.int8:
+    if checkpoint.dtype == dtype:
         return checkpoint.tensors()
-    rounded = quantized(checkpoint.tensors())  # what is not rounded may still be mapped from the checkpoint's files
-    return ((name, tensor if tensor.dtype == torch.int8 else tensor.clone()) for name, tensor in rounded)
+    own = {*QUANTIZED.values()}
+    rounded = quantized(checkpoint.tensors(), dtype)  # what is not rounded may still be mapped from the files
+    return ((name, tensor if tensor.dtype in own else tensor.clone()) for name, tensor in rounded)
 
 
-def build_int8_model(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", others: torch.dtype = torch.float32
+def build_quantized_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    others: torch.dtype = torch.float32,
 ) -> NeoXModel:
-    """The int8 model of any checkpoint: its embedding in its stored dtype, biases and norms in `others`.
+    """The model of any checkpoint, quantized to `dtype`: embedding in its stored dtype, biases and norms in `others`.
 
-    On a CPU the weights of an int8 file stay memory-mapped. Raises CheckpointError as `int8_tensors` and `cast` do.
+    On a CPU the weights of a quantized file stay memory-mapped. Raises CheckpointError as `quantized_tensors` and
+    `cast` do.
     """
+    matrices = {name for name, (_, shape) in quantized_specs(checkpoint.config, dtype).items() if len(shape) > 1}
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
-        as_stored = tensor.dtype == torch.int8 or name.endswith("scale") or name == "word_embeddings.weight"
-        return tensor.dtype if as_stored else others
+        return tensor.dtype if name in matrices or name.endswith("scale") else others
 
-    tensors = ((name, cast(name, tensor, device, dtype_of(name, tensor))) for name, tensor in int8_tensors(checkpoint))
-    return fill_model(empty_int8_model(checkpoint.config), tensors)
+    tensors = quantized_tensors(checkpoint, dtype)
+    placed = ((name, cast(name, tensor, device, dtype_of(name, tensor))) for name, tensor in tensors)
+    return fill_model(empty_quantized_model(checkpoint.config, dtype), placed)

@@ -57,7 +57,7 @@ def find_tokenizer(path: str | Path) -> Path:
         found = next((place for place in places if place.is_file()), None)
         if found is None and is_adapter(path):
             return find_tokenizer(find_base(path))
-        if found is None and not (slim or is_huggingface(path) or any(path.glob("*.int8.safetensors"))):
+        if found is None and not (slim or is_huggingface(path) or any(path.glob("*.int[48].safetensors"))):
             found = find_gguf(path)
         path = found or places[0]
     if not path.is_file():

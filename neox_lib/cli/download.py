@@ -17,7 +17,7 @@ def add(commands) -> None:
         "--to",
         nargs="+",
         metavar=("FOLDER", "INT8_FOLDER"),
-        help="a new folder (default: the Hub's cache); or int8 and perhaps a folder: quantized as it comes, "
+        help="a new folder (default: the Hub's cache); or int8 or int4 and perhaps a folder: quantized as it comes, "
         "shard by shard, so that the disk never holds all of the model",
     )
     add_revision(parser)
@@ -26,13 +26,14 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from neox_lib import hub
+    from neox_lib.quantization.linear import QUANTIZED
 
     where, *rest = arguments.to or [None]
-    if len(rest) > (where == "int8"):
-        raise ValueError("--to takes one folder, or int8 and one folder")
+    if len(rest) > (where in QUANTIZED):
+        raise ValueError("--to takes one folder, or int8 or int4 and one folder")
     try:
-        if where == "int8":
-            folder = hub.download_int8(arguments.model, *rest, revision=arguments.revision)
+        if where in QUANTIZED:
+            folder = hub.download_quantized(arguments.model, *rest, revision=arguments.revision, dtype=QUANTIZED[where])
         elif where is not None:
             folder = hub.download_to_folder(arguments.model, where, arguments.revision)
         else:

@@ -27,7 +27,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_revision(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32, float16, bfloat16, int8 or int4 (default: auto)"
+    )
 
 
 def add(commands) -> None:
@@ -183,9 +185,11 @@ def read_stdin() -> str:
 
 def speed_line(model, prompt_tokens: int, seconds: list[float]) -> str:
     """One line: model, prefill milliseconds, tokens per second of the steps after the first."""
-    weight = model.layers[0].attention.dense.weight  # an int8 model's embedding is not in int8
-    dtype = str(weight.dtype).removeprefix("torch.")
-    line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype}, {weight.device.type}"
+    from neox_lib.quantization.linear import dtype_name
+
+    weight = model.layers[0].attention.dense.weight  # a quantized model's embedding is not
+    line = f"[{model.config.parameter_count() / 1e6:,.1f} M parameters, {dtype_name(weight.dtype)}"
+    line += f", {weight.device.type}"
     ranks = getattr(model.config, "ranks", 1)  # of a model that several devices share
     line += f", {ranks} ranks" if ranks > 1 else ""
     if seconds:

@@ -12,7 +12,7 @@ def add(commands) -> None:
     )
     parser = commands.add_parser("info", help="what a checkpoint is and what it costs", description=description)
     parser.add_argument(
-        "model", nargs="?", help="checkpoint folder, int8 file, or a name on the Hub (default: the shipped model)"
+        "model", nargs="?", help="checkpoint folder or file, or a name on the Hub (default: the shipped model)"
     )
     add_revision(parser)
     parser.add_argument("--preset", metavar="NAME", help="a shape instead of files: neox_20b, tiny, or 14m to 12b")
@@ -29,8 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.config import format_bytes, preset
     from neox_lib.decoding.step import why_modules
     from neox_lib.hub import look_up
+    from neox_lib.loading import threads_for
     from neox_lib.memory import available_memory
     from neox_lib.precision import format_card, format_needs
+    from neox_lib.quantization.linear import dtype_name
 
     if arguments.preset is not None and arguments.model is not None:
         raise ValueError("give a checkpoint or --preset, not both")
@@ -46,11 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{field.name:26} {getattr(config, field.name)}")
     print(f"{'parameters':26} {config.parameter_count():,}")
     if source is not None:
-        dtypes = dict.fromkeys([source.dtype, source.float_dtype])  # of an int8 file two
-        print(f"{'stored as':26} {', from '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
+        dtypes = dict.fromkeys([source.dtype, source.float_dtype])  # of a quantized file two
+        print(f"{'stored as':26} {', from '.join(map(dtype_name, dtypes))}")
         print(f"{'read from':26} {source}")
     reason = why_modules(config)
     print(f"{'decoding on a CPU':26} {'compiled loops' if reason is None else f'the modules ({reason})'}")
+    print(f"{'threads on a CPU':26} {threads_for(config)}")
     print()
     if arguments.gpu is not None:
         print(f"a GPU with {arguments.gpu:g} GB free ({format_bytes(arguments.gpu * 1e9)}):")

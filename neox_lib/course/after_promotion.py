@@ -24,8 +24,19 @@ CHECKS = {
     "block.Block": "parallel_residual.parallel_block",
     "checkpoints.slim.partition.merge_shards": "checkpoint_loading.merge_shards",
     "cache.KVCache": "cached_generation.cache",
+    "training.loop.next_token_loss": "train_it.next_token_loss",
+    "training.loop.learning_rate_at": "train_it.learning_rate",
     "playground.streaming.follow": "prompt_playground.follow",
     "quantization.int8.quantize_rows": "small_machine.quantize_rows",
+    "quantization.int4.dequantize_groups": "small_machine.dequantize_groups",
+    "evaluation.likelihood.token_log_probabilities": "how_good_is_it.token_log_probabilities",
+    "evaluation.likelihood.pair_ids": "how_good_is_it.pair_ids",
+    "evaluation.likelihood.windows": "how_good_is_it.windows",
+    "evaluation.likelihood.standard_error": "how_good_is_it.standard_error",
+    "inspection.lens.logit_lens": "look_inside.logit_lens",
+    "inspection.lens.attribute": "look_inside.attribute",
+    "inspection.lens.split_dense": "look_inside.split_dense",
+    "inspection.patching.patch": "look_inside.patch",
 }
 
 

@@ -20,7 +20,7 @@ from neox_lib.distributed.tensor_parallel import SplitBlock, SplitEmbedding, Spl
 from neox_lib.hub import local_path
 from neox_lib.model import NeoXModel
 from neox_lib.precision import check_memory, choose_precision
-from neox_lib.quantization.linear import use_cast_linear
+from neox_lib.quantization.linear import QUANTIZED, dtype_name, use_cast_linear
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def create_rank_model(
     """`create_model` for the ranks of a process group: every rank calls it, and gets its own part of the model.
 
     On GPUs each rank uses the GPU with its number. If files must be downloaded, one rank per machine does it. Raises
-    what `create_model` raises, and CheckpointError for int8, which runs in one process.
+    what `create_model` raises, and CheckpointError for int8 and int4, which run in one process.
     """
     source = SHIPPED_MODEL if path is None else path
     if os.environ["LOCAL_RANK"] == "0":
@@ -82,8 +82,9 @@ def create_rank_model(
     rank, ranks, chosen_device = dist.get_rank(), dist.get_world_size(), rank_device(device)
     checkpoint = open_checkpoint(local_path(source, revision))
     precision = choose_precision(checkpoint, chosen_device, dtype)
-    if precision.matrices == torch.int8:
-        raise CheckpointError(f"{checkpoint}: int8 weights run in one process; give weights in another dtype")
+    if precision.matrices in QUANTIZED.values():
+        name = dtype_name(precision.matrices)
+        raise CheckpointError(f"{checkpoint}: {name} weights run in one process; give weights in another dtype")
     together = 1 if chosen_device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])  # ranks on the same machine
     check_memory(share_of(checkpoint.config, ranks // together), precision, chosen_device)
     if precision.notice:

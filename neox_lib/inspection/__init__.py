@@ -1,4 +1,4 @@
-"""What a model does while it reads: attention weights, and the tokens that could come next.
+"""What a model does while it reads: attention weights, the logit lens, what each part adds, heads, patches.
 
 May import the model and every room above it; the playground and every room below may import it.
 """

@@ -39,7 +39,7 @@ def perform(session: Session, message: dict) -> None:
         case "branch":
             session.choose_branch(expect(message, "branch", int))
         case "watch":
-            session.watch(expect(message, "on", bool))
+            session.watch(expect(message, "view", str))
         case "head":
             session.choose_head(expect(message, "layer", int), expect(message, "head", int))
         case _:

@@ -53,7 +53,8 @@ def needs_of_20b(tokens: int) -> str:
         f"{operations / 1e12:.3g} trillion operations to read it.",
         f"Each new token after it: {format_bytes(moved)} to move.",
     ]
-    for name, machine in MACHINES.items():
+    for name in ("laptop", "graphics card"):
+        machine = MACHINES[name]
         token = moved / machine.memory
         reading = format_seconds(max(token, operations / machine.operations))
         lines.append(f"{name.capitalize()} ({machine}): {reading} to read it, {format_seconds(token)} per new token.")

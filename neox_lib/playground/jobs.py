@@ -8,6 +8,7 @@ import torch
 
 from neox_lib.generation import Step, stream_generate
 from neox_lib.inspection.attention import attention_of_last
+from neox_lib.inspection.lens import lens_of_last
 from neox_lib.inspection.tokens import candidate, likeliest
 from neox_lib.model import Stopped
 from neox_lib.playground.settings import Settings
@@ -158,15 +159,21 @@ def keep_scores(state: State, position: int, logits: torch.Tensor) -> None:
 
 
 def look(state: State, stopping: threading.Event, say: Say, status: str = "") -> None:
-    """Score the candidates at the chosen position, unless that is done, and compute its attention if it is shown."""
+    """Score the candidates at the chosen position, unless that is done, and compute its attention or the lens, if that
+    is shown.
+    """
     branch, position = state.branches.branch, state.chosen
-    state.attention = None
+    state.attention = state.lens = None
     say("looking", status or "Looking.")
     report = progress(stopping, say, "Looking")
     try:
         if position > 0 and state.scored != position:
             keep_scores(state, position, state.recall.logits_after(branch.ids[:position], report))
-        if state.watching:
+        if state.watching == "lens" and position > 0:
+            logits = lens_of_last(state.model, branch.ids[:position], report)
+            check_scores(logits, "layer")
+            state.lens = logits.log_softmax(dim=-1)
+        if state.watching == "attention":
             attention = attention_of_last(state.model, branch.ids[: position + 1], report)
             check_scores(attention.flatten(1), "layer")
             state.attention = attention

@@ -36,6 +36,7 @@ class Page(anywidget.AnyWidget):
     marks = synced(traitlets.Dict, {})  # phase, status, error and chosen position
     bars = synced(traitlets.Dict, {})
     attention = synced(traitlets.Dict, {})
+    lens = synced(traitlets.Dict, {})
     branches = synced(traitlets.List, [])
     costs = synced(traitlets.Dict, {})
     speed = synced(traitlets.Unicode, "")
@@ -89,7 +90,7 @@ class Page(anywidget.AnyWidget):
                 self.saved_at = time.monotonic()
                 self.saved = saved.content(state)
             if state.phase != "writing":
-                self.attention = views.attention_view(state)
+                self.attention, self.lens = views.attention_view(state), views.lens_view(state)
                 self.branches = views.branches_view(state)
                 self.settings = vars(state.settings) | {}
                 self.speed, self.needs = views.speed_view(state), views.needs_view(state)

@@ -165,10 +165,14 @@ class Session:
         self.show()
         self._ask("look", lambda stopping: jobs.look(self.state, stopping, self.say))
 
-    def watch(self, watching: bool = True) -> None:
-        """Whether to compute the attention of the chosen token too."""
-        self.state.watching = watching
-        if watching and self.state.attention is None:
+    def watch(self, view: str) -> None:
+        """What to compute of the chosen position too: "attention", "lens", or with "" neither. Raises ValueError for
+        another view.
+        """
+        if view not in ("", "attention", "lens"):
+            raise ValueError(f"watch: view should be attention, lens or empty, got {view!r}")
+        self.state.watching = view
+        if view and getattr(self.state, view) is None:
             self.look()
 
     def choose_head(self, layer: int, head: int) -> None:

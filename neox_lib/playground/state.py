@@ -20,7 +20,8 @@ class State:
     `phase` is "idle", "reading" (a prompt goes through the model), "writing" or "looking". `chosen` is a position of
     the current branch; a value equal to its length means the next token. `candidates` are the likeliest tokens
     at position `scored`, which need not be the chosen one yet, and `taken` is the token there. `attention` holds the
-    weights of the chosen token, `[L, H, T]`, if `watching`.
+    weights of the chosen token, `[L, H, T]`, and `lens` what each layer would say at the chosen position,
+    log-probabilities `[L + 1, V]`: the one that `watching` names.
     """
 
     model: NeoXModel
@@ -37,8 +38,9 @@ class State:
     candidates: list[Candidate] = field(default_factory=list)
     taken: Candidate | None = None
     scored: int | None = None
-    watching: bool = False
+    watching: str = ""  # "attention", "lens", or neither
     attention: Tensor | None = None
+    lens: Tensor | None = None
     layer: int = 0
     head: int = 0
     costs: Costs = field(default_factory=Costs)
@@ -61,4 +63,5 @@ class State:
         return len(branch.ids) > branch.given and branch.ids[-1] in self.model.config.eos_token_ids
 
     def forget_looks(self) -> None:
-        self.candidates, self.taken, self.scored, self.attention = [], None, None, None
+        self.candidates, self.taken, self.scored = [], None, None
+        self.attention = self.lens = None

@@ -109,6 +109,20 @@ def attention_view(state: State) -> dict:
     return {"layer": layer, "head": head, "weights": weights}
 
 
+def lens_view(state: State) -> dict:
+    """What each layer would say at the chosen position: a row of its likeliest token, that token's log-probability, and
+    that of the `last` word, which the last layer finds likeliest; the row of the embedding comes first.
+    """
+    if state.lens is None:
+        return {"position": state.chosen, "last": "", "rows": []}
+    scores, ids = state.lens.max(dim=-1)
+    last = state.lens[:, ids[-1]]
+    words = [token_label(state.tokenizer, token_id) for token_id in ids.tolist()]
+    pairs = zip(scores.tolist(), last.tolist(), strict=True)
+    rows = [[word, round(score, 4), round(of_last, 4)] for word, (score, of_last) in zip(words, pairs, strict=True)]
+    return {"position": state.chosen, "last": words[-1], "rows": rows}
+
+
 def branches_view(state: State) -> list[dict]:
     """An excerpt of each branch around its fork, or around the first fork from it."""
     branches, rows = state.branches.branches, []

@@ -1,4 +1,4 @@
-"""The loop that trained the shipped model, with resuming.
+"""Training: `plan` has the settings, `loop` is taught, `run` adds files, samples and resuming.
 
-May import evaluation and every room above it; the command line imports it.
+May import evaluation and every room above it; the course and the command line import it.
 """

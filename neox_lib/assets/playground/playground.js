@@ -456,6 +456,35 @@ function attentionPart(model, id, post, text) {
   return [make("div", { class: "np-row" }, field("layer", layer), field("head", head), step(-1), step(1)), title, heat, list];
 }
 
+// What the model would say at the chosen position if it ended after each layer; the embedding comes first.
+function lensPart(model) {
+  const title = make("p", { class: "np-note" });
+  const body = make("tbody", {});
+  const column = make("th", { scope: "col" });
+  const head = make("tr", {}, make("th", { scope: "col" }, "after"), make("th", { scope: "col", colspan: 2 }, "it would say"), column);
+  const table = make("table", { class: "np-lens" }, make("thead", {}, head), body);
+  const update = () => {
+    const { position, last = "", rows = [] } = model.get("lens");
+    table.hidden = !rows.length;
+    title.textContent = rows.length
+      ? `Position ${position}, read through the last norm and the output matrix after each layer:`
+      : model.get("marks").phase === "writing"
+        ? "The lens reads the text once more: it comes when the writing stops."
+        : "Choose a token of the text: this shows what each layer would have said there.";
+    column.textContent = `of ${visible(last)}`;
+    body.replaceChildren(...rows.map(([word, score, ofLast], depth) => {
+      const name = make("td", { class: "np-name" });
+      name.textContent = visible(word);
+      const bar = make("span", { class: "np-bar" }, make("span", { style: `width: ${100 * Math.exp(ofLast)}%` }));
+      const where = depth ? `layer ${depth - 1}` : "embedding";
+      return make("tr", {}, make("th", { scope: "row" }, where), name, make("td", {}, percent(Math.exp(score))), make("td", {}, bar, " ", percent(Math.exp(ofLast))));
+    }));
+  };
+  model.on("change:lens change:marks", update);
+  update();
+  return [title, table];
+}
+
 // Milliseconds per token against position, with the cache and without: two lines that differ in dashes too.
 function costPart(model) {
   const chart = makeSvg("svg", { viewBox: "0 0 440 230", class: "np-chart", role: "img" });
@@ -642,8 +671,9 @@ function render({ model, el }) {
   const views3 = tabs(id, [
     ["Next token", nextPart(model, take)],
     ["Attention", attentionPart(model, id, post, text)],
+    ["Lens", lensPart(model)],
     ["Cost", costPart(model)],
-  ], (index) => started && ask("watch", { on: index === 1 }));
+  ], (index) => started && ask("watch", { view: ["", "attention", "lens", ""][index] }));
   let started = false;
   views3.select(0);
   started = true;

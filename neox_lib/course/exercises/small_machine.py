@@ -1,16 +1,19 @@
-"""The exercises of notebook 08: rows in int8, a product with int8 weights, and the bytes of a model in int8."""
+"""The exercises of notebook 08: a row times x, rows in int8, two weights in a byte, the bytes of a model in int8."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
-from neox_lib.checkpoints.quantized import int8_bytes as bytes_in_int8
+from neox_lib.checkpoints.quantized import quantized_bytes as bytes_in_int8
 from neox_lib.config import NeoXConfig, neox_20b, pythia, tiny
 from neox_lib.course.checks import (
     describe,
     exercise,
+    given,
     in_place_of,
     left_out_or_twice,
     require,
@@ -21,45 +24,131 @@ from neox_lib.course.checks import (
 from neox_lib.course.figures.plots import seeded
 from neox_lib.generation import greedy_generate_text, prompt_ids
 from neox_lib.loading import create_model, create_tokenizer
+from neox_lib.model import NeoXModel
+from neox_lib.quantization.int4 import dequantize_groups as library_dequantize_groups
+from neox_lib.quantization.int4 import quantize_groups
 from neox_lib.quantization.int8 import quantize_rows as library_quantize_rows
-from neox_lib.quantization.linear import use_int8_linear
+from neox_lib.quantization.linear import QuantizedLinear, use_quantized_linear
 
 PROMPT = "Once upon a time, there was a funny monkey"
 
 
-class MatricesMade(TorchDispatchMode):
-    """Counts the matrices of one shape that come out of an elementwise multiplication."""
+class Counted(float):
+    """A scale that counts how often it is multiplied by a number."""
 
-    def __init__(self, shape: tuple[int, int]):
-        super().__init__()
-        self.shape, self.count = shape, 0
+    __array_ufunc__ = None  # so that numpy's numbers leave the product to it
+    times = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_) and tuple(result.shape) == self.shape:
-            self.count += 1
-        return result
+    def __mul__(self, other):
+        Counted.times += 1
+        return float(self) * float(other)
+
+    __rmul__ = __mul__
 
 
-@exercise("small_machine.int8_product")
-def int8_product(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
-    """`yours(x, numbers, scales)` is x `[T, in]` times the weights that int8 numbers `[out, in]` and scales `[out]`
-    stand for: `[T, out]`.
+def compiled_rows(row: Callable) -> Callable[..., np.ndarray] | None:
+    """All rows by the learner's loop over one: numbers `[out, in]`, scales `[out]`, x `[T, in]` -> `[T, out]`.
+
+    None where Numba is missing or can't compile it.
     """
-    x = torch.tensor([[1.0, 2.0], [0.0, 10.0]])
-    numbers, scales = torch.tensor([[127, 0], [-100, 50], [1, 1]], dtype=torch.int8), torch.tensor([0.1, 0.01, 1.0])
-    expected = torch.tensor([[12.7, 0.0, 3.0], [0.0, 5.0, 10.0]])
-    what = "my_int8_product([[1, 2], [0, 10]], [[127, 0], [-100, 50], [1, 1]], [0.1, 0.01, 1])"
-    require_equal(yours(x, numbers, scales), expected, what, tolerance=1e-4)
-    x, numbers = seeded(5, 64), torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(1))
-    numbers, scales = numbers.to(torch.int8), seeded(48, seed=2).abs() / 100
-    with MatricesMade((48, 64)) as made:
-        found = yours(x, numbers, scales)
-    expected = x @ (numbers.float() * scales[:, None]).T
-    require_equal(found, expected, "my_int8_product of x [5, 64], numbers [48, 64] and scales [48]", tolerance=1e-3)
-    more = "multiply the [5, 48] product by them, which is far smaller"
-    require(made.count == 0, f"The result is right, but the scales were applied to the [48, 64] matrix: {more}")
-    return "Each output was scaled once; the matrix of weights was never formed."
+    try:
+        from numba import njit
+        from numba.core.errors import NumbaError
+    except ImportError:
+        return None
+    inner = njit(fastmath=True)(row)
+
+    @njit
+    def multiply(numbers, scales, x):
+        out = np.empty((len(x), len(numbers)), np.float32)
+        for t in range(len(x)):
+            for r in range(len(numbers)):
+                out[t, r] = inner(numbers[r], scales[r], x[t])
+        return out
+
+    try:
+        multiply(np.ones((1, 2), np.int8), np.ones(1, np.float32), np.ones((1, 2), np.float32))
+    except NumbaError:
+        return None
+    return multiply
+
+
+def as_python(row: Callable, numbers: np.ndarray, scales: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What `compiled_rows` gives, slowly."""
+    return np.array([[row(*each, one) for each in zip(numbers, scales, strict=True)] for one in x], np.float32)
+
+
+class LoopLinear(nn.Module):
+    """An int8 layer whose product is `multiply(numbers, scales, x)` on numpy's arrays: `[..., in]` -> `[..., out]`."""
+
+    def __init__(self, linear: QuantizedLinear, multiply: Callable[..., np.ndarray]):
+        super().__init__()
+        self.linear, self.multiply = linear, multiply
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach().reshape(-1, self.linear.in_features).numpy()
+        product = torch.from_numpy(self.multiply(self.linear.weight.numpy(), self.linear.scale.numpy(), x))
+        product = product.view(*input.shape[:-1], -1)
+        return product if self.linear.bias is None else product + self.linear.bias
+
+
+def story_by_loop(row: Callable) -> tuple[str, str]:
+    """The shipped model's text in int8 with this loop over a row, and where the loop was used."""
+    model, multiply = use_quantized_linear(create_model(device="cpu", dtype="float32")), compiled_rows(row)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    where = "compiled, for every row of every matrix"
+    if multiply is None:
+        layers = {name: layer for name, layer in layers.items() if name == "layers.0.attention.dense"}
+        where = "in one of its matrices: as Python it is too slow for all, and Numba is missing or can't compile it"
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoopLinear(layer, multiply or functools.partial(as_python, row)))
+    return write(model), where
+
+
+@exercise("small_machine.int8_row")
+def int8_row(yours: Callable) -> str:
+    """`yours(numbers, scale, x)` is a row's numbers `[in]` int8 times its scale, times x `[in]` fp32: one number."""
+    for numbers, scale, x in (([127, 0], 0.1, [1.0, 2.0]), ([-100, 50, 3], 0.01, [0.0, 10.0, 2.0])):
+        what, products = f"my_int8_row({numbers}, {scale}, {x})", [n * each for n, each in zip(numbers, x, strict=True)]
+        with given(what):
+            found = yours(np.array(numbers, np.int8), scale, np.array(x, np.float32))
+        expected, reasons = scale * sum(products), {}
+        reasons[sum(products)] = "where is the scale?"
+        reasons[scale * products[0]] = "is the return inside the loop? Then it ends after the first product"
+        reasons[scale * products[-1]] = "does += stand where the products are added, and not =?"
+        reasons[scale * sum(numbers)] = "where is x?"
+        require_number(found, expected, what, reasons)
+    numbers = torch.randint(-127, 128, (64,), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    x, Counted.times = seeded(64), 0
+    what = "my_int8_row of 64 random numbers, the scale 0.01 and 64 random x"
+    with given(what):
+        found = yours(numbers.numpy(), Counted(0.01), x.numpy())
+    require_number(found, 0.01 * (numbers.float() @ x).item(), what, {})
+    told = "The result is right, but the scale was used in"
+    more = "apply it once, to the sum: all products of the row share it"
+    require(Counted.times <= 1, f"{told} {Counted.times} multiplications: {more}")
+    expected = int8_story()
+    with given("my_int8_row for a row of the shipped model"):
+        written, where = story_by_loop(yours)
+    require_same_story(written, expected, "with your loop")
+    return f"The shipped model wrote this with your loop, {where}:\n{written}"
+
+
+def require_number(found, expected: float, what: str, reasons: dict[float, str]) -> None:
+    """Raise PropertyFailed unless `found` is the expected number; `reasons` maps wrong ones to their causes."""
+    one = isinstance(found, int | float | np.number) or (isinstance(found, Tensor | np.ndarray) and found.ndim == 0)
+    require(one, f"{what} should be one number, but is {describe(found)}")
+    told = f"{what} should be {expected:.4g}, but is {float(found):.4g}"
+    why = next((reason for wrong, reason in reasons.items() if abs(float(found) - wrong) < 1e-4), "")
+    require(abs(float(found) - expected) <= 1e-3 * max(1, abs(expected)), f"{told}: {why}" if why else told)
+
+
+def rows_of(yours: Callable, weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """What the learner's function makes of a weight, checked for dtypes and shapes."""
+    with given(what):
+        found = yours(weight)
+    return check_rows(found, weight, what)
 
 
 def check_rows(found, weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -95,34 +184,38 @@ def check_values(numbers: Tensor, scales: Tensor, weight: Tensor, what: str) -> 
     require(worst <= 0.501, f"{told}: {more}")
 
 
-def int8_story(tokens: int = 40) -> str:
-    """The shipped model's greedy text in int8, quantized with whatever `quantize_rows` the library holds."""
+def write(model: NeoXModel, tokens: int = 40) -> str:
+    """A model's greedy text after the notebook's prompt."""
     tokenizer = create_tokenizer()
-    model = use_int8_linear(create_model(device="cpu", dtype="float32"))
     return greedy_generate_text(model, tokenizer, PROMPT, prompt_ids(tokenizer, PROMPT).shape[1] + tokens)
+
+
+def int8_story() -> str:
+    """The shipped model's greedy text in int8, quantized with whatever `quantize_rows` the library holds."""
+    return write(use_quantized_linear(create_model(device="cpu", dtype="float32")))
 
 
 @exercise("small_machine.quantize_rows")
 def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
     """`yours(weight)` gives int8 numbers and one scale per row; then the shipped model writes with them."""
     what, by_hand = "my_quantize_rows([[1.27, -0.5, 0.3, 0.004]])", torch.tensor([[1.27, -0.5, 0.3, 0.004]])
-    numbers, scales = check_rows(yours(by_hand.clone()), by_hand, what)
+    numbers, scales = rows_of(yours, by_hand.clone(), what)
     check_values(numbers, scales, by_hand, what)
     require_equal(numbers, torch.tensor([[127, -50, 30, 0]], dtype=torch.int8), f"the numbers of {what}")
     sizes = torch.tensor([1.0, 50.0, 1e-3, 1e-6, 1.0])
     weight = seeded(5, 64) * sizes[:, None]
     weight[4, 7] = -6.0  # a row whose largest is negative
     before, what = weight.clone(), "my_quantize_rows of five rows of very different sizes"
-    numbers, scales = check_rows(yours(weight), weight, what)
+    numbers, scales = rows_of(yours, weight, what)
     require(torch.equal(weight, before), f"{what} changes its input: work on a copy")
     check_values(numbers, scales, weight, what)
-    mirrored, _ = check_rows(yours(-weight), weight, "my_quantize_rows(-weight)")
+    mirrored, _ = rows_of(yours, -weight, "my_quantize_rows(-weight)")
     mirror = torch.equal(mirrored, -numbers)
     require(
         mirror, "my_quantize_rows(-weight) should give the numbers of my_quantize_rows(weight) negated, but doesn't"
     )
     zero = torch.cat([weight[:1], torch.zeros(1, 64)])
-    numbers, scales = check_rows(yours(zero), zero, "my_quantize_rows with a row of zeros")
+    numbers, scales = rows_of(yours, zero, "my_quantize_rows with a row of zeros")
     require(
         not numbers[1].any(),
         f"my_quantize_rows of a row of zeros should give zeros, but gives {numbers[1].unique().tolist()}",
@@ -130,12 +223,79 @@ def quantize_rows(yours: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
     for dtype in (torch.float16, torch.bfloat16):
         small = (1e-3 * seeded(3, 64)).to(dtype)
         what = f"my_quantize_rows of small weights in {dtype}"
-        check_values(*check_rows(yours(small), small, what), small, what)
+        check_values(*rows_of(yours, small, what), small, what)
     expected = int8_story()
-    with in_place_of(library_quantize_rows, yours):
+    with in_place_of(library_quantize_rows, yours), given("my_quantize_rows for a matrix of the shipped model"):
         written = int8_story()
     require_same_story(written, expected, "in int8, quantized by your function")
     return f"The shipped model, quantized by your function in place of the library's, wrote this in int8:\n{written}"
+
+
+def from_nibbles(dequantize: Callable[..., Tensor]) -> str:
+    """The shipped model's text from weights in int4, turned back by `dequantize`."""
+    model = create_model(device="cpu", dtype="float32")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(dequantize(*quantize_groups(layer.weight.detach())), requires_grad=False)
+    return write(model)
+
+
+@exercise("small_machine.dequantize_groups")
+def dequantize_groups(yours: Callable[..., Tensor]) -> str:
+    """`yours(nibbles, scales, dtype)` gives the weights that two numbers per byte and a scale per group stand for."""
+    nibbles, scales = torch.tensor([[[159, 101], [127, 172]]], dtype=torch.uint8), torch.tensor([[0.1, 0.01]])
+    what = "my_dequantize_groups([[[159, 101], [127, 172]]], [[0.1, 0.01]])"
+    with given(what):
+        found = yours(nibbles, scales)
+    expected = torch.tensor([[0.7, -0.3, 0.1, -0.2, 0.07, 0.04, -0.01, 0.02]])
+    wrong = {
+        "is 8 taken off each number?": expected + torch.tensor([0.8] * 4 + [0.08] * 4),
+        "uint8 has no negative numbers, 5 - 8 is 253 there: make it fp32 first": unsigned(expected),
+        "is the low nibble the first half of its group, and the high one the second?": expected.view(2, 2, 2).flip(1),
+        "a group's low nibbles all come before its high ones: cat, not stack": expected.view(2, 2, 2).transpose(1, 2),
+        "does each group have its own scale?": torch.cat([expected[:, :4], 10 * expected[:, 4:]], dim=1),
+    }
+    told = ""
+    if isinstance(found, Tensor) and found.shape == expected.shape:
+        close = (why for why, each in wrong.items() if torch.allclose(found.float(), each.reshape(1, 8), atol=1e-4))
+        told = next(close, "")
+    require_equal(found, expected, what, tolerance=1e-4, why=told)
+    weight = seeded(3, 64).half()
+    stored = quantize_groups(weight)
+    for dtype in (torch.float32, torch.float16):
+        what = f"my_dequantize_groups of three rows of two groups of 32, as the library makes them, in {dtype}"
+        with given(what):
+            found = yours(*stored, dtype)
+        require_equal(found, library_dequantize_groups(*stored, dtype), what, tolerance=1e-3)
+        require(found.dtype == dtype, f"{what} should be in {dtype}, but is in {found.dtype}")
+    with given("my_dequantize_groups for a matrix of the shipped model"):
+        written = from_nibbles(yours)
+    require_same_story(written, from_nibbles(library_dequantize_groups), "in int4, read by your function")
+    return f"The shipped model wrote this from weights of 4 bits that your function read:\n{written}"
+
+
+def unsigned(weights: Tensor) -> Tensor:
+    """By-hand weights as they come out when 8 is taken off in uint8."""
+    steps = torch.tensor([0.1] * 4 + [0.01] * 4)
+    return (weights / steps).round() % 256 * steps
+
+
+def require_parts(yours: Callable[[NeoXConfig], int], config: NeoXConfig, argument: str) -> None:
+    """Raise PropertyFailed, naming the part, when a count grows wrongly with the vocabulary or with the layers."""
+    larger = {
+        "one more token in the vocabulary": (
+            replace(config, vocab_size=config.vocab_size + 1),
+            "a row of the output matrix, its scale, and a row of the embedding",
+        ),
+        "one more layer": (
+            replace(config, num_hidden_layers=config.num_hidden_layers + 1),
+            "four matrices with scales and biases, and two norms",
+        ),
+    }
+    for what, (config_larger, parts) in larger.items():
+        grows, expected = (count(config_larger) - count(config) for count in (yours, bytes_in_int8))
+        told = f"in my_int8_bytes({argument}), {what} should add {expected:,} bytes, but adds {grows:,}"
+        require(grows == expected, f"{told}: {parts}")
 
 
 @exercise("small_machine.int8_bytes")
@@ -165,5 +325,9 @@ def int8_bytes(yours: Callable[[NeoXConfig], int]) -> str:
             -2 * vectors: "biases and norms counted with 2 bytes per number instead of 4",
             4 * config.vocab_size: "scales counted for the embedding, which is not quantized",
         }
-        require_count(yours(config), bytes_in_int8(config), f"my_int8_bytes({argument})", reasons)
+        with given(f"my_int8_bytes({argument})"):
+            found = yours(config)
+        if isinstance(found, int | float) and found - bytes_in_int8(config) not in reasons | {0: ""}:
+            require_parts(yours, config, argument)
+        require_count(found, bytes_in_int8(config), f"my_int8_bytes({argument})", reasons)
     return f"20B takes {bytes_in_int8(neox_20b()):,} bytes in int8."

@@ -148,15 +148,15 @@ def heat_map(
 
 
 def loss_curves(history: list[dict]) -> Figure:
-    """Training and validation loss against tokens seen; `history` as `training.train` returns it."""
+    """Training and validation loss against tokens seen; `history` as `training.run.train` returns it."""
     figure = new_figure()
     axes = figure.add_subplot()
-    tokens = [row["tokens"] / 1e6 for row in history]
     for key, name, colour, style in (
         ("loss", "training", BLUE, "-"),
         ("validation_loss", "validation", VERMILION, "--"),
     ):
-        losses = [row[key] for row in history]
+        points = [(row["tokens"] / 1e6, row[key]) for row in history if key in row]  # at the start, validation only
+        tokens, losses = zip(*points, strict=True)
         axes.plot(tokens, losses, style, color=colour, linewidth=2.2, label=f"{name}, {losses[-1]:.2f} at the end")
     axes.legend(fontsize=FONT_SIZE, frameon=False)
     finish_axes(axes, "What the model has learned", "million tokens seen", "loss, nats per token")

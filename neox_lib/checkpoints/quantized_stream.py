@@ -1,4 +1,4 @@
-"""An int8 file made of shards that come one after another, over several runs: each continues the last."""
+"""A quantized file made of shards that come one after another, over several runs: each continues the last."""
 
 import json
 import os
@@ -10,25 +10,27 @@ import torch
 from neox_lib.checkpoints.atomic import write_text_atomically
 from neox_lib.checkpoints.files import BUFFERS, CheckpointError, unwrapped
 from neox_lib.checkpoints.huggingface.layout import FIRST_WORDS, is_value_head, names_by_key, their_name
-from neox_lib.checkpoints.quantized import int8_metadata, int8_specs, quantized, scale_name
+from neox_lib.checkpoints.quantized import quantized, quantized_metadata, quantized_specs, scale_name
 from neox_lib.checkpoints.safetensors_writer import lay_out, reserve, write_each
 from neox_lib.checkpoints.tensor_files import Stored, TensorReader, describe_file
 from neox_lib.config import NeoXConfig, parameter_shapes
 
 
-class Int8Stream:
+class QuantizedStream:
     """The unfinished file, `weights`, and beside it `done.json`: the keys of every shard that is safely in it.
 
     The order makes it safe: a shard's numbers are flushed to the disk before the record names it, and the record is
     replaced as a whole. `folder` must be for these files alone.
     """
 
-    def __init__(self, folder: Path, config: NeoXConfig, dtype: torch.dtype):
-        """Read what an earlier run left; write nothing yet. `dtype` is the widest of the matrices."""
+    def __init__(self, folder: Path, config: NeoXConfig, dtype: torch.dtype, to: torch.dtype = torch.int8):
+        """Read what an earlier run left; write nothing yet. `dtype` is the widest of the matrices, to be quantized to
+        `to`.
+        """
         self.weights, self.record = folder / "weights", folder / "done.json"
-        self.config, self.dtype = config, dtype
-        self.specs = int8_specs(config, dtype)
-        self.start, self.begins, self.nbytes = lay_out(self.specs, int8_metadata(config, dtype))
+        self.config, self.dtype, self.to = config, dtype, to
+        self.specs = quantized_specs(config, to, dtype)
+        self.start, self.begins, self.nbytes = lay_out(self.specs, quantized_metadata(config, to, dtype))
         self.done: dict[str, list[str]] = {}
         if self.record.exists() and self.weights.exists():
             with self.weights.open("rb") as file:
@@ -62,7 +64,8 @@ class Int8Stream:
         reader = TensorReader()
         tensors = ((name, reader.read(found)) for name, found in stored.items())
         with self.weights.open("r+b") as file:
-            write_each(file, {name: self.specs[name] for name in wanted}, self.begins, quantized(tensors, self.dtype))
+            rounded = quantized(tensors, self.to, self.dtype)
+            write_each(file, {name: self.specs[name] for name in wanted}, self.begins, rounded)
             file.flush()
             os.fsync(file.fileno())
         self.done[shard.name] = [found.key for found in stored.values()]
@@ -85,7 +88,7 @@ class Int8Stream:
             if len(stored.shape) == 2 and torch.promote_types(stored.dtype, self.dtype) != self.dtype:
                 raise CheckpointError(
                     f"{where} is {stored.dtype}, expected {self.dtype} from config.json; download the model without "
-                    "--to int8 and convert that"
+                    "--to and convert that"
                 )
             found[name] = stored
         return found

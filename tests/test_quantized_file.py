@@ -1,5 +1,6 @@
-"""The int8 file: written whole or not at all, loaded by mapping, shared between processes, refused when it is wrong."""
+"""The int8 or int4 file: whole or not there, loaded by mapping, shared between processes, refused when it is wrong."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,40 +16,46 @@ from safetensors.torch import load_file, save_file
 
 from neox_lib import create_tokenizer
 from neox_lib.__main__ import main
-from neox_lib.checkpoints import quantized as int8_file
+from neox_lib.checkpoints import quantized as quantized_file
 from neox_lib.checkpoints.build import fill_model
 from neox_lib.checkpoints.checkpoint import ModelCheckpoint
-from neox_lib.checkpoints.convert import convert_to_int8
+from neox_lib.checkpoints.convert import convert_to_quantized
 from neox_lib.checkpoints.files import SHIPPED_MODEL, CheckpointError
 from neox_lib.checkpoints.huggingface.writer import write_huggingface
-from neox_lib.checkpoints.int8_stream import Int8Stream
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import (
-    INT8_FILE,
-    empty_int8_model,
-    find_int8,
-    int8_bytes,
-    int8_metadata,
-    int8_specs,
+    empty_quantized_model,
+    find_quantized,
     quantized,
-    write_int8,
+    quantized_bytes,
+    quantized_metadata,
+    quantized_specs,
+    write_quantized,
 )
+from neox_lib.checkpoints.quantized_stream import QuantizedStream
 from neox_lib.checkpoints.safetensors_writer import ALIGNMENT, lay_out, write_safetensors
 from neox_lib.checkpoints.slim.writer import write_slim
 from neox_lib.checkpoints.tensor_files import read_ahead
-from neox_lib.config import NeoXConfig, tiny
+from neox_lib.config import NeoXConfig, parameter_shapes, tiny
 from neox_lib.loading import create_model
+from neox_lib.precision import needs
+from neox_lib.quantization.linear import QUANTIZED
 from neox_lib.rope_scaling import RopeScaling
 from tests.small_models import BASE
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
 
+@pytest.fixture(scope="module", params=QUANTIZED)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The shipped model in int8, with its tokenizer."""
-    path = tmp_path_factory.mktemp("int8") / "model"
-    write_int8(open_checkpoint(SHIPPED_MODEL), path, SHIPPED_MODEL / "tokenizer.json")
+def folder(tmp_path_factory, kind):
+    """The shipped model in int8 or int4, with its tokenizer."""
+    path = tmp_path_factory.mktemp(kind) / "model"
+    write_quantized(open_checkpoint(SHIPPED_MODEL), path, SHIPPED_MODEL / "tokenizer.json", dtype=QUANTIZED[kind])
     return path
 
 
@@ -63,11 +70,11 @@ def edited(file: Path, target: Path, change) -> Path:
     return target
 
 
-def test_the_file_gives_the_model_that_quantizing_while_loading_gives(folder):
+def test_the_file_gives_the_model_that_quantizing_while_loading_gives(folder, kind):
     ids = torch.arange(2, 90)[None]
-    quantized_now = create_model(device="cpu", dtype="int8")
+    quantized_now = create_model(device="cpu", dtype=kind)
     expected = quantized_now(ids)
-    for path in (folder, str(folder), folder / INT8_FILE):
+    for path in (folder, str(folder), find_quantized(folder)):
         model = create_model(path, device="cpu")
         assert torch.equal(model(ids), expected)
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
@@ -78,22 +85,24 @@ def test_the_file_gives_the_model_that_quantizing_while_loading_gives(folder):
     )
 
 
-def test_other_programs_can_read_the_file(folder):
+def test_other_programs_can_read_the_file(folder, kind):
     """One plain safetensors file: names, dtypes and shapes are what the specs say, and every tensor is aligned."""
-    with safetensors.safe_open(folder / INT8_FILE, "pt") as file:
-        assert set(file.keys()) == set(int8_specs(tiny()))
-        for name, (dtype, shape) in int8_specs(tiny()).items():
+    with safetensors.safe_open(find_quantized(folder), "pt") as file:
+        specs = quantized_specs(tiny(), QUANTIZED[kind])
+        assert set(file.keys()) == set(specs)
+        for name, (dtype, shape) in specs.items():
             tensor = file.get_tensor(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
         assert file.metadata()["source_dtype"] == "float16" and file.metadata()["version"] == "1"
     for name, tensor in open_checkpoint(folder).tensors():
         assert tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous(), name
-    assert (folder / INT8_FILE).stat().st_size < int8_bytes(tiny()) + 20_000
+    assert (find_quantized(folder)).stat().st_size < quantized_bytes(tiny(), QUANTIZED[kind]) + 20_000
 
 
-def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
-    file = write_int8(ModelCheckpoint(create_model(device="cpu", dtype="float32")), tmp_path / "mine.int8.safetensors")
-    assert file.name == "mine.int8.safetensors" and find_int8(tmp_path) == file
+def test_a_model_in_memory_can_be_written_too(folder, kind, tmp_path):
+    model = ModelCheckpoint(create_model(device="cpu", dtype="float32"))
+    file = write_quantized(model, tmp_path / f"mine.{kind}.safetensors", dtype=QUANTIZED[kind])
+    assert file.name == f"mine.{kind}.safetensors" and find_quantized(tmp_path) == file
     ids = torch.arange(2, 50)[None]
     assert (
         create_model(file, device="cpu")(ids) - create_model(folder, device="cpu")(ids)
@@ -105,70 +114,82 @@ def test_a_model_in_memory_can_be_written_too(folder, tmp_path):
     "name",
     ["word_embeddings.weight", "layers.5.mlp.dense_h_to_4h.weight", "layers.0.attention.dense.bias", "norm.weight"],
 )
-def test_damaged_weights_are_named_and_no_file_is_left(random_model, tmp_path, name, bad):
+def test_damaged_weights_are_named_and_no_file_is_left(random_model, tmp_path, kind, name, bad):
     """Rounded to int8, NaN looks like any other number: it must be said while it is still one."""
     model = random_model(tiny()).requires_grad_(False)
     model.get_parameter(name)[3] = bad
     write_slim(model, tmp_path / "m", ranks=2)
     for quantize in (
-        lambda: convert_to_int8(tmp_path / "m", tmp_path / "i"),
-        lambda: create_model(tmp_path / "m", dtype="int8"),
+        lambda: convert_to_quantized(tmp_path / "m", tmp_path / "i", QUANTIZED[kind]),
+        lambda: create_model(tmp_path / "m", dtype=kind),
     ):
         with pytest.raises(CheckpointError, match=f"^{name}:? .*holds NaN or infinity"):
             quantize()
-    assert find_int8(tmp_path / "i") is None
+    assert find_quantized(tmp_path / "i") is None
 
 
-def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other_rules(random_model, tmp_path):
-    import dataclasses
-
+def test_a_tied_model_has_one_embedding_and_no_output_matrix_and_keeps_its_other_rules(random_model, tmp_path, kind):
     scaling = RopeScaling("linear", 2.0)
     model = random_model(
         dataclasses.replace(tiny(), tie_word_embeddings=True, attention_bias=False, rope_scaling=scaling)
     )
-    loaded = create_model(write_int8(ModelCheckpoint(model), tmp_path / "tied"), device="cpu")
+    loaded = create_model(write_quantized(ModelCheckpoint(model), tmp_path / "tied", dtype=QUANTIZED[kind]))
     assert loaded.final_linear.weight is loaded.word_embeddings.weight and loaded.config == model.config
     ids = torch.arange(2, 60)[None]
-    assert (loaded(ids) - model(ids)).abs().mean() < 0.05 * model(ids).std()
+    assert (loaded(ids) - model(ids)).abs().mean() < {"int8": 0.05, "int4": 0.3}[kind] * model(ids).std()
 
 
-def test_a_stream_of_wrapped_shards_is_the_model_without_its_value_head(random_model, tmp_path):
+def test_a_stream_of_wrapped_shards_is_the_model_without_its_value_head(random_model, tmp_path, kind):
     """`download --to int8` reads what `create_model` reads: the names of a training script, a head beside the model."""
     model = random_model(BASE).half()
     write_huggingface(model, tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
     wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()} | {"v_head.summary.bias": torch.ones(1)}
     save_file(wrapped, tmp_path / "shard.safetensors")
-    stream = Int8Stream(tmp_path, BASE, torch.float16)
+    stream = QuantizedStream(tmp_path, BASE, torch.float16, QUANTIZED[kind])
     stream.check_complete("the index", wrapped)
     stream.add(tmp_path / "shard.safetensors")
-    stream.finish(tmp_path / "streamed.int8.safetensors")
-    expected = write_int8(ModelCheckpoint(model), tmp_path / "expected").read_bytes()
-    assert (tmp_path / "streamed.int8.safetensors").read_bytes() == expected
+    stream.finish(tmp_path / "streamed")
+    expected = write_quantized(ModelCheckpoint(model), tmp_path / "expected", dtype=QUANTIZED[kind]).read_bytes()
+    assert (tmp_path / "streamed").read_bytes() == expected
 
 
-def test_int8_is_no_source(folder, tmp_path, capsys):
-    for target in ("slim", "huggingface", "gguf", "int8"):
+def test_rounded_weights_are_no_source(folder, kind, tmp_path, capsys):
+    for target in ("slim", "huggingface", "gguf", "int8", "int4"):
         assert main(["convert", str(folder), str(tmp_path / "out"), "--to", target]) == 2
-        assert "int8 weights, which can be run but not converted" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="the model in memory: int8 weights"):
-        write_int8(ModelCheckpoint(create_model(folder, device="cpu")), tmp_path / "again")
-    with pytest.raises(ValueError, match="dtype must be auto or int8"):
-        create_model(folder, dtype="float16")
+        assert f"{kind} weights, which can be run but not converted" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=f"the model in memory: {kind} weights"):
+        write_quantized(ModelCheckpoint(create_model(folder, device="cpu")), tmp_path / "again")
+    for other in {"float16", *QUANTIZED} - {kind}:
+        with pytest.raises(ValueError, match=f"dtype must be auto or {kind}"):
+            create_model(folder, dtype=other)
 
 
-def test_the_commands_write_run_and_describe_it(tmp_path, capsys):
+def test_the_commands_write_run_and_describe_it(tmp_path, capsys, folder, kind):
+    """Converted twice, it is the same file byte by byte."""
     out = tmp_path / "out"
-    assert main(["convert", str(SHIPPED_MODEL), str(out), "--to", "int8"]) == 0
+    assert main(["convert", str(SHIPPED_MODEL), str(out), "--to", kind]) == 0
+    assert find_quantized(out).read_bytes() == find_quantized(folder).read_bytes()
     assert main(["generate", "Once upon a time", "--model", str(out), "--tokens", "5"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Once upon a time")
+    written = capsys.readouterr()
+    assert written.out.splitlines()[-1].startswith("Once upon a time") and f" {kind}, cpu" in written.err
     assert main(["info", str(out)]) == 0
-    assert "int8, from float16" in capsys.readouterr().out
+    assert f"{kind}, from float16" in capsys.readouterr().out
+
+
+def test_rows_that_do_not_divide_into_groups_are_named(random_model, tmp_path):
+    model = ModelCheckpoint(random_model(dataclasses.replace(tiny(), intermediate_size=720)))
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.dense_4h_to_h.weight: .*in a multiple of 32.*192, 720"):
+        write_quantized(model, tmp_path, dtype=QUANTIZED["int4"])
+    assert [need.precision for need in needs(model.config, 9)] == ["float32", "float16", "int8"]
+    with pytest.raises(CheckpointError, match=r"give a folder or a name that ends in \.int4\.safetensors"):
+        write_quantized(model, tmp_path / "a.int8.safetensors", dtype=QUANTIZED["int4"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 500, -1])
 def test_a_truncated_file_is_named(folder, tmp_path, length):
-    raw = (folder / INT8_FILE).read_bytes()
+    raw = find_quantized(folder).read_bytes()
     short = tmp_path / "short.int8.safetensors"
     short.write_bytes(raw[:length])
     with pytest.raises(CheckpointError, match=r"short\.int8\.safetensors: truncated, damaged"):
@@ -177,12 +198,15 @@ def test_a_truncated_file_is_named(folder, tmp_path, length):
 
 @pytest.mark.parametrize("at", [0, 5, 9, 100])
 def test_a_damaged_header_is_named(folder, tmp_path, at):
-    raw = bytearray((folder / INT8_FILE).read_bytes())
+    raw = bytearray((find_quantized(folder)).read_bytes())
     raw[at : at + 3] = b"\xff\xff\xff"
     damaged = tmp_path / "damaged.int8.safetensors"
     damaged.write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"damaged\.int8\.safetensors"):
         create_model(damaged)
+
+
+OTHER = {"neox_lib int8": "neox_lib int4", "neox_lib int4": "neox_lib int8"}
 
 
 def set_metadata(**entries: str):
@@ -201,20 +225,27 @@ def lie(**fields):
     ("change", "said"),
     [
         (set_metadata(version="2"), "version 2, expected 1; convert the checkpoint again"),
-        (set_metadata(format="other"), "not an int8 file of this library"),
-        (lambda header: header.pop("__metadata__"), "not an int8 file of this library"),
+        (set_metadata(format="other"), "not a quantized file of this library"),
+        (lambda header: header.pop("__metadata__"), "not a quantized file of this library"),
         (set_metadata(config="{}}"), "damaged metadata"),
         (set_metadata(config='{"hidden_size": "wide"}'), "damaged metadata"),
         (set_metadata(source_dtype="float8"), "damaged metadata"),
         (set_metadata(config="[" * 100_000), "damaged metadata"),
         (set_metadata(source_dtype="bfloat16"), "word_embeddings.weight is torch.float16"),
-        (lie(intermediate_size=384), "dense_h_to_4h.weight is torch.int8 .768, 192., the config in the file expects"),
+        (
+            lie(intermediate_size=384),
+            r"dense_h_to_4h.weight is torch.u?int8 .768, [\d, ]*., the config in the file expects",
+        ),
+        (
+            lambda header: header["__metadata__"].update(format=OTHER[header["__metadata__"]["format"]]),
+            r"weight is torch.u?int8 .*, the config in the file expects torch.u?int8",
+        ),
         (lie(num_hidden_layers=7), "layers.6.input_layernorm.weight is nothing"),
         (lie(num_hidden_layers=5), "layers.5.attention.dense.bias is torch.float32 .192., .* expects nothing"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_refused_in_one_line(folder, tmp_path, change, said):
-    file = edited(folder / INT8_FILE, tmp_path / "edited.int8.safetensors", change)
+    file = edited(find_quantized(folder), tmp_path / "edited.int8.safetensors", change)
     with pytest.raises(CheckpointError, match=said) as error:
         create_model(file)
     assert "edited.int8.safetensors" in str(error.value) and "\n" not in str(error.value)
@@ -227,23 +258,23 @@ def test_a_path_that_cannot_be_an_int8_model_says_what_was_expected(tmp_path):
         open_checkpoint(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointError, match="give a folder or a name that ends in"):
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path / "notes.txt")
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_an_interruption_in_the_middle_leaves_the_old_file_whole(folder, tmp_path, monkeypatch, error):
-    file = write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+    file = write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     before = file.read_bytes()
 
-    def stop(tensors, embedding=None):
-        for number, item in enumerate(quantized(tensors, embedding)):
+    def stop(tensors, dtype, embedding=None):
+        for number, item in enumerate(quantized(tensors, dtype, embedding)):
             if number == 20:
                 raise error
             yield item
 
-    monkeypatch.setattr(int8_file, "quantized", stop)
+    monkeypatch.setattr(quantized_file, "quantized", stop)
     with pytest.raises((CheckpointError, KeyboardInterrupt)) as raised:
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
     if isinstance(error, OSError):
         assert "No space left on device" in str(raised.value)
@@ -266,9 +297,9 @@ def test_a_disk_that_is_full_refuses_for_real(tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("neox_lib.checkpoints.files.free_bytes", lambda folder: 1_000_000)
-    monkeypatch.setattr(int8_file, "quantize_rows", lambda *arguments: pytest.fail("read weights that have no room"))
+    monkeypatch.setattr(quantized_file, "quantize", lambda *arguments: pytest.fail("read weights that have no room"))
     with pytest.raises(CheckpointError, match=r"need 0\.00 GB and the disk has 0\.00 GB free"):
-        write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path / "out")
+        write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path / "out")
 
 
 def test_a_tensor_that_is_not_as_announced_leaves_no_file(tmp_path):
@@ -310,10 +341,10 @@ def test_any_order_of_tensors_and_odd_sizes_make_the_same_file(tmp_path):
 
 def test_a_loaded_file_can_be_replaced_and_is_let_go(folder, tmp_path, random_model):
     """The model in use keeps its old weights; once it is gone nothing is mapped any more."""
-    file = write_int8(open_checkpoint(SHIPPED_MODEL), tmp_path)
+    file = write_quantized(open_checkpoint(SHIPPED_MODEL), tmp_path)
     model, ids = create_model(file, device="cpu"), torch.arange(2, 40)[None]
     before = model(ids)
-    write_int8(ModelCheckpoint(random_model(tiny())), tmp_path)
+    write_quantized(ModelCheckpoint(random_model(tiny())), tmp_path)
     assert torch.equal(model(ids), before)
     assert not torch.allclose(create_model(file, device="cpu")(ids), before)
     del model
@@ -322,10 +353,10 @@ def test_a_loaded_file_can_be_replaced_and_is_let_go(folder, tmp_path, random_mo
 
 
 def test_what_is_written_into_a_loaded_model_never_reaches_the_file(folder):
-    before = (folder / INT8_FILE).read_bytes()
+    before = (find_quantized(folder)).read_bytes()
     with torch.no_grad():
         create_model(folder, device="cpu").layers[0].attention.dense.weight.zero_()
-    assert (folder / INT8_FILE).read_bytes() == before
+    assert (find_quantized(folder)).read_bytes() == before
 
 
 LOAD = """
@@ -358,7 +389,7 @@ def test_two_processes_share_the_pages_of_one_file(tmp_path):
 
     assert next(random_tensors(config))[0] == "word_embeddings.weight"
     write_random(tmp_path / "slim", config)
-    file = write_int8(open_checkpoint(tmp_path / "slim"), tmp_path / "int8")
+    file = write_quantized(open_checkpoint(tmp_path / "slim"), tmp_path / "int8")
     command = [sys.executable, "-c", LOAD, str(file)]
     pipes = {
         "stdin": subprocess.PIPE,
@@ -381,42 +412,41 @@ def test_two_processes_share_the_pages_of_one_file(tmp_path):
 
 
 def test_reading_ahead_reads_the_file_to_its_end_and_ends(folder, monkeypatch):
-    thread = read_ahead(folder / INT8_FILE)
+    thread = read_ahead(find_quantized(folder))
     if thread is not None:
         thread.join(timeout=30)
         assert not thread.is_alive()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    assert read_ahead(folder / INT8_FILE) is None
+    assert read_ahead(find_quantized(folder)) is None
 
 
-def test_quantizing_lets_go_of_each_tensor_before_the_next_one_comes():
+def test_quantizing_lets_go_of_each_tensor_before_the_next_one_comes(kind):
     """Nothing but the tensor in hand is alive, whatever the size of the model."""
     import weakref
 
     made: list[weakref.ref] = []
 
     def one_by_one():
-        for name, (_, shape) in int8_specs(tiny()).items():
-            if not name.endswith(".scale"):
-                assert not any(earlier() is not None for earlier in made), f"the one before {name} is still held"
-                tensor = torch.ones(shape)
-                made.append(weakref.ref(tensor))
-                yield name, tensor
-                del tensor
+        for name, shape in parameter_shapes(tiny()).items():
+            assert not any(earlier() is not None for earlier in made), f"the one before {name} is still held"
+            tensor = torch.ones(shape)
+            made.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
 
     names = []
-    for name, tensor in quantized(one_by_one()):
+    for name, tensor in quantized(one_by_one(), QUANTIZED[kind]):
         names.append(name)
         del tensor
-    assert names == list(int8_specs(tiny()))
+    assert names == list(quantized_specs(tiny(), QUANTIZED[kind]))
 
 
-def test_specs_describe_a_model_that_runs():
-    """Specs and the model come from one place: what the specs announce, an int8 model of that config consists of."""
+def test_specs_describe_a_model_that_runs(kind):
+    """Specs and the model come from one place: what the specs announce, a model of that config consists of."""
     config = NeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
-    specs = int8_specs(config)
+    specs = quantized_specs(config, QUANTIZED[kind])
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
-    model = fill_model(empty_int8_model(config), tensors.items())
+    model = fill_model(empty_quantized_model(config, QUANTIZED[kind]), tensors.items())
     assert {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()} == specs
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, 50432)
-    assert json.loads(int8_metadata(config)["config"])["hidden_size"] == 64
+    assert json.loads(quantized_metadata(config, QUANTIZED[kind])["config"])["hidden_size"] == 64
