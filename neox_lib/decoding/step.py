@@ -171,8 +171,8 @@ def compiled_step(
         stop = min(tokens, start + block)
         ends = torch.arange(1, batch + 1) * (stop - start) - 1
         scored = torch.arange(batch * (stop - start)) if not last_only else ends[: batch if stop == tokens else 0]
-        part = [each[:, start:stop].contiguous() for each in (input_ids, *turns)]
-        scores.append(run_block(model, found, *part, cache, scored, padding))
+        ids, cos, sin = (each[:, start:stop].contiguous() for each in (input_ids, *turns))
+        scores.append(run_block(model, found, ids, cos, sin, cache, scored, padding))
     return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
 
 
@@ -201,30 +201,28 @@ def run_block(
         config.use_parallel_residual,
         CHUNK_BYTES,
     )
-    factors, last = (
-        {"dtype": torch.int16 if each.itemsize == 1 else torch.float32} for each in (found.like, found.like_final)
-    )
+    factors, last = (torch.int16 if each.itemsize == 1 else torch.float32 for each in (found.like, found.like_final))
     logits = torch.empty(len(scored), config.vocab_size)
-    shared = Buffers(
-        hidden=model.word_embeddings(input_ids).float().view(rows, hidden),
-        normed=torch.empty(2, rows, hidden, **factors),
-        projected=torch.empty(rows, 3 * hidden),
-        attended=torch.empty(rows, hidden),
-        inner=torch.empty(rows, inner),
-        gathered=torch.empty(rows, hidden, **factors),
-        widened=torch.empty(rows, inner, **factors),
-        steps=torch.empty(4, rows),
-        scored=scored,
-        last=torch.empty(len(scored), hidden, **last),
-        last_steps=torch.empty(len(scored)),
-        logits=logits,
-        keys=cache.keys,
-        values=cache.values,
-        cos=cos,
-        sin=sin,
-        padding=padding,
-    )
-    buffers = Buffers(*(tensor.detach().numpy() for tensor in shared))
+    shared = {
+        "hidden": model.word_embeddings(input_ids).float().view(rows, hidden),
+        "normed": torch.empty(2, rows, hidden, dtype=factors),
+        "projected": torch.empty(rows, 3 * hidden),
+        "attended": torch.empty(rows, hidden),
+        "inner": torch.empty(rows, inner),
+        "gathered": torch.empty(rows, hidden, dtype=factors),
+        "widened": torch.empty(rows, inner, dtype=factors),
+        "steps": torch.empty(4, rows),
+        "scored": scored,
+        "last": torch.empty(len(scored), hidden, dtype=last),
+        "last_steps": torch.empty(len(scored)),
+        "logits": logits,
+        "keys": cache.keys,
+        "values": cache.values,
+        "cos": cos,
+        "sin": sin,
+        "padding": padding,
+    }
+    buffers = Buffers(**{name: tensor.detach().numpy() for name, tensor in shared.items()})
     counters = np.zeros(2 * (2 * PHASES * len(found.layers) + 2), np.int64)
     work = (counters, found.layers, found.final, found.like, found.like_final, shape, buffers, cache.length)
     threads = torch.get_num_threads()
