@@ -1,6 +1,7 @@
 """From any checkpoint to a model that is ready to run, its tokenizer, and its own way of writing."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from neox_lib.checkpoints.generation_settings import read_sampling
 from neox_lib.checkpoints.opening import open_checkpoint
 from neox_lib.checkpoints.quantized import build_quantized_model
 from neox_lib.checkpoints.tokenizer_files import GENERATION, find_tokenizer, open_tokenizer
+from neox_lib.config import NeoXConfig
 from neox_lib.decoding.step import use_compiled_step
 from neox_lib.hub import local_path, local_tokenizer
 from neox_lib.model import NeoXModel
@@ -24,6 +26,9 @@ from neox_lib.sampling import Sampling
 from neox_lib.spelling import count_ids
 
 logger = logging.getLogger(__name__)
+
+PARAMETERS_PER_THREAD = 10_000_000  # with fewer, a layer takes less time than it takes to wake a thread and wait for it
+torchs_threads = chosen_threads = torch.get_num_threads()
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -45,6 +50,26 @@ def choose_device(device: str | torch.device) -> torch.device:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(f"device {chosen} can't be used here ({reason}); use device='auto' or 'cpu'") from None
     return chosen
+
+
+def threads_for(config: NeoXConfig) -> int:
+    """Threads with which torch computes a model of this size on a CPU: a small one has one, which waits for no other.
+
+    What a user has set, by OMP_NUM_THREADS or `torch.set_num_threads`, stays.
+    """
+    set_by_user = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != chosen_threads
+    if set_by_user:
+        return torch.get_num_threads()
+    return max(1, min(torchs_threads, config.parameter_count() // PARAMETERS_PER_THREAD))
+
+
+def use_threads(config: NeoXConfig) -> None:
+    """Compute with `threads_for` this model, the one loaded last."""
+    global chosen_threads
+    threads = threads_for(config)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        chosen_threads = threads
 
 
 def create_model(
@@ -79,6 +104,7 @@ def create_model(
     model.use_cache = use_cache
     if chosen_device.type == "cpu":
         use_compiled_step(use_cast_linear(model))
+        use_threads(model.config)
     return model
 
 

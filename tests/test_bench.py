@@ -41,7 +41,7 @@ def small_shapes(monkeypatch):
 
 
 def without_baselines(monkeypatch):
-    for library in ("transformers", "ctranslate2", "xllamacpp"):
+    for library in ("transformers", "ctranslate2", "xllamacpp", "ik_llama_cpp"):
         monkeypatch.setitem(sys.modules, library, None)
 
 
@@ -55,6 +55,19 @@ def test_a_ratio_compares_each_round_in_itself():
     slow = [Timing(2.0, 4.0, 2), Timing(20.0, 40.0, 2), Timing(30.0, 60.0, 2)]
     fast = [Timing(1.0, 2.0, 2), Timing(10.0, 20.0, 2), Timing(10.0, 20.0, 2)]
     assert ratio(slow, fast, "first") == 2.0
+
+
+def test_a_round_beside_other_work_is_measured_again(monkeypatch):
+    """What runs beside the bench slows one side down, not the other; the quietest try counts, and its share is told."""
+    shares, answers = [0.5, 0.2, 0.4, 0.04, 0.3], iter(range(1, 100))
+    spent = iter(time for share in shares for time in ((0.0, 0.0), (share, 1.0)))
+    monkeypatch.setattr(bench, "times_of_others", lambda: next(spent))
+    monkeypatch.setattr(bench, "time_answer", lambda *_: next(answers))
+    assert bench.measure_round({("", "int8"): list}, torch.zeros(1, 1), 2) == ({("", "int8"): 4}, 0.04)
+    assert next(spent, None) == (0.0, 0.0), "a quiet round was measured again"
+    shares[:] = [0.5, 0.2, 0.4, 0.6, 0.3]
+    spent = iter(time for share in shares for time in ((0.0, 0.0), (share, 1.0)))
+    assert bench.measure_round({("", "int8"): list}, torch.zeros(1, 1), 2) == ({("", "int8"): 6}, 0.2)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -153,9 +166,10 @@ def test_table_shows_speeds_ratios_and_the_share_of_memory():
     ]
     lines = [format_row(row, bandwidth=2e10) for row in rows]
     assert (
-        " ".join(lines[0].split()) == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50%"
+        " ".join(lines[0].split())
+        == "160m 64 float32 transformers 100 200 2.00x 100.0 50.0 2.00x 740 1480 2.00x 50% 0%"
     )
-    assert lines[1].endswith("25%")
+    assert lines[1].split()[-2:] == ["25%", "0%"]
     assert format_best(rows).endswith("against transformers: prefill 2.00x, decode 2.00x, whole answer 2.00x")
 
 
@@ -227,7 +241,9 @@ def test_wrong_settings_are_refused():
         next(run_bench(["161m"], ["float32"], [4]))
     with pytest.raises(ValueError, match="knows the dtypes"):
         next(run_bench(["tiny"], ["float8"], [4]))
-    with pytest.raises(ValueError, match="measures against transformers, ctranslate2, xllamacpp, not vllm"):
+    with pytest.raises(
+        ValueError, match="measures against transformers, ctranslate2, xllamacpp, ik_llama_cpp, not vllm"
+    ):
         next(run_bench(["tiny"], ["float32"], [4], against=["vllm"]))
 
 

@@ -161,7 +161,7 @@ def test_info_tells_cost_and_files_without_loading_weights(checkpoint, capsys, m
     assert main(["info", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     config = NeoXConfig.from_json(checkpoint / "config.json")
-    assert f"{config.parameter_count():,}" in out
+    assert f"{config.parameter_count():,}" in out and "threads on a CPU" in out
     assert format_bytes(config.weight_bytes(torch.float16)) in out and "int8" in out
     assert "layer_00-model_01-model_states.pt" in out and "block 1" in out
 

@@ -266,6 +266,28 @@ def test_use_cache_is_what_generation_does(folder, monkeypatch):
     assert made
 
 
+def test_threads_follow_the_size_of_the_model_until_a_user_says_otherwise(monkeypatch):
+    """On a laptop in use, two threads of a small model wait for each other: it wrote at a tenth of its speed."""
+    threads = {"now": 4}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads["now"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.update(now=number))
+    monkeypatch.setattr(loading, "torchs_threads", 4)
+    monkeypatch.setattr(loading, "chosen_threads", 4)
+    create_model(device="cpu")
+    assert threads["now"] == 1
+    for config, expected in ((pythia("31m"), 3), (neox_20b(), 4), (tiny(), 1)):
+        loading.use_threads(config)
+        assert threads["now"] == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    loading.use_threads(neox_20b())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads["now"] == 1
+    torch.set_num_threads(2)
+    loading.use_threads(tiny())
+    assert threads["now"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

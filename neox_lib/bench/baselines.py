@@ -1,4 +1,6 @@
-"""The baselines: transformers, CTranslate2, and llama.cpp in its wheel xllamacpp, with one of our models' weights."""
+"""The baselines, with one of our models' weights: transformers, CTranslate2, llama.cpp in its wheel xllamacpp, and its
+fork ik_llama.cpp.
+"""
 
 import importlib
 import importlib.util
@@ -26,7 +28,9 @@ BASELINES = {
     "transformers": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"},
     "ctranslate2": {"float32": "float32", "float16": "float32", "int8": "int8"},
     "xllamacpp": {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"},
+    "ik_llama_cpp": {"float16": "float16", "int8": "q8_0", "int4": "q4_0"},
 }
+PACKAGES = {"ik_llama_cpp": "ik-llama-cpp-python"}  # where a package's name is another than its module's
 
 
 def is_installed(library: str) -> bool:
@@ -44,7 +48,16 @@ def make_baseline(library: str, model: NeoXModel, dtype: str) -> Generate:
         return hugging_face_generate(hugging_face_twin(model, WEIGHT_DTYPES[dtype]))
     if library == "xllamacpp":
         return llama_generate(model, dtype)
+    if library == "ik_llama_cpp":
+        return ik_llama_generate(model, dtype)
     return ctranslate2_generate(ctranslate2_twin(model, dtype))
+
+
+def write_twin(model: NeoXModel, folder: str, dtype: str) -> str:
+    """The path of a GGUF file with the model's weights in one of `gguf.writer.TYPES`."""
+    tokenizer = Path(folder, "tokenizer.json")
+    save_tokenizer(train_tokenizer(["the fox and the hen"], 290), tokenizer)  # any: prompts are given as ids
+    return str(write_gguf(ModelCheckpoint(model), folder, tokenizer, dtype))
 
 
 def llama_generate(model: NeoXModel, dtype: str) -> Generate:
@@ -54,15 +67,28 @@ def llama_generate(model: NeoXModel, dtype: str) -> Generate:
     settings.n_ctx, settings.n_parallel, settings.verbosity = model.config.max_position_embeddings, 1, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder, "tokenizer.json")
-        save_tokenizer(train_tokenizer(["the fox and the hen"], 290), tokenizer)  # any: prompts are given as ids
-        settings.model.path = str(write_gguf(ModelCheckpoint(model), folder, tokenizer, dtype))
+        settings.model.path = write_twin(model, folder, dtype)
         server = xllamacpp.Server(settings)  # its mapping outlives the file's name
     always = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
 
     def generate(ids: Tensor, new_tokens: int) -> list[int]:
         answer = server.handle_completions({"prompt": ids[0].tolist(), "n_predict": new_tokens, **always})
         return [0] * answer["usage"]["completion_tokens"]  # it tells their text, and their number
+
+    return generate
+
+
+def ik_llama_generate(model: NeoXModel, dtype: str) -> Generate:
+    """ik_llama.cpp in its own settings, with as many threads as torch."""
+    ik_llama_cpp: Any = importlib.import_module("ik_llama_cpp")
+    settings = {"n_ctx": model.config.max_position_embeddings, "n_threads": torch.get_num_threads(), "verbose": False}
+    with tempfile.TemporaryDirectory() as folder:
+        llama = ik_llama_cpp.IkLlama(write_twin(model, folder, dtype), **settings)
+
+    def generate(ids: Tensor, new_tokens: int) -> list[int]:
+        # its own loop also computes what would follow the last token
+        written = llama.generate(ids[0].tolist(), max_tokens=new_tokens - 1, temperature=0)
+        return [*written, llama._context.sample(-1, temperature=0)]
 
     return generate
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from neox_lib.bench.baselines import BASELINES, is_installed
+from neox_lib.bench.baselines import BASELINES, PACKAGES, is_installed
 from neox_lib.quantization.linear import QUANTIZED
 
 
@@ -39,6 +39,7 @@ class Row:
     ours: list[Timing]
     theirs: list[Timing]
     bytes_per_token: float  # bytes that one of our decode steps reads: weights, keys and values
+    busy: float = 0.0  # the largest share of the machine's time that others took in a round
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def describe_machine(bandwidth: float) -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = f"torch {torch.__version__}"
-    versions += "".join(f", {library} {version(library)}" for library in BASELINES if is_installed(library))
+    versions += "".join(
+        f", {library} {version(PACKAGES.get(library, library))}" for library in BASELINES if is_installed(library)
+    )
     return (
         f"{processor}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s, load "
         f"{psutil.getloadavg()[0]:.1f}; "
@@ -77,7 +80,7 @@ def describe_machine(bandwidth: float) -> str:
 COLUMNS = f" {'ours':>8} {'theirs':>8} {'ratio':>6}"
 HEADER = (
     f"{'':>38} {'prefill, ms':>24} {'decode, tokens/s':>24} {'whole answer, ms':>24}  memory\n"
-    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share"
+    f"{'shape':>6} {'prompt':>6} {'dtype':<11} {'against':<12}{3 * COLUMNS}  share  busy"
 )
 
 
@@ -101,7 +104,8 @@ def format_row(row: Row, bandwidth: float) -> str:
         comparable = row.theirs and all(value is not None and value > 0 for value in seconds)
         cells.append(f"{ratio(row.theirs, row.ours, of):>5.2f}x" if comparable else f"{'-':>6}")
     step = median(row.ours, "per_token")
-    return " ".join(cells) + (f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}")
+    share = f" {row.bytes_per_token / step / bandwidth:>6.0%}" if step > 0 else f"{'-':>7}"
+    return " ".join(cells) + share + f" {row.busy:>5.0%}"
 
 
 def format_best(rows: list[Row]) -> str:

@@ -19,8 +19,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--against",
         nargs="*",
-        help="what to compare with, where it is installed (default: transformers ctranslate2 xllamacpp; cuda: "
-        "transformers, and compiled, which is transformers with a static cache and a compiled decode step)",
+        help="what to compare with, where it is installed (default: transformers ctranslate2 xllamacpp ik_llama_cpp; "
+        "cuda: transformers, and compiled, which is transformers with a static cache and a compiled decode step)",
     )
     parser.add_argument("--prompts", nargs="+", type=int, help="tokens (default: 64 1024; cuda: 1024)")
     parser.add_argument("--positions", nargs="*", type=int, default=[], help="time a token there too, as 100 2000")
@@ -33,7 +33,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print, line by line as results come."""
-    from neox_lib.bench.baselines import BASELINES
+    from neox_lib.bench.baselines import BASELINES, PACKAGES
     from neox_lib.bench.measure import choose_baselines, format_errors, memory_bandwidth, run_bench, time_load
     from neox_lib.bench.table import HEADER, describe_machine, format_best, format_load, format_positions, format_row
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     bandwidth = memory_bandwidth(64 if arguments.quick else 512)
     print(describe_machine(bandwidth))
     for missing in [name for name in arguments.against if name not in baselines]:
-        print(f"{missing} is not installed: not compared with it (pip install {missing})")
+        print(f"{missing} is not installed: not compared with it (pip install {PACKAGES.get(missing, missing)})")
     print(f"random weights, batch 1, {arguments.new_tokens} new tokens, median of {arguments.rounds} rounds in turns")
     print(HEADER, flush=True)
     rows = []

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neox_lib.config import format_bytes, preset
     from neox_lib.decoding.step import why_modules
     from neox_lib.hub import look_up
+    from neox_lib.loading import threads_for
     from neox_lib.memory import available_memory
     from neox_lib.precision import format_card, format_needs
     from neox_lib.quantization.linear import dtype_name
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{'read from':26} {source}")
     reason = why_modules(config)
     print(f"{'decoding on a CPU':26} {'compiled loops' if reason is None else f'the modules ({reason})'}")
+    print(f"{'threads on a CPU':26} {threads_for(config)}")
     print()
     if arguments.gpu is not None:
         print(f"a GPU with {arguments.gpu:g} GB free ({format_bytes(arguments.gpu * 1e9)}):")

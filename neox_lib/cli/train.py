@@ -116,7 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(tiny(), tokenizer_vocab_size=count_ids(tokenizer), eos_token_ids=(end,))
     start = None
     if arguments.start_from:
+        threads = torch.get_num_threads()
         start = create_model(arguments.start_from, dtype=torch.float32)
+        torch.set_num_threads(threads)  # one is for writing; training multiplies many rows
         config = start.config
     check_ranks(config, arguments.ranks)
     length = plan.longest_window  # past it the model has learned nothing

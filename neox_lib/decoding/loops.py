@@ -1,13 +1,17 @@
 # type: ignore  # what these functions take, Numba finds out
-"""A few tokens through the whole model in loops that Numba compiles, weights read where they lie.
+"""Tokens through the whole model in loops that Numba compiles, weights read where they lie.
 
-A token's time is the time in which memory delivers the weights, so each weight is read once, in its stored form, and
-nothing is copied. Every thread runs `forward`, from the first layer to the last. A step of a layer is cut into chunks;
-a thread takes the next chunk that nobody has, and goes on to the next step when all chunks are done. So nothing is
-shared out in advance: a thread that another program holds up finds its work done by the others.
+One token's time is the time in which memory delivers the weights, so each weight is read once, in its stored form, and
+nothing is copied. Many tokens' time is arithmetic, so weights meet four rows at a time (`products`).
+
+Every thread runs `forward`, from the first layer to the last. A step of a layer is cut into chunks; a thread takes the
+next chunk that nobody has, and goes on to the next step when all chunks are done. So nothing is shared out in advance:
+a thread that another program holds up finds its work done by the others.
 
 Letters: R rows, the B x T new tokens; C hidden, I inner, H heads, D head size, S cached + new, V vocabulary. Weights
-are `[out, in]`; their `address` stands in for a model's tensors, of which Numba knows nothing.
+are `[out, in]`; their `address` stands in for a model's tensors, of which Numba knows nothing. *Factors* are
+activations as a product takes them: fp32, or, beside int8 and int4 weights, whole numbers, each row with a step of its
+own.
 """
 
 import math
@@ -15,14 +19,16 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic, overload
 
-# An activation beside int8 weights is rounded to so many steps, and so many products fit into 32 bits: 127 x 16383 x
-# 1024 < 2^31. The rounding is 2^-15 of a row's largest activation, 1/256 of what rounding the weights to int8 cost.
-STEPS, BLOCK = 16383, 1024
+from neox_lib.decoding.products import LANES, add_group, add_products, no_sums, total
+
+# An activation beside int8 weights is rounded to so many steps: 2^-15 of a row's largest activation, 1/256 of what
+# rounding the weights to int8 cost. Of a block's products, a lane adds up one in LANES: 127 x 16383 x 8192 / 8 < 2^31.
+STEPS, BLOCK = 16383, 8192
+ROWS, OUTPUTS = 4, LANES // 4  # multiplied at once
 PLACES = 16  # addresses per layer: two norms of 2 tensors, four matrices of 3
 
 # Sums may be reordered, which is what makes eight additions one instruction; NaN and infinity stay what they are.
@@ -35,35 +41,6 @@ def compiled(function):
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # no cache directory
         return njit(**OPTIONS)(function)
-
-
-@intrinsic
-def widen(typingctx, weight):
-    """A weight as fp32: int8 is a whole number, uint16 holds the bits of an fp16 number, int16 those of a bfloat16."""
-
-    def generate(context, builder, signature, arguments):
-        (bits,) = arguments
-        if weight == types.int8:
-            return builder.sitofp(bits, ir.FloatType())
-        if weight == types.uint16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-        if weight == types.int16:
-            word = ir.IntType(32)
-            return builder.bitcast(builder.shl(builder.zext(bits, word), ir.Constant(word, 16)), ir.FloatType())
-        return bits
-
-    return types.float32(weight), generate
-
-
-@intrinsic
-def multiply_add(typingctx, total, weight, factor):
-    """total + weight x factor in 32 bits: a processor multiplies 16-bit numbers and adds them pair by pair at once."""
-
-    def generate(context, builder, signature, arguments):
-        total, *factors = arguments
-        return builder.add(total, builder.mul(*(builder.sext(each, ir.IntType(32)) for each in factors)))
-
-    return types.int32(types.int32, types.int8, types.int16), generate
 
 
 @intrinsic
@@ -115,8 +92,8 @@ def wait(counters, phase, chunks):
 
 @compiled
 def rows_of_a_chunk(rows, row_bytes, chunk_bytes):
-    """How many rows of weights a thread takes at once: chunks of some bytes, and not more than 256 of them."""
-    return max(1, chunk_bytes // row_bytes, rows // 256)
+    """How many rows of weights a thread takes at once: fours of some bytes, in not more than 256 chunks."""
+    return 4 * max(1, chunk_bytes // row_bytes // 4, rows // 1024)
 
 
 class Matrix(NamedTuple):
@@ -143,13 +120,20 @@ class Shape(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What the threads share, all fp32 but `padding`: the R rows, the cache, the rotary rows of the new tokens."""
+    """What the threads share: fp32, but for factors."""
 
     hidden: np.ndarray  # [R, C], the residual stream
+    normed: np.ndarray  # [2, R, C], factors: of attention, of the MLP
     projected: np.ndarray  # [R, 3C], queries, keys and values
     attended: np.ndarray  # [R, C]
     inner: np.ndarray  # [R, I]
-    logits: np.ndarray  # [R, V], or [B, V] for the last tokens only
+    gathered: np.ndarray  # [R, C] and ...
+    widened: np.ndarray  # ... [R, I]: the last two as factors
+    steps: np.ndarray  # [4, R], of the rows of `normed`, `gathered` and `widened`
+    scored: np.ndarray  # [N], int64: the rows whose logits are wanted
+    last: np.ndarray  # [N, C], factors: their last norm
+    last_steps: np.ndarray  # [N]
+    logits: np.ndarray  # [N, V]
     keys: np.ndarray  # [L, B, H, capacity, D]
     values: np.ndarray
     cos: np.ndarray  # [B, T, rotary dimensions]
@@ -180,100 +164,44 @@ def choose_matrix(places, outputs, inputs, like):
     return in_groups if like.dtype == types.uint8 else whole
 
 
-@compiled
-def dot_float(weights, numbers):
-    total = np.float32(0)
-    for i in range(numbers.size):
-        total += widen(weights[i]) * numbers[i]
-    return total
+def to_factors(row, out):
+    """Make one row of activations factors, in the dtype of `out`; returns their step."""
+
+
+@overload(to_factors)
+def choose_factors(row, out):
+    def keep(row, out):
+        for i in range(row.size):
+            out[i] = row[i]
+        return np.float32(1)
+
+    def round_row(row, out):
+        largest, broken = np.float32(0), np.float32(0)
+        for i in range(row.size):
+            largest = max(largest, abs(row[i]))
+            broken += row[i] * np.float32(0)  # NaN where a number is NaN or infinite, and then so is all that follows
+        inverse = np.float32(STEPS) / max(largest, np.float32(1e-30))
+        for i in range(row.size):
+            out[i] = np.int16(np.rint(row[i] * inverse))
+        return largest / np.float32(STEPS) + broken
+
+    return round_row if out.dtype == types.int16 else keep
 
 
 @compiled
-def dot_block(weights, numbers):
-    total = np.int32(0)
-    for i in range(numbers.size):
-        total = multiply_add(total, weights[i], numbers[i])
-    return total
-
-
-@compiled
-def dot_int8(weights, numbers):
-    total = np.float32(0)
-    for start in range(0, numbers.size, BLOCK):
-        total += np.float32(dot_block(weights[start : start + BLOCK], numbers[start : start + BLOCK]))
-    return total
-
-
-class Lanes(types.Type):
-    """Eight fp32 sums side by side."""
-
-
-FLOATS, lanes = ir.VectorType(ir.FloatType(), 8), Lanes("lanes")
-
-
-@register_model(Lanes)
-class LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, FLOATS)
-
-
-@intrinsic
-def no_sums(typingctx):
-    return lanes(), lambda context, builder, signature, arguments: ir.Constant(FLOATS, [0.0] * 8)
-
-
-@intrinsic
-def add_group(typingctx, sums, nibbles, scales, numbers, group):
-    """sums + the scale of a group x the products of its 32 weights and activations, four products in each lane.
-
-    Written in vectors, which compilers do not make of a loop as short as this one. A pair of products and their sum are
-    one instruction as long as no other sum is mixed into theirs: the fence keeps it out.
+def sum_products(weight, first, last, numbers, r, sums):
+    """Rows first .. last - 1 of weights times ROWS rows of factors from r on, or times the only one, to sums `[ROWS,
+    last - first]`, which has room for OUTPUTS more.
     """
-
-    def generate(context, builder, signature, arguments):
-        def whole(bits, size, numbers=None):
-            kind = ir.VectorType(ir.IntType(bits), size)
-            return kind if numbers is None else ir.Constant(kind, list(numbers))
-
-        def load(which, kind, part=0, parts=1):
-            array = context.make_array(signature.args[which])(context, builder, arguments[which])
-            place = builder.mul(arguments[4], ir.Constant(ir.IntType(64), parts))
-            place = builder.add(place, ir.Constant(ir.IntType(64), part))
-            loaded = builder.load(builder.gep(builder.bitcast(array.data, kind.as_pointer()), [place]))
-            loaded.align = 1
-            return loaded
-
-        def pairs(half, part):
-            factors = builder.sub(half, whole(16, 16, [8] * 16)), load(3, whole(16, 16), part, 2)
-            products = builder.mul(*(builder.sext(each, whole(32, 16)) for each in factors))
-            even, odd = (builder.shuffle_vector(products, products, whole(32, 8, range(at, 16, 2))) for at in (0, 1))
-            return builder.add(even, odd)
-
-        both = builder.zext(load(1, whole(8, 16)), whole(16, 16))
-        low = pairs(builder.and_(both, whole(16, 16, [15] * 16)), 0)
-        high = pairs(builder.lshr(both, whole(16, 16, [4] * 16)), 1)
-        kind = ir.FunctionType(FLOATS, [FLOATS])
-        fence = cgutils.get_or_insert_function(builder.module, kind, "llvm.arithmetic.fence.v8f32")
-        low = builder.bitcast(builder.call(fence, [builder.bitcast(low, FLOATS)]), whole(32, 8))
-        bits = load(2, whole(16, 1))  # bfloat16 is the upper half of fp32
-        bits = builder.bitcast(builder.shuffle_vector(bits, bits, whole(32, 16, [0] * 16)), whole(32, 8))
-        scale = builder.bitcast(builder.and_(bits, whole(32, 8, [0xFFFF0000] * 8)), FLOATS)
-        scaled = builder.fmul(builder.sitofp(builder.add(low, high), FLOATS), scale, flags=("contract",))
-        return builder.fadd(arguments[0], scaled, flags=("contract",))
-
-    return lanes(sums, nibbles, scales, numbers, types.int64), generate
-
-
-@intrinsic
-def total(typingctx, sums):
-    """The sum of all lanes."""
-
-    def generate(context, builder, signature, arguments):
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
-        add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v8f32")
-        return builder.call(add_up, [ir.Constant(ir.FloatType(), 0.0), *arguments], fastmath=("reassoc",))
-
-    return types.float32(sums), generate
+    sums[:] = 0
+    for start in range(0, numbers.shape[1], BLOCK):
+        stop = min(numbers.shape[1], start + BLOCK)
+        if len(numbers) == 1:
+            for row in range(first, last):  # one after the other, as they lie: the processor reads ahead
+                add_products(sums, row - first, weight, row, numbers, 0, start, stop, 1, 1)
+        else:
+            for row in range(first, last, OUTPUTS):
+                add_products(sums, row - first, weight, row, numbers, r, start, stop, OUTPUTS, ROWS)
 
 
 @compiled
@@ -287,82 +215,60 @@ def dot_int4(nibbles, scales, numbers):
     return total(one) + total(other)
 
 
+def scaled_products(matrix, first, last, numbers, r, sums):
+    """`sum_products` with the weights' scales; int4 weights meet one row at a time."""
+
+
+@overload(scaled_products)
+def choose_products(matrix, first, last, numbers, r, sums):
+    def of_rows(matrix, first, last, numbers, r, sums):
+        sum_products(matrix.weight, first, last, numbers, r, sums)
+        for n in range(min(ROWS, len(numbers) - r)):
+            for i in range(last - first):
+                sums[n, i] *= matrix.scale[first + i, 0]
+
+    def of_groups(matrix, first, last, numbers, r, sums):
+        for n in range(min(ROWS, len(numbers) - r)):
+            for i in range(last - first):
+                sums[n, i] = dot_int4(matrix.weight[first + i], matrix.scale[first + i], numbers[r + n])
+
+    return of_groups if matrix[0].dtype == types.uint8 else of_rows
+
+
 @compiled
-def round_rows(rows):
-    """rows `[R, in]` fp32 -> whole numbers `[R, in]` int16 and each row's step: number x step is the activation."""
-    numbers, steps = np.empty(rows.shape, np.int16), np.empty(len(rows), np.float32)
+def multiply(matrix, first, last, numbers, steps, out, add):
+    """Outputs first .. last - 1 of rows of factors `[R, in]`, to out `[R, out]`; or added to what is there."""
+    sums = np.empty((ROWS, max(0, last - first) + OUTPUTS), np.float32)
+    for block in range(0, len(numbers), ROWS):
+        scaled_products(matrix, first, last, numbers, block, sums)
+        for r in range(block, min(len(numbers), block + ROWS)):
+            found, row, step = sums[r - block], out[r], steps[r]
+            for i in range(last - first):
+                output = step * found[i] + matrix.bias[first + i]
+                row[first + i] = row[first + i] + output if add else output
+
+
+@compiled
+def multiply_alone(matrix, rows, numbers, out):
+    """rows `[R, in]` times a whole matrix -> out `[R, out]`, on one thread. `numbers` is room for factors."""
+    steps = np.empty(len(rows), np.float32)
     for r in range(len(rows)):
-        row, largest, broken = rows[r], np.float32(0), np.float32(0)
-        for i in range(row.size):
-            largest = max(largest, abs(row[i]))
-            broken += row[i] * np.float32(0)  # NaN where a number is NaN or infinite, and then so is all that follows
-        steps[r] = largest / np.float32(STEPS) + broken
-        inverse = np.float32(STEPS) / max(largest, np.float32(1e-30))
-        for i in range(row.size):
-            numbers[r, i] = np.int16(np.rint(row[i] * inverse))
-    return numbers, steps
+        steps[r] = to_factors(rows[r], numbers[r])
+    multiply(matrix, 0, len(matrix.weight), numbers, steps, out, False)
 
 
 @compiled
-def keep_rows(rows):
-    return rows, np.ones(len(rows), np.float32)
-
-
-def factors(rows, like):
-    """Activations `[R, in]` as the product with weights like these takes them, and the step of each row."""
-
-
-def dot(weights, scales, numbers):
-    """The sum of products of a row of weights, with their scales, and a row of `factors`."""
-
-
-@overload(factors)
-def choose_factors(rows, like):
-    if like.dtype in (types.int8, types.uint8):
-        return lambda rows, like: round_rows(rows)
-    return lambda rows, like: keep_rows(rows)
-
-
-@overload(dot)
-def choose_dot(weights, scales, numbers):
-    if weights.dtype == types.uint8:
-        return lambda weights, scales, numbers: dot_int4(weights, scales, numbers)
-    if weights.dtype == types.int8:
-        return lambda weights, scales, numbers: scales[0] * dot_int8(weights, numbers)
-    return lambda weights, scales, numbers: scales[0] * dot_float(weights, numbers)
-
-
-@compiled
-def output(matrix, row, numbers, step):
-    """One output number: a row of the matrix times a row of `factors`."""
-    return step * dot(matrix.weight[row], matrix.scale[row], numbers) + matrix.bias[row]
-
-
-@compiled
-def multiply(matrix, rows, out):
-    """rows `[R, in]` times a whole matrix -> out `[R, out]`, on one thread: the product alone."""
-    numbers, steps = factors(rows, matrix.weight)
-    for r in range(len(rows)):
-        for row in range(len(matrix.weight)):
-            out[r, row] = output(matrix, row, numbers[r], steps[r])
-
-
-@compiled
-def normalize(rows, weight_place, bias_place, epsilon):
-    """LayerNorm of each row: `[R, C]` -> `[R, C]`."""
-    normed = np.empty(rows.shape, np.float32)
-    weight, bias = vector(weight_place, rows.shape[1]), vector(bias_place, rows.shape[1])
-    for r in range(len(rows)):
-        row, mean, variance = rows[r], np.float32(0), np.float32(0)
-        for i in range(row.size):
-            mean += row[i]
-        mean /= np.float32(row.size)
-        for i in range(row.size):
-            variance += (row[i] - mean) * (row[i] - mean)
-        spread = np.float32(1) / np.sqrt(variance / np.float32(row.size) + epsilon)
-        for i in range(row.size):
-            normed[r, i] = (row[i] - mean) * spread * weight[i] + bias[i]
-    return normed
+def normalize(row, weight, bias, epsilon, out):
+    """LayerNorm of a row."""
+    mean, variance = np.float32(0), np.float32(0)
+    for i in range(row.size):
+        mean += row[i]
+    mean /= np.float32(row.size)
+    for i in range(row.size):
+        variance += (row[i] - mean) * (row[i] - mean)
+    spread = np.float32(1) / np.sqrt(variance / np.float32(row.size) + epsilon)
+    for i in range(row.size):
+        out[i] = (row[i] - mean) * spread * weight[i] + bias[i]
 
 
 @compiled
@@ -378,13 +284,25 @@ def exponential(x):
 
 
 @compiled
+def normal_tail(x):
+    """The share of a normal distribution beyond |x|, to 1e-7, without a branch: Abramowitz and Stegun 1964, 7.1.26."""
+    z = abs(x) * np.float32(math.sqrt(0.5))
+    t, series = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z), np.float32(0)
+    for term in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = (series + np.float32(term)) * t
+    return np.float32(0.5) * series * exponential(-z * z)
+
+
+@compiled
 def gelu(numbers, exact):
     """GELU, exact or by its tanh form, in place. 1/2 (1 + tanh u) is 1 / (1 + e^-2u)."""
-    for i in range(numbers.size):
-        x = numbers[i]
-        if exact:
-            numbers[i] = np.float32(0.5) * x * (np.float32(1) + math.erf(x * np.float32(math.sqrt(0.5))))
-        else:
+    if exact:
+        for i in range(numbers.size):
+            x = numbers[i]
+            numbers[i] = max(x, np.float32(0)) - abs(x) * normal_tail(x) + x * np.float32(0)  # NaN stays NaN
+    else:
+        for i in range(numbers.size):
+            x = numbers[i]
             u = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
             numbers[i] = x / (np.float32(1) + exponential(np.float32(-2) * u))
 
@@ -400,57 +318,94 @@ def rotate(vector, cos, sin):
 
 
 @compiled
-def attend_to(query, keys, values, out):
-    """One query `[D]` over keys and values `[S, D]` -> out `[D]`: softmax of the scaled scores, then the sum."""
-    positions = len(keys)
-    weights, largest = np.empty(positions, np.float32), np.float32(-np.inf)
-    scale = np.float32(1 / math.sqrt(query.size))
-    for s in range(positions):
-        weights[s] = dot_float(keys[s], query) * scale
-        largest = max(largest, weights[s])
-    total = np.float32(0)
-    for s in range(positions):
-        total += weights[s] * np.float32(0)  # NaN where a score is NaN or infinite
-        weights[s] = exponential(weights[s] - largest)
-        total += weights[s]
-    for i in range(out.size):
-        out[i] = 0
-    fours = positions // 4 * 4
-    for s in range(0, fours, 4):  # four at a time: `out` is loaded and stored once for them
-        a, b, c, d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
-        one, two, three, four = values[s], values[s + 1], values[s + 2], values[s + 3]
-        for i in range(out.size):
-            out[i] += a * one[i] + b * two[i] + c * three[i] + d * four[i]
-    for s in range(fours, positions):
-        weight, value = weights[s], values[s]
-        for i in range(out.size):
-            out[i] += weight * value[i]
-    for i in range(out.size):
-        out[i] /= total
+def softmax(scores, scale):
+    """Of scores x scale, a row, in place."""
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for s in range(scores.size):
+        scores[s] *= scale
+        largest = max(largest, scores[s])
+    for s in range(scores.size):
+        total += scores[s] * np.float32(0)  # NaN where a score is NaN or infinite
+        scores[s] = exponential(scores[s] - largest)
+        total += scores[s]
+    for s in range(scores.size):
+        scores[s] /= total
 
 
 @compiled
-def expand(counters, phase, places, like, shape, buffers, first, last):
-    """Rows first .. last - 1 of the two matrices that read a norm, one under the other: 3C of queries, keys and values,
-    and I of the MLP, with its GELU.
+def add_values(weights, values, out):
+    """out `[N, D]` += weights `[N, S]` x values `[S, D]`."""
+    fours = len(values) // 4 * 4
+    for s in range(0, fours, 4):  # four at a time: `out` is loaded and stored once for them
+        one, two, three, four = values[s], values[s + 1], values[s + 2], values[s + 3]
+        for n in range(len(out)):
+            a, b, c, d = weights[n, s], weights[n, s + 1], weights[n, s + 2], weights[n, s + 3]
+            row = out[n]
+            for i in range(row.size):
+                row[i] += a * one[i] + b * two[i] + c * three[i] + d * four[i]
+    for s in range(fours, len(values)):
+        for n in range(len(out)):
+            for i in range(out.shape[1]):
+                out[n, i] += weights[n, s] * values[s, i]
+
+
+@compiled
+def attend_to(queries, keys, values, padding, position, out):
+    """Queries `[T, D]` from a position on, over keys and values `[S, D]` -> out `[T, D]`, ROWS queries at a time."""
+    weights, found = np.empty((ROWS, len(keys) + OUTPUTS), np.float32), np.empty((ROWS, out.shape[1]), np.float32)
+    for t in range(0, len(queries), ROWS):
+        rows = min(ROWS, len(queries) - t)
+        first, last = min(padding, position + t), position + t + rows
+        sum_products(keys, first, last, queries, t, weights)
+        for n in range(rows):
+            own = position + t + n
+            sees = min(padding, own) - first  # padding sees itself
+            softmax(weights[n, sees : own + 1 - first], np.float32(1 / math.sqrt(keys.shape[1])))
+            weights[n, :sees], weights[n, own + 1 - first :] = 0, 0
+        found[:] = 0
+        add_values(weights[:rows], values[first:last], found[:rows])
+        for n in range(rows):
+            for i in range(found.shape[1]):
+                out[t + n, i] = found[n, i]
+
+
+# The steps of a layer, for the branches begin .. end - 1: 0 is attention, 1 the MLP.
+
+
+@compiled
+def norm(counters, phase, places, shape, buffers, begin, end):
+    """`hidden` -> `normed`, a row at a time."""
+    normed = np.empty(shape.hidden, np.float32)
+    chunk = take(counters, phase)
+    while chunk < len(buffers.hidden):
+        for branch in range(begin, end):
+            weight, bias = vector(places[2 * branch], shape.hidden), vector(places[2 * branch + 1], shape.hidden)
+            normalize(buffers.hidden[chunk], weight, bias, shape.epsilon, normed)
+            buffers.steps[branch, chunk] = to_factors(normed, buffers.normed[branch, chunk])
+        done(counters, phase)
+        chunk = take(counters, phase)
+    wait(counters, phase, len(buffers.hidden))
+
+
+@compiled
+def expand(counters, phase, places, like, shape, buffers, begin, end):
+    """The two matrices that read a norm, one under the other: 3C outputs, queries, keys and values, -> `projected`, and
+    I of the MLP, with its GELU, -> `inner`.
     """
-    hidden, attention = shape.hidden, 3 * shape.hidden
-    project = matrix(places[4:7], attention, hidden, like)
-    widen_mlp = matrix(places[10:13], shape.inner, hidden, like)
-    step = rows_of_a_chunk(last - first, hidden * like.itemsize, shape.chunk)
+    attention = 3 * shape.hidden
+    project = matrix(places[4:7], attention, shape.hidden, like)
+    widen_mlp = matrix(places[10:13], shape.inner, shape.hidden, like)
+    first, last = attention * begin, attention + shape.inner * (end - 1)
+    step = rows_of_a_chunk(last - first, shape.hidden * like.itemsize, shape.chunk)
     chunks = (last - first + step - 1) // step
-    numbers, steps = factors(normalize(buffers.hidden, places[0], places[1], shape.epsilon), like)
-    second, second_steps = factors(normalize(buffers.hidden, places[2], places[3], shape.epsilon), like)
     chunk = take(counters, phase)
     while chunk < chunks:
-        start, end = first + chunk * step, min(last, first + (chunk + 1) * step)
-        for r in range(len(numbers)):
-            for row in range(start, min(end, attention)):
-                buffers.projected[r, row] = output(project, row, numbers[r], steps[r])
-            start_inner, end_inner = max(start, attention) - attention, max(end, attention) - attention
-            for row in range(start_inner, end_inner):
-                buffers.inner[r, row] = output(widen_mlp, row, second[r], second_steps[r])
-            gelu(buffers.inner[r, start_inner:end_inner], shape.exact)
+        start, stop = first + chunk * step, min(last, first + (chunk + 1) * step)
+        multiply(project, start, min(stop, attention), buffers.normed[0], buffers.steps[0], buffers.projected, False)
+        start, stop = max(start, attention) - attention, max(stop, attention) - attention
+        multiply(widen_mlp, start, stop, buffers.normed[1], buffers.steps[1], buffers.inner, False)
+        for r in range(len(buffers.inner)):
+            gelu(buffers.inner[r, start:stop], shape.exact)
         done(counters, phase)
         chunk = take(counters, phase)
     wait(counters, phase, chunks)
@@ -465,39 +420,47 @@ def attend(counters, phase, layer, shape, buffers, held):
     while chunk < batch * heads:
         b, h = chunk // heads, chunk % heads
         keys, values = buffers.keys[layer, b, h], buffers.values[layer, b, h]
+        own = buffers.projected[b * tokens : (b + 1) * tokens, 3 * h * size : 3 * (h + 1) * size]
         for t in range(tokens):
-            own = buffers.projected[b * tokens + t, 3 * h * size : 3 * (h + 1) * size]  # query, key and value
-            rotate(own[:size], buffers.cos[b, t], buffers.sin[b, t])
-            rotate(own[size : 2 * size], buffers.cos[b, t], buffers.sin[b, t])
+            rotate(own[t, :size], buffers.cos[b, t], buffers.sin[b, t])
+            rotate(own[t, size : 2 * size], buffers.cos[b, t], buffers.sin[b, t])
             for i in range(size):
-                keys[held + t, i], values[held + t, i] = own[size + i], own[2 * size + i]
-        for t in range(tokens):
-            query = buffers.projected[b * tokens + t, 3 * h * size : (3 * h + 1) * size]
-            first, last = min(buffers.padding[b], held + t), held + t + 1  # padding sees itself
-            out = buffers.attended[b * tokens + t, h * size : (h + 1) * size]
-            attend_to(query, keys[first:last], values[first:last], out)
+                keys[held + t, i], values[held + t, i] = own[t, size + i], own[t, 2 * size + i]
+        out = buffers.attended[b * tokens : (b + 1) * tokens, h * size : (h + 1) * size]
+        attend_to(own[:, :size], keys[: held + tokens], values[: held + tokens], buffers.padding[b], held, out)
         done(counters, phase)
         chunk = take(counters, phase)
     wait(counters, phase, batch * heads)
 
 
 @compiled
-def reduce(counters, phase, places, like, shape, buffers, attention, mlp):
-    """Add the outputs of attention, of the MLP or of both to the residual stream."""
+def gather(counters, phase, buffers, begin, end):
+    """`attended` -> `gathered` and `inner` -> `widened`, a row at a time."""
+    chunk = take(counters, phase)
+    while chunk < len(buffers.hidden):
+        if begin == 0:
+            buffers.steps[2, chunk] = to_factors(buffers.attended[chunk], buffers.gathered[chunk])
+        if end == 2:
+            buffers.steps[3, chunk] = to_factors(buffers.inner[chunk], buffers.widened[chunk])
+        done(counters, phase)
+        chunk = take(counters, phase)
+    wait(counters, phase, len(buffers.hidden))
+
+
+@compiled
+def reduce(counters, phase, places, like, shape, buffers, begin, end):
+    """Add the outputs of attention, of the MLP or of both to `hidden`."""
     dense = matrix(places[7:10], shape.hidden, shape.hidden, like)
     narrow_mlp = matrix(places[13:16], shape.hidden, shape.inner, like)
     step = rows_of_a_chunk(shape.hidden, (shape.hidden + shape.inner) * like.itemsize, shape.chunk)
     chunks = (shape.hidden + step - 1) // step
-    attended, steps = factors(buffers.attended, like)
-    inner, inner_steps = factors(buffers.inner, like)
     chunk = take(counters, phase)
     while chunk < chunks:
-        for r in range(len(attended)):
-            for row in range(chunk * step, min(shape.hidden, (chunk + 1) * step)):
-                if attention:
-                    buffers.hidden[r, row] += output(dense, row, attended[r], steps[r])
-                if mlp:
-                    buffers.hidden[r, row] += output(narrow_mlp, row, inner[r], inner_steps[r])
+        start, stop = chunk * step, min(shape.hidden, (chunk + 1) * step)
+        if begin == 0:
+            multiply(dense, start, stop, buffers.gathered, buffers.steps[2], buffers.hidden, True)
+        if end == 2:
+            multiply(narrow_mlp, start, stop, buffers.widened, buffers.steps[3], buffers.hidden, True)
         done(counters, phase)
         chunk = take(counters, phase)
     wait(counters, phase, chunks)
@@ -505,45 +468,47 @@ def reduce(counters, phase, places, like, shape, buffers, attention, mlp):
 
 @compiled
 def score(counters, phase, places, like, shape, buffers):
-    """The last norm and the output matrix: of each row, or of the last of each text."""
+    """The last norm and the output matrix."""
     final = matrix(places[2:5], shape.vocabulary, shape.hidden, like)
-    every = len(buffers.hidden) // len(buffers.logits)
-    last = np.empty((len(buffers.logits), shape.hidden), np.float32)
-    for r in range(len(last)):
-        for i in range(shape.hidden):
-            last[r, i] = buffers.hidden[(r + 1) * every - 1, i]
-    numbers, steps = factors(normalize(last, places[0], places[1], shape.epsilon), like)
-    step = rows_of_a_chunk(shape.vocabulary, shape.hidden * like.itemsize, shape.chunk)
-    chunks = (shape.vocabulary + step - 1) // step
+    weight, bias = vector(places[0], shape.hidden), vector(places[1], shape.hidden)
+    normed = np.empty(shape.hidden, np.float32)
     chunk = take(counters, phase)
-    while chunk < chunks:
-        for r in range(len(numbers)):
-            for row in range(chunk * step, min(shape.vocabulary, (chunk + 1) * step)):
-                buffers.logits[r, row] = output(final, row, numbers[r], steps[r])
+    while chunk < len(buffers.scored):
+        normalize(buffers.hidden[buffers.scored[chunk]], weight, bias, shape.epsilon, normed)
+        buffers.last_steps[chunk] = to_factors(normed, buffers.last[chunk])
         done(counters, phase)
         chunk = take(counters, phase)
-    wait(counters, phase, chunks)
+    wait(counters, phase, len(buffers.scored))
+    step = rows_of_a_chunk(shape.vocabulary, shape.hidden * like.itemsize, shape.chunk)
+    chunks = (shape.vocabulary + step - 1) // step
+    chunk = take(counters, phase + 1)
+    while chunk < chunks:
+        start, end = chunk * step, min(shape.vocabulary, (chunk + 1) * step)
+        multiply(final, start, end, buffers.last, buffers.last_steps, buffers.logits, False)
+        done(counters, phase + 1)
+        chunk = take(counters, phase + 1)
+    wait(counters, phase + 1, chunks)
 
 
-PHASES = 5  # per layer, of a sequential residual; a parallel one leaves two out
+PHASES = 5  # of a pass through one branch of a layer, or both
 
 
 @compiled
 def forward(counters, layers, final, like, like_final, shape, buffers, held):
-    """One thread's part of a pass. `counters` are zeros, `2 * (PHASES * L + 1)` of them; `layers` are addresses `[L,
+    """One thread's part of a pass. `counters` are zeros, 2 x (2 x PHASES x L + 2); `layers` are addresses `[L,
     PLACES]`, `final` those of the last norm and the output matrix; `held` tokens are in the cache.
     """
-    both = 3 * shape.hidden + shape.inner
+    together = 2 if shape.parallel else 1  # branches that read the same hidden state, whose matrices are read in one go
+    phase = np.int64(0)
     for layer in range(len(layers)):
-        places, phase = layers[layer], PHASES * layer
-        if shape.parallel:  # both branches read the same hidden state, so their matrices are read in one go
-            expand(counters, phase, places, like, shape, buffers, 0, both)
-            attend(counters, phase + 1, layer, shape, buffers, held)
-            reduce(counters, phase + 2, places, like, shape, buffers, True, True)
-        else:
-            expand(counters, phase, places, like, shape, buffers, 0, 3 * shape.hidden)
-            attend(counters, phase + 1, layer, shape, buffers, held)
-            reduce(counters, phase + 2, places, like, shape, buffers, True, False)
-            expand(counters, phase + 3, places, like, shape, buffers, 3 * shape.hidden, both)
-            reduce(counters, phase + 4, places, like, shape, buffers, False, True)
-    score(counters, PHASES * len(layers), final, like_final, shape, buffers)
+        places = layers[layer]
+        for begin in range(0, 2, together):
+            end = begin + together
+            norm(counters, phase, places, shape, buffers, begin, end)
+            expand(counters, phase + 1, places, like, shape, buffers, begin, end)
+            if begin == 0:
+                attend(counters, phase + 2, layer, shape, buffers, held)
+            gather(counters, phase + 3, buffers, begin, end)
+            reduce(counters, phase + 4, places, like, shape, buffers, begin, end)
+            phase += PHASES
+    score(counters, phase, final, like_final, shape, buffers)

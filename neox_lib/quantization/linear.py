@@ -1,7 +1,7 @@
 """Linear layers whose weights are stored in fewer bits than they are multiplied with: 16-bit numbers, int8 or int4.
 
 One path for any device: a block of the weights is brought into the activations' dtype and multiplied while it is in the
-cache. Gradients reach the activations. A few tokens on a CPU need not come here: see `decoding`.
+cache. Gradients reach the activations. Writing on a CPU need not come here: see `decoding`.
 """
 
 from typing import TypeVar

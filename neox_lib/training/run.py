@@ -62,7 +62,7 @@ def train(
 ) -> tuple[NeoXModel, list[dict]]:
     """Train a model on token streams `[N]`; returns it (fp32) and the history of losses.
 
-    `folder/state.pt` is written every five minutes, and a second call resumes from it. `folder/history.json` holds a
+    `folder/state.pt` is written every minute, and a second call resumes from it. `folder/history.json` holds a
     row for the start and for every hundred steps: step, tokens, loss (mean since the row before; none at the start),
     validation loss (nats per token, in the plan's longest windows), seconds of training, and a sample, if `write`
     makes one of the model. A run begins with the weights of `start`, else with random ones. Raises ValueError for
@@ -105,7 +105,7 @@ def train(
             bar.update()
             if step % REPORT_EVERY == 0 or step == plan.steps:
                 report(step, losses[-((step - 1) % REPORT_EVERY + 1) :])
-            if time.monotonic() - saved_at > 300 or step == plan.steps:
+            if time.monotonic() - saved_at > 60 or step == plan.steps:
                 save(folder / "state.pt", identity, parts, history, step, seconds)
                 saved_at = time.monotonic()
     return model.eval(), history

@@ -163,7 +163,7 @@ def patch(yours: Callable) -> str:
             what, seen = f"With my_patch(model, {depth}, {position}, value)", []
             with given(what):
                 handle = yours(model, depth, position, value.clone())
-            told = f"my_patch should return what register_forward_pre_hook returns, but returns {describe(handle)}"
+            told = f"my_patch should return the handle of its pre-hook, but returns {describe(handle)}"
             require(hasattr(handle, "remove"), told)
             with given(what):
                 found = model(IDS, on_layer=lambda _, hidden, seen=seen: seen.append((hidden, hidden.clone())))

@@ -148,7 +148,9 @@ class StepByStep:
         for index, weight in enumerate(self.parameters):
             assert weight.grad is not None
             decay = self.decay if weight.dim() == 2 else 0.0
-            new, *self.kept[index] = self.step_of(weight, weight.grad, *self.kept[index], self.steps, rate, decay)
+            mean, square = self.kept[index]
+            new, mean, square = self.step_of(weight, weight.grad, mean, square, self.steps, rate, decay)
+            self.kept[index] = mean, square
             weight.copy_(new)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -94,7 +94,7 @@ def token_grid(
 def contributions(added: Mapping[str, float], title: str, unit: str) -> Picture:
     """What each part adds, from the first at the top; what takes away is hatched. The last bar is the sum."""
     names, values = [*added, "sum"], [*added.values(), sum(added.values())]
-    figure = new_figure(9, 1.4 + 0.34 * len(names))
+    figure = new_figure(9, 1.2 + 0.29 * len(names))
     axes = figure.add_subplot()
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
         colour, hatch = (BLUE, "") if value >= 0 else (VERMILION, "//")
@@ -110,7 +110,7 @@ def contributions(added: Mapping[str, float], title: str, unit: str) -> Picture:
     axes.grid(False)
     largest = sorted(added, key=lambda name: -abs(added[name]))[:3]
     told = ", ".join(f"{name} {added[name]:+.2f}" for name in largest)
-    alt = f"{title}. A bar for each of {len(added)} parts, and their sum, {values[-1]:+.2f}. The largest: {told}."
+    alt = f"A bar for each of {len(added)} parts, and their sum, {values[-1]:+.2f}, in {unit}. The largest: {told}."
     return Picture(figure, alt)
 
 

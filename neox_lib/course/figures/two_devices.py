@@ -133,12 +133,8 @@ def who_keeps_what() -> Picture:
         words = {"embedding": "rows", "output": "rows"}.get(name, WORDS.get(rule, "all of it,\non both"))
         axes.text(left + 0.8, 2.15, name, ha="center", va="bottom", fontsize=FONT_SIZE)
         axes.text(left + 0.8, -0.15, words, ha="center", va="top", fontsize=FONT_SIZE)
-    looks = {
-        "rank 0": {"facecolor": SKY},
-        "rank 1": {"facecolor": ORANGE, "hatch": "//"},
-        "both": {"facecolor": "#dddddd"},
-    }
-    handles = [Patch(label=label, edgecolor="black", **look) for label, look in looks.items()]
+    looks = (("rank 0", SKY, ""), ("rank 1", ORANGE, "//"), ("both", "#dddddd", ""))
+    handles = [Patch(label=label, edgecolor="black", facecolor=colour, hatch=hatch) for label, colour, hatch in looks]
     axes.legend(
         handles=handles, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=FONT_SIZE, frameon=False
     )
