@@ -75,7 +75,7 @@ def token_grid(
     have a frame.
     """
     rows = len(values)
-    figure = new_figure(12.5, 1.9 + 0.5 * rows)
+    figure = new_figure(11.5, 1.9 + 0.45 * rows)
     axes = figure.add_subplot()
     shown = [[visible(text) for text in line] for line in texts]
     image = draw_grid(axes, values, shown, values.min().item(), values.max().item())
@@ -148,7 +148,7 @@ def head_maps(maps: Mapping[str, Tensor], unit: str, alt: str) -> Picture:
     lowest = min(0.0, *(each.min().item() for each in maps.values()))
     highest = max(each.max().item() for each in maps.values())
     rows = max(len(each) for each in maps.values())
-    figure = new_figure(6.2 * len(maps), 1.8 + 0.45 * rows)
+    figure = new_figure(5.6 * len(maps), 1.7 + 0.42 * rows)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (title, values) in zip(panels, maps.items(), strict=True):
         draw_grid(axes, values, [[f"{each:.2f}" for each in row] for row in values.tolist()], lowest, highest)
@@ -164,7 +164,7 @@ def head_maps(maps: Mapping[str, Tensor], unit: str, alt: str) -> Picture:
 
 def learning_to_copy(history: Sequence[Mapping[str, float]]) -> Picture:
     """Loss above, scores of the best heads below, over the steps of training."""
-    figure = new_figure(8.5, 6)
+    figure = new_figure(8, 5.2)
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in history]
     for axes, curves in (
