@@ -251,10 +251,11 @@ def multiply(matrix, first, last, numbers, steps, out, add):
 @compiled
 def multiply_alone(matrix, rows, numbers, out):
     """rows `[R, in]` times a whole matrix -> out `[R, out]`, on one thread. `numbers` is room for factors."""
-    steps = np.empty(len(rows), np.float32)
+    steps, outputs, chunk = np.empty(len(rows), np.float32), len(matrix.weight), 4 * OUTPUTS
     for r in range(len(rows)):
         steps[r] = to_factors(rows[r], numbers[r])
-    multiply(matrix, 0, len(matrix.weight), numbers, steps, out, False)
+    for first in range(0, outputs, chunk):  # which stays in the cache for all rows
+        multiply(matrix, first, min(outputs, first + chunk), numbers, steps, out, False)
 
 
 @compiled
