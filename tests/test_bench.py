@@ -10,7 +10,6 @@ from neox_lib.__main__ import main
 from neox_lib.bench import measure as bench
 from neox_lib.bench import on_device
 from neox_lib.bench.baselines import (
-    BASELINES,
     ctranslate2_generate,
     ctranslate2_logits,
     ctranslate2_twin,
