@@ -1,5 +1,6 @@
 """What stands behind the exercises: messages that teach, nothing that raises, and nobody else's answers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 import neox_lib
 from neox_lib import generation, rotary
@@ -397,6 +399,12 @@ def test_a_picture_is_an_image_whose_words_a_screen_reader_finds():
     assert bundle["text/html"].startswith('<img alt="A line that rises." src="data:image/png;base64,iVBOR')
     assert bundle["text/plain"] == "Figure: A line that rises."
     assert set(bundle) == {"text/html", "text/plain"}
+
+
+def test_a_picture_is_stored_in_few_colours_but_a_map_in_all():
+    """Otherwise a notebook outgrows a megabyte, or the colours of a map, which are numbers, change on a dark page."""
+    plain, shades = bars({"a": 1, "b": 2}, "T", "y", "alt"), heat_map(torch.eye(2), "T", "x", "y", "alt", "unit")
+    assert [Image.open(io.BytesIO(each.png())).mode for each in (plain, shades)] == ["P", "RGB"]
 
 
 def test_the_words_of_a_picture_are_escaped():

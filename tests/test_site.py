@@ -146,8 +146,7 @@ def test_a_heat_map_keeps_its_colours_on_a_dark_page():
     """They are numbers: in the negative the highest would be the darkest, and "the bright line" in the text wrong."""
     numbers, names = torch.tensor([[0.0, 0.5], [0.5, 1.0]]), ["little", "illimitable"]
     picture = plots.heat_map(numbers, "T", "x", "y", "alt", "unit", names, names, annotate=True)
-    buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="png")
+    buffer = io.BytesIO(picture.png())
     made = dark_heat_map(buffer.getvalue())
     assert made is not None
     light, dark = (np.asarray(Image.open(each).convert("RGB")).astype(int) for each in (buffer, io.BytesIO(made)))
@@ -159,9 +158,7 @@ def test_a_heat_map_keeps_its_colours_on_a_dark_page():
         turned[int(top) - 3 : int(bottom) + 3, int(left) - 3 : int(right) + 3] = True
     assert turned.all()  # all around is the negative: ink is bright, white is the ground of the page
 
-    buffer = io.BytesIO()
-    plots.bars({"a": 1, "b": 2}, "T", "y", "alt").figure.savefig(buffer, format="png")
-    assert dark_heat_map(buffer.getvalue()) is None
+    assert dark_heat_map(plots.bars({"a": 1, "b": 2}, "T", "y", "alt").png()) is None
 
 
 def test_a_page_fetches_nothing_from_another_machine(site, pages):

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from PIL import Image
 from torch import Tensor
 
 # Okabe & Ito's palette (https://jfly.uni-koeln.de/color/): told apart by colour-blind readers too
@@ -28,11 +31,19 @@ class Picture:
     alt: str
 
     def _repr_mimebundle_(self, **_) -> dict[str, str]:
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", metadata={"Software": None})
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        data = base64.b64encode(self.png()).decode("ascii")
         image = f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
         return {"text/html": image, "text/plain": f"Figure: {self.alt}"}
+
+    def png(self) -> bytes:
+        """The figure in 256 colours, for a third of the bytes; a map, whose colours are numbers, in all that it has."""
+        buffer, small = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(buffer, format="png")
+        drawn = Image.open(buffer).convert("RGB")
+        if not self.figure.findobj(lambda artist: isinstance(artist, AxesImage | QuadMesh)):
+            drawn = drawn.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        drawn.save(small, "png")
+        return small.getvalue()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -18,6 +18,7 @@ from neox_lib.course.figures.plots import (
     Picture,
     as_list,
     finish_axes,
+    lines,
     new_figure,
 )
 
@@ -133,6 +134,18 @@ def adam_bars(gradients: Sequence[float], plain: Sequence[float], adam: Sequence
     )
 
 
+def schedules(rates: Mapping[str, Sequence[float]]) -> Picture:
+    """Learning rates over a run, each as a share of its highest."""
+    curves = {name: ([step / len(each) for step in range(len(each))], each) for name, each in rates.items()}
+    told = " ".join(
+        f"{name}: rises over the first {each.index(max(each)) / len(each):.1%} and ends at {each[-1]:.2f} of it."
+        for name, each in rates.items()
+    )
+    y_label = "learning rate, as a share of the highest"
+    alt = f"Curves of the learning rate, which rise in a straight line to the highest and fall in an arc. {told}"
+    return lines(curves, "Up, then down along half a cosine", "share of the run", y_label, alt)
+
+
 def loss_falls(losses: Sequence[float], start: float, title: str, held_out: float | None = None) -> Picture:
     """A loss per step, with a line at ln V, and one at the loss on held-out text if it is given."""
     figure = new_figure(9, 4.5)
@@ -148,6 +161,21 @@ def loss_falls(losses: Sequence[float], start: float, title: str, held_out: floa
     told = "" if held_out is None else f" On held-out text it ends {'above' if held_out > start else 'below'} ln V."
     ends = f"The loss falls from {losses[0]:.1f}, near ln V = {start:.2f}, to {losses[-1]:.1f}"
     return Picture(figure, f"{ends} in {len(losses)} steps.{told}")
+
+
+def losses_over_time(history: Sequence[dict]) -> Picture:
+    """Training and held-out loss of a run so far; its first row, before the first step, has held-out loss only."""
+    trained = [row for row in history if "loss" in row]
+    curves = {
+        "training, mean of 100 steps": ([row["step"] for row in trained], [row["loss"] for row in trained]),
+        "held-out": ([row["step"] for row in history], [row["validation_loss"] for row in history]),
+    }
+    first, last = history[0], history[-1]
+    alt = (
+        f"Two curves that fall, steeply at first. Held-out loss goes from {first['validation_loss']:.1f} to "
+        f"{last['validation_loss']:.1f} in {last['step']} steps."
+    )
+    return lines(curves, "A small model learns on a CPU", "step", "loss, nats per token", alt)
 
 
 def samples_over_time(history: Sequence[dict], prompt: str, width: int = 84, lines: int = 2) -> Picture:
