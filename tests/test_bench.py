@@ -10,7 +10,6 @@ from neox_lib.__main__ import main
 from neox_lib.bench import measure as bench
 from neox_lib.bench import on_device
 from neox_lib.bench.baselines import (
-    BASELINES,
     ctranslate2_generate,
     ctranslate2_logits,
     ctranslate2_twin,
@@ -144,11 +143,10 @@ def test_bytes_of_a_decode_step_count_what_is_read():
 
 def test_rows_come_for_every_shape_prompt_and_dtype(small_shapes):
     """A combination left out or measured twice would shift the table."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("ctranslate2")
-    pytest.importorskip("xllamacpp")
-    rows = list(run_bench(["a", "b"], ["float32", "float16", "int8"], [4, 9], new_tokens=3, rounds=2))
-    pairs = [(dtype, baseline) for dtype in ("float32", "float16") for baseline in BASELINES]
+    for package in (always := ("transformers", "ctranslate2", "xllamacpp")):
+        pytest.importorskip(package)
+    rows = list(run_bench(["a", "b"], ["float32", "float16", "int8"], [4, 9], 3, 2, always))
+    pairs = [(dtype, baseline) for dtype in ("float32", "float16") for baseline in always]
     pairs += [("int8", "ctranslate2"), ("int8", "xllamacpp")]
     expected = [(shape, prompt, *pair) for shape in "ab" for prompt in (4, 9) for pair in pairs]
     assert [(row.shape, row.prompt, row.dtype, row.baseline) for row in rows] == expected
