@@ -100,6 +100,17 @@ def test_a_context_of_space_alone_is_none():
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
 
 
+def test_a_question_whose_answer_has_no_token_of_its_own_is_named():
+    """Among ten thousand questions, nobody finds it by "got 2 and 0"."""
+    from lm_eval.api.instance import Instance
+
+    asked = HarnessModel(create_model(dtype=torch.float32), create_tokenizer())
+    pairs = [("Once", " upon"), ("On", "ce")]
+    questions = [Instance("loglikelihood", {}, pair, 0, ("mine", place, 1)) for place, pair in enumerate(pairs)]
+    with pytest.raises(ValueError, match="question 1 of mine: after 'On', the answer 'ce' has 0 tokens of its own"):
+        asked.loglikelihood(questions)
+
+
 def test_the_same_likelihood_of_whole_texts(both):
     """Cut into windows where the harness cuts them; the last one has a full context."""
     ours, theirs = both

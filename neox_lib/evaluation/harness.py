@@ -61,8 +61,20 @@ class HarnessModel(LM):
                 bar.update(len(batch))
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation behind its context, and whether greedy decoding would write it."""
+        """The log-likelihood of each continuation after its context, and whether greedy decoding would write it.
+
+        Raises ValueError, before any answer is computed, for a continuation without a token of its own.
+        """
         pairs = [pair_ids(self.encoder, *request.args, begin=self.begin) for request in requests]
+        for request, (_, continuation) in zip(requests, pairs, strict=True):
+            if not 1 <= len(continuation) <= self.max_length:
+                context, answer = request.args
+                raise ValueError(
+                    f"question {request.doc_id} of {request.task_name}: after {context[-40:]!r}, the answer "
+                    f"{answer[:40]!r} has {len(continuation)} tokens of its own, and needs 1 to {self.max_length}, the "
+                    "model's context; where it has none, one token spans the cut, so begin the answer with a space in "
+                    "the task's YAML"
+                )
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         longest_first = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)  # little padding in a batch
         found = [(0.0, False)] * len(pairs)

@@ -83,9 +83,8 @@ def pair_ids(tokenizer, context: str, continuation: str, begin: int) -> Pair:
 def windows(tokens: Sequence[int], length: int, stride: int) -> Iterator[Pair]:
     """Cut a text into pairs for `score_batch`, so that each token but the first is in a continuation once.
 
-    The first pair scores `length` tokens, each later one the next `stride`, behind as many of those before them as a
-    model that reads `length` tokens has room for. So does the last, which scores what is left. Raises ValueError unless
-    1 <= stride <= length.
+    The first pair scores `length` tokens, each later one the next `stride`, the last what is left. The context of each
+    is as long as a model that reads `length` tokens has room for. Raises ValueError unless 1 <= stride <= length.
     """
     if not 1 <= stride <= length:
         raise ValueError(f"a window of {length} tokens can't move by {stride}; the stride must be from 1 to {length}")
@@ -115,8 +114,8 @@ def bits_per_byte(model: NeoXModel, tokenizer, stories: list[str], length: int =
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """How far the mean of as many new items would typically be from this one: the standard deviation of a score, with
-    n - 1, over the square root of their number. Raises ValueError for fewer than two.
+    """How far the mean of so many scores typically lies from that of all items of the kind: the standard deviation of a
+    score, with n - 1, over the square root of their number. Raises ValueError for fewer than two.
 
     >>> round(standard_error([1, 1, 1, 0]), 4)
     0.25

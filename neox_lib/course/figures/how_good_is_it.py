@@ -54,7 +54,7 @@ def two_measures(perplexities: Mapping[str, float], bits: Mapping[str, float]) -
         axes.margins(y=0.14)
         finish_axes(axes, f"{label}: the lowest is hatched", "", label)
     said = "; ".join(f"{name}: perplexity {perplexities[name]:,.0f}, {bits[name]:.2f} bits per byte" for name in bits)
-    return Picture(figure, f"Two rows of bars for the same models. {said}.")
+    return Picture(figure, f"Two panels of bars for the same models. {said}.")
 
 
 def window_strips(tokens: int, length: int, strides: Sequence[int]) -> Steps:
