@@ -378,7 +378,11 @@ def test_nothing_is_rounded_between_the_ranks_and_fp32(tmp_path_factory, ranks, 
         logits = load(folder / step, dtype=torch.float32)(ids)[0].double()
         assert (logits - expected).abs().max() < 2e-5, step
     exact = dict(load(folder / "0", dtype=torch.float32).named_parameters())
-    int8 = {name: tensor for name, tensor in quantized_tensors(open_checkpoint(folder / "0")) if tensor.dim() == 1}
+    int8 = {
+        name: tensor
+        for name, tensor in quantized_tensors(open_checkpoint(folder / "0"), torch.int8)
+        if tensor.dim() == 1
+    }
     stored = open_checkpoint(folder / "0").parts()
     rank = build_rank(model.config, stored, 0, 2, torch.device("cpu"), lambda name: torch.float32)
     for name, parameter in rank.named_parameters():
