@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -106,12 +106,40 @@ def configs(draw) -> NeoXConfig:
     )
 
 
+MAGNIFIES = NeoXConfig(
+    vocab_size=6,
+    tokenizer_vocab_size=5,
+    hidden_size=6,
+    num_hidden_layers=3,
+    num_attention_heads=1,
+    intermediate_size=18,
+    max_position_embeddings=32,
+    rotary_pct=1.0,
+    use_parallel_residual=False,
+)
+
+
+@torch.inference_mode()
+def rounding_moves(model: NeoXModel, ids: Tensor) -> float:
+    """How far the logits move with the weights' last digits: a norm over few, nearly equal numbers magnifies them."""
+    exact, moves = model(ids), []
+    for seed in range(4):
+        nudged, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+        for parameter in nudged.parameters():
+            parameter.mul_(1 + (torch.rand(parameter.shape, generator=generator) - 0.5) * 2**-23)
+        moves.append(float((nudged(ids) - exact).abs().max()))
+    return max(moves)
+
+
 @settings(max_examples=40, deadline=None)
 @given(config=configs(), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+@example(config=MAGNIFIES, sizes=[1, 5], seed=44)
 def test_any_model_in_any_pieces_says_what_its_modules_say(config, sizes, seed):
     """Odd head sizes, any rotary share, parallel or not, tied or not, biases or none, and any splitting of a text."""
     ids = torch.randint(5, (1, sum(sizes)), generator=torch.Generator().manual_seed(seed))
-    check(both(model_of(config, seed=seed), list(ids.split(sizes, dim=1))))
+    model = model_of(config, seed=seed)
+    found = both(model, list(ids.split(sizes, dim=1)))
+    check(found, max(EXACT, 4 * rounding_moves(model, ids) / float(found[1].abs().max())))
 
 
 @pytest.mark.parametrize("dtype", ["float16", *QUANTIZED])
